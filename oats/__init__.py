@@ -1,0 +1,54 @@
+"""OATS: transformers as sparse plus low-rank weights, compressed without retraining, fast on CPUs.
+
+Names are resolved on first use (PEP 562): ``import oats`` alone does not import torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from oats.compress import compress_ as compress_
+    from oats.config import OatsConfig as OatsConfig
+    from oats.decomposition import Decomposition as Decomposition
+    from oats.decomposition import decompose as decompose
+    from oats.errors import CalibrationError as CalibrationError
+    from oats.errors import ConfigError as ConfigError
+    from oats.errors import FormatError as FormatError
+    from oats.errors import OatsError as OatsError
+    from oats.errors import OutputExistsError as OutputExistsError
+    from oats.errors import UnsupportedModelError as UnsupportedModelError
+    from oats.errors import WeightError as WeightError
+    from oats.nn import SparseLowRankLinear as SparseLowRankLinear
+
+_HOME = {
+    "compress_": "oats.compress",
+    "OatsConfig": "oats.config",
+    "Decomposition": "oats.decomposition",
+    "decompose": "oats.decomposition",
+    "OatsError": "oats.errors",
+    "CalibrationError": "oats.errors",
+    "ConfigError": "oats.errors",
+    "FormatError": "oats.errors",
+    "OutputExistsError": "oats.errors",
+    "UnsupportedModelError": "oats.errors",
+    "WeightError": "oats.errors",
+    "SparseLowRankLinear": "oats.nn",
+}
+
+__all__ = [*_HOME, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'oats' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

@@ -1,0 +1,122 @@
+"""`OatsConfig`: every knob of the compression, validated once, here."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from oats.errors import ConfigError
+
+Pattern = str
+"""``"row"``, ``"layer"``, or ``"N:M"`` such as ``"2:4"``."""
+
+DEFAULT_ITERATIONS = {"fast": 40, "exact": 80}
+DEFAULT_MOMENTUM = {"fast": 0.9, "exact": 0.0}
+
+
+def parse_n_m(pattern: Pattern) -> tuple[int, int] | None:
+    """Read an N:M pattern.
+
+    >>> parse_n_m("2:4")
+    (2, 4)
+    >>> parse_n_m("row") is None
+    True
+    """
+    match = re.fullmatch(r"(\d+):(\d+)", pattern)
+    return (int(match[1]), int(match[2])) if match else None
+
+
+@dataclass(frozen=True)
+class OatsConfig:
+    """Settings of one compression run.
+
+    The names and the default budget are the paper's (arXiv 2409.13652, section 3). The default low-rank
+    step is not: ``svd="exact"`` is the published algorithm to the letter, ``svd="fast"``
+    reaches an error at least as low in a fraction of the time (docs/design.md).
+
+    Args:
+        compression: share of a layer's parameters that is removed, in [0, 1).
+        rank_ratio: share of the parameters kept that goes to the low-rank part, in [0, 1].
+        pattern: where non-zeros may sit: ``"row"`` keeps the same number in each row, ``"layer"``
+            the largest of the whole matrix, ``"N:M"`` the N largest of every M contiguous inputs.
+        svd: the low-rank step, ``"fast"`` or ``"exact"``.
+        iterations: alternations at most; None means 40 for ``fast``, 80 for ``exact``.
+        momentum: extrapolation of the sparse part before the low-rank step, in [0, 1); None
+            means 0.9 for ``fast``, 0 for ``exact``.
+        dtype: how the kept values and the factors are stored, ``"bf16"`` or ``"fp32"``; None means
+            the weight's own dtype (bf16 for an fp16 weight).
+        skip: glob patterns of layer names that stay dense, e.g. ``("*.down_proj",)``.
+        seed: of the random start of the fast low-rank step.
+
+    Raises:
+        ConfigError: a setting is out of its range.
+
+    >>> OatsConfig(compression=0.5).resolved_iterations
+    40
+    >>> OatsConfig(compression=1.5)
+    Traceback (most recent call last):
+        ...
+    oats.errors.ConfigError: compression must be in [0, 1), got 1.5
+    """
+
+    compression: float = 0.5
+    rank_ratio: float = 0.25
+    pattern: Pattern = "row"
+    svd: Literal["fast", "exact"] = "fast"
+    iterations: int | None = None
+    momentum: float | None = None
+    dtype: Literal["bf16", "fp32"] | None = None
+    skip: tuple[str, ...] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require(_is_number(self.compression) and 0 <= self.compression < 1, "compression must be in [0, 1)", self.compression)
+        _require(_is_number(self.rank_ratio) and 0 <= self.rank_ratio <= 1, "rank_ratio must be in [0, 1]", self.rank_ratio)
+        _require(self.svd in DEFAULT_ITERATIONS, 'svd must be "fast" or "exact"', self.svd)
+        _require(
+            self.iterations is None or (isinstance(self.iterations, int) and self.iterations >= 1),
+            "iterations must be a whole number of at least 1",
+            self.iterations,
+        )
+        _require(
+            self.momentum is None or (_is_number(self.momentum) and 0 <= self.momentum < 1),
+            "momentum must be in [0, 1)",
+            self.momentum,
+        )
+        _require(self.dtype in (None, "bf16", "fp32"), 'dtype must be "bf16", "fp32" or None', self.dtype)
+        _require(
+            isinstance(self.pattern, str) and (self.pattern in ("row", "layer") or _is_n_m(self.pattern)),
+            'pattern must be "row", "layer" or "N:M" with 0 < N <= M (such as "2:4")',
+            self.pattern,
+        )
+        object.__setattr__(self, "skip", tuple(self.skip))
+
+    @property
+    def resolved_iterations(self) -> int:
+        """The number of alternations, with the default filled in."""
+        return DEFAULT_ITERATIONS[self.svd] if self.iterations is None else self.iterations
+
+    @property
+    def resolved_momentum(self) -> float:
+        """The momentum, with the default filled in."""
+        return DEFAULT_MOMENTUM[self.svd] if self.momentum is None else self.momentum
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as plain JSON values."""
+        return {**asdict(self), "skip": list(self.skip)}
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_n_m(pattern: str) -> bool:
+    parsed = parse_n_m(pattern)
+    return parsed is not None and 0 < parsed[0] <= parsed[1]
+
+
+def _require(condition: bool, message: str, got: object) -> None:
+    if not condition:
+        raise ConfigError(f"{message}, got {got!r}")

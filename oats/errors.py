@@ -1,0 +1,35 @@
+"""Every exception that the package raises on purpose.
+
+All derive from :class:`OatsError`, and from the built-in exception that fits, so that
+``except ValueError`` keeps working for callers who do not know this package.
+"""
+
+from __future__ import annotations
+
+
+class OatsError(Exception):
+    """Base of every exception that oats raises on purpose."""
+
+
+class ConfigError(OatsError, ValueError):
+    """A setting is out of range, or two settings contradict each other."""
+
+
+class CalibrationError(OatsError, ValueError):
+    """The calibration data is missing, too short, or does not fit the model."""
+
+
+class WeightError(OatsError, ValueError):
+    """A weight cannot be decomposed: wrong shape, wrong dtype, NaN or infinity."""
+
+
+class FormatError(OatsError, ValueError):
+    """Stored tensors disagree with each other, with their config, or with this version."""
+
+
+class UnsupportedModelError(OatsError, ValueError):
+    """The blocks of a model were not found, or nothing inside them can be compressed."""
+
+
+class OutputExistsError(OatsError, FileExistsError):
+    """The output directory is not empty, and overwriting was not asked for."""
