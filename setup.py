@@ -12,10 +12,11 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 
-class CMakeBuild(build_ext):
+class CMakeBuild(build_ext):  # type: ignore[misc]
     """Configures and builds CMakeLists.txt, and leaves the module where setuptools expects it."""
 
     def build_extension(self, ext: Extension) -> None:
+        """Run CMake; called by setuptools."""
         source = Path(__file__).resolve().parent
         module = Path(self.get_ext_fullpath(ext.name)).resolve()
         build = source / "build" / f"cmake-{sys.implementation.cache_tag}"

@@ -4,6 +4,7 @@
 #include <string>
 
 #include "oats/isa.h"
+#include "oats/keep_largest.h"
 #include "oats/packed_weight.h"
 #include "oats/sparse_low_rank_linear.h"
 
@@ -22,10 +23,13 @@ oats::Isa isa_from(const std::string& name) {
   return isa;
 }
 
-oats::Dtype dtype_from(int bytes) { return bytes == 4 ? oats::Dtype::fp32 : oats::Dtype::bf16; }
+oats::Dtype dtype_from(int bytes) {
+  return bytes == 4 ? oats::Dtype::fp32 : oats::Dtype::bf16;
+}
 
 const oats::PackedHeader& header(uintptr_t packed, size_t bytes) {
-  if (const char* problem = oats::packed_problem(pointer<const void>(packed), bytes)) throw py::value_error(problem);
+  if (const char* problem = oats::packed_problem(pointer<const void>(packed), bytes))
+    throw py::value_error(problem);
   return *pointer<const oats::PackedHeader>(packed);
 }
 
@@ -54,12 +58,14 @@ PYBIND11_MODULE(_core, m) {
       [](int64_t d_out, int64_t d_in, int64_t rank, int64_t nnz, int value_bytes, const std::string& isa) {
         return oats::packed_bytes(d_out, d_in, rank, nnz, dtype_from(value_bytes), isa_from(isa));
       },
-      py::arg("d_out"), py::arg("d_in"), py::arg("rank"), py::arg("nnz"), py::arg("value_bytes"), py::arg("isa"));
+      py::arg("d_out"), py::arg("d_in"), py::arg("rank"), py::arg("nnz"), py::arg("value_bytes"),
+      py::arg("isa"));
 
   m.def(
       "pack",
-      [](int64_t d_out, int64_t d_in, int64_t rank, int64_t nnz, int value_bytes, uintptr_t mask, uintptr_t values,
-         uintptr_t low_rank_u, uintptr_t low_rank_v, const std::string& isa, uintptr_t out) {
+      [](int64_t d_out, int64_t d_in, int64_t rank, int64_t nnz, int value_bytes, uintptr_t mask,
+         uintptr_t values, uintptr_t low_rank_u, uintptr_t low_rank_v, const std::string& isa,
+         uintptr_t out) {
         const oats::Isa target = isa_from(isa);
         const oats::CanonicalWeight weight{d_out,
                                            d_in,
@@ -73,8 +79,9 @@ PYBIND11_MODULE(_core, m) {
         py::gil_scoped_release release;
         oats::pack(weight, target, pointer(out));
       },
-      py::arg("d_out"), py::arg("d_in"), py::arg("rank"), py::arg("nnz"), py::arg("value_bytes"), py::arg("mask"),
-      py::arg("values"), py::arg("low_rank_u"), py::arg("low_rank_v"), py::arg("isa"), py::arg("out"));
+      py::arg("d_out"), py::arg("d_in"), py::arg("rank"), py::arg("nnz"), py::arg("value_bytes"),
+      py::arg("mask"), py::arg("values"), py::arg("low_rank_u"), py::arg("low_rank_v"), py::arg("isa"),
+      py::arg("out"));
 
   m.def(
       "packed_header",
@@ -94,8 +101,8 @@ PYBIND11_MODULE(_core, m) {
   m.def(
       "unpack",
       [](uintptr_t packed, uintptr_t mask, uintptr_t values, uintptr_t low_rank_u, uintptr_t low_rank_v) {
-        oats::unpack(pointer<const void>(packed), pointer<uint8_t>(mask), pointer(values), pointer(low_rank_u),
-                     pointer(low_rank_v));
+        oats::unpack(pointer<const void>(packed), pointer<uint8_t>(mask), pointer(values),
+                     pointer(low_rank_u), pointer(low_rank_v));
       },
       py::arg("packed"), py::arg("mask"), py::arg("values"), py::arg("low_rank_u"), py::arg("low_rank_v"),
       py::call_guard<py::gil_scoped_release>());
@@ -106,6 +113,20 @@ PYBIND11_MODULE(_core, m) {
          int64_t y_stride, int threads) {
         oats::sparse_low_rank_linear(pointer<const void>(packed), pointer<const void>(x), batch, x_stride,
                                      pointer<const void>(bias), pointer(y), y_stride, threads);
+      },
+      py::call_guard<py::gil_scoped_release>());
+
+  m.def(
+      "keep_largest_in_rows",
+      [](uintptr_t in, int64_t rows, int64_t columns, int64_t count, int value_bytes, uintptr_t out,
+         int threads) {
+        if (value_bytes == 4) {
+          oats::keep_largest_in_rows(pointer<const float>(in), rows, columns, count, pointer<float>(out),
+                                     threads);
+        } else {
+          oats::keep_largest_in_rows(pointer<const double>(in), rows, columns, count, pointer<double>(out),
+                                     threads);
+        }
       },
       py::call_guard<py::gil_scoped_release>());
 }

@@ -72,8 +72,16 @@ class OatsConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _require(_is_number(self.compression) and 0 <= self.compression < 1, "compression must be in [0, 1)", self.compression)
-        _require(_is_number(self.rank_ratio) and 0 <= self.rank_ratio <= 1, "rank_ratio must be in [0, 1]", self.rank_ratio)
+        _require(
+            _is_number(self.compression) and 0 <= self.compression < 1,
+            "compression must be in [0, 1)",
+            self.compression,
+        )
+        _require(
+            _is_number(self.rank_ratio) and 0 <= self.rank_ratio <= 1,
+            "rank_ratio must be in [0, 1]",
+            self.rank_ratio,
+        )
         _require(self.svd in DEFAULT_ITERATIONS, 'svd must be "fast" or "exact"', self.svd)
         _require(
             self.iterations is None or (isinstance(self.iterations, int) and self.iterations >= 1),
@@ -102,6 +110,11 @@ class OatsConfig:
     def resolved_momentum(self) -> float:
         """The momentum, with the default filled in."""
         return DEFAULT_MOMENTUM[self.svd] if self.momentum is None else self.momentum
+
+    def decompose_options(self) -> dict[str, Any]:
+        """The keyword arguments of :func:`oats.decompose`."""
+        names = ("compression", "rank_ratio", "pattern", "svd", "iterations", "momentum", "seed")
+        return {name: getattr(self, name) for name in names}
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain JSON values."""

@@ -10,7 +10,9 @@ namespace {
 constexpr const char* kNames[kIsaCount] = {"scalar", "avx2", "avx512", "avx512_bf16"};
 }
 
-const char* isa_name(Isa isa) { return kNames[static_cast<int>(isa)]; }
+const char* isa_name(Isa isa) {
+  return kNames[static_cast<int>(isa)];
+}
 
 bool parse_isa(const char* name, Isa* isa) {
   for (int i = 0; i < kIsaCount; ++i) {

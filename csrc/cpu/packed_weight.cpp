@@ -14,11 +14,19 @@ constexpr uint64_t kMagic = 0x31305354414f;  // "OATS01", little endian
 // Kernels load and prefetch past the last value of the last strip.
 constexpr uint64_t kTail = 128;
 
-uint64_t aligned(uint64_t bytes) { return (bytes + 63) / 64 * 64; }
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t mask_row_bytes(int64_t d_in) { return divide_up(d_in, 8); }
+uint64_t aligned(uint64_t bytes) {
+  return (bytes + 63) / 64 * 64;
+}
+int64_t divide_up(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+int64_t mask_row_bytes(int64_t d_in) {
+  return divide_up(d_in, 8);
+}
 
-bool bit(const uint8_t* row, int64_t i) { return row[i / 8] >> (i % 8) & 1; }
+bool bit(const uint8_t* row, int64_t i) {
+  return row[i / 8] >> (i % 8) & 1;
+}
 
 PackedHeader header_for(int64_t d_out, int64_t d_in, int64_t rank, int64_t nnz, Dtype dtype, Isa isa) {
   const StripLayout layout = strip_kernels(isa, dtype).layout;
@@ -195,8 +203,10 @@ void unpack(const void* packed, uint8_t* mask, void* values, void* low_rank_u, v
     auto* v = static_cast<Value*>(low_rank_v);
     const auto* u_from = reinterpret_cast<const Value*>(base + h.u_at);
     const auto* v_from = reinterpret_cast<const Value*>(base + h.v_at);
-    over_factor(h.layout, h.d_out, h.rank, [&](int64_t packed_at, int64_t plain) { u[plain] = u_from[packed_at]; });
-    over_factor(h.layout, h.rank, h.d_in, [&](int64_t packed_at, int64_t plain) { v[plain] = v_from[packed_at]; });
+    over_factor(h.layout, h.d_out, h.rank,
+                [&](int64_t packed_at, int64_t plain) { u[plain] = u_from[packed_at]; });
+    over_factor(h.layout, h.rank, h.d_in,
+                [&](int64_t packed_at, int64_t plain) { v[plain] = v_from[packed_at]; });
   });
 }
 

@@ -24,7 +24,8 @@ constexpr int64_t kBytesPerThread = 32 << 10;
 // Columns whose activations and sums are held at once; the weights are read again for each tile.
 constexpr int64_t kTileColumns = 256;
 
-// Strips that go through all columns of a tile before the next ones: with d_in = 4096 they are half of a 1 MB L2.
+// Strips that go through all columns of a tile before the next ones: with d_in = 4096 they are half of a 1 MB
+// L2.
 constexpr int64_t kStripsPerBlock = 8;
 
 // Kept between calls of the same thread up to this size.
@@ -51,7 +52,9 @@ struct Workspace {
   }
 };
 
-size_t aligned(size_t bytes) { return (bytes + 63) / 64 * 64; }
+size_t aligned(size_t bytes) {
+  return (bytes + 63) / 64 * 64;
+}
 
 // Columns of a tile that go through the kernels together.
 struct Chunk {
@@ -92,8 +95,8 @@ struct Tile {
     const int64_t value_bytes = static_cast<int64_t>(dtype_bytes(w->dtype));
     for (int64_t i = 0; i < chunks; ++i) {
       const Chunk c = chunk(i);
-      kernels->prepare(x + c.first * x_stride * value_bytes, x_stride, w->d_in, c.columns, c.padded, begin, end,
-                       activations + c.first * w->groups);
+      kernels->prepare(x + c.first * x_stride * value_bytes, x_stride, w->d_in, c.columns, c.padded, begin,
+                       end, activations + c.first * w->groups);
     }
   }
 

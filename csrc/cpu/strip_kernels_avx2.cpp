@@ -25,7 +25,9 @@ __m256 expand_lanes(__m256 packed, uint8_t mask) {
   return _mm256_andnot_ps(_mm256_castsi256_ps(_mm256_srai_epi32(index, 31)), lanes);
 }
 
-__m256 load_values(const float* values) { return _mm256_loadu_ps(values); }
+__m256 load_values(const float* values) {
+  return _mm256_loadu_ps(values);
+}
 
 __m256 load_values(const uint16_t* values) {
   const __m256i bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values)));

@@ -6,7 +6,9 @@
 namespace oats {
 namespace {
 
-__m512 load_values(const float* values) { return _mm512_loadu_ps(values); }
+__m512 load_values(const float* values) {
+  return _mm512_loadu_ps(values);
+}
 
 __m512 load_values(const uint16_t* values) {
   const __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(values)));
@@ -37,7 +39,8 @@ struct Avx512 : Stored {
 }  // namespace
 
 const StripKernels& strip_kernels_avx512(Dtype dtype) {
-  return dtype == Dtype::fp32 ? StripLoops<Avx512<Fp32Value>>::table() : StripLoops<Avx512<Bf16Value>>::table();
+  return dtype == Dtype::fp32 ? StripLoops<Avx512<Fp32Value>>::table()
+                              : StripLoops<Avx512<Bf16Value>>::table();
 }
 
 }  // namespace oats

@@ -46,7 +46,8 @@ struct Scalar : Stored {
 }  // namespace
 
 const StripKernels& strip_kernels_scalar(Dtype dtype) {
-  return dtype == Dtype::fp32 ? StripLoops<Scalar<Fp32Value>>::table() : StripLoops<Scalar<Bf16Value>>::table();
+  return dtype == Dtype::fp32 ? StripLoops<Scalar<Fp32Value>>::table()
+                              : StripLoops<Scalar<Bf16Value>>::table();
 }
 
 }  // namespace oats

@@ -16,7 +16,9 @@ namespace oats {
 
 enum class Dtype : uint32_t { fp32 = 0, bf16 = 1 };
 
-inline size_t dtype_bytes(Dtype dtype) { return dtype == Dtype::fp32 ? 4 : 2; }
+inline size_t dtype_bytes(Dtype dtype) {
+  return dtype == Dtype::fp32 ? 4 : 2;
+}
 
 // What a file holds: docs/format.md.
 struct CanonicalWeight {

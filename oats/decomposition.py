@@ -1,0 +1,280 @@
+"""The alternating decomposition of one matrix into sparse plus low-rank (OATS, arXiv 2409.13652)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from oats.budget import nnz_per_layer, nnz_per_row, rank_for
+from oats.config import OatsConfig, Pattern, parse_n_m
+from oats.errors import ConfigError, WeightError
+from oats.selection import keep_largest
+from oats.svd import OVERSAMPLING, WarmSubspace, exact_low_rank
+
+MOMENT_FLOOR = 1e-12
+"""The least second moment of a feature, as a share of the largest: unscaling a feature that was never active
+does not divide by zero."""
+
+PATIENCE = 8
+STALL = 1e-5
+"""The fast path stops when the best error fell by less than this share over `PATIENCE` alternations."""
+
+
+@dataclass(frozen=True, eq=False)
+class Decomposition:
+    """``W ≈ sparse + low_rank_u @ low_rank_v``.
+
+    `low_rank_u` has orthonormal columns, in decreasing order of their weight in the scaled layer, and
+    `low_rank_v` carries the magnitudes. So the entries of u are at most 1, and those of a column of v at most
+    about the norm of that column of W, whatever the scale of the second moments: neither leaves the range of
+    a 16-bit float, and u does not amplify a rounding error of ``v @ x``.
+
+    Attributes:
+        sparse: (d_out, d_in), zeros where nothing is kept.
+        low_rank_u: (d_out, rank).
+        low_rank_v: (rank, d_in).
+        relative_error: ``‖(W − S − UV) diag(√m)‖_F / ‖W diag(√m)‖_F``, before rounding to the weight's dtype;
+            0 for a weight of zeros.
+        iterations: alternations that were run.
+    """
+
+    sparse: Tensor = field(repr=False)
+    low_rank_u: Tensor = field(repr=False)
+    low_rank_v: Tensor = field(repr=False)
+    relative_error: float
+    iterations: int
+
+    @property
+    def d_out(self) -> int:
+        """Output features."""
+        return self.sparse.shape[0]
+
+    @property
+    def d_in(self) -> int:
+        """Input features."""
+        return self.sparse.shape[1]
+
+    @property
+    def rank(self) -> int:
+        """Rank of the low-rank part."""
+        return self.low_rank_u.shape[1]
+
+    @property
+    def nnz(self) -> int:
+        """Non-zeros of the sparse part; below the budget only where the residual itself has exact zeros."""
+        return int(torch.count_nonzero(self.sparse))
+
+    def to_dense(self) -> Tensor:
+        """The (d_out, d_in) matrix that the two parts stand for, summed in float32, in the weight's dtype."""
+        dense = torch.addmm(self.sparse.float(), self.low_rank_u.float(), self.low_rank_v.float())
+        return dense.to(self.sparse.dtype)
+
+
+def decompose(
+    weight: Tensor,
+    second_moment: Tensor,
+    *,
+    compression: float = 0.5,
+    rank_ratio: float = 0.25,
+    pattern: Pattern = "row",
+    svd: Literal["fast", "exact"] = "fast",
+    iterations: int | None = None,
+    momentum: float | None = None,
+    seed: int = 0,
+    name: str | None = None,
+) -> Decomposition:
+    """Decompose one weight into a sparse plus a low-rank matrix (arXiv 2409.13652, section 2).
+
+    On the scaled layer ``A = W diag(√m)`` it alternates between ``L``, the best rank-r approximation of
+    ``A − S``, and ``S``, the largest magnitudes of ``A − L``. It starts from ``S = 0`` and ends on ``S``; the
+    alternation with the lowest error is returned.
+
+    ``svd="exact"`` is the published algorithm: one full SVD in each of 80 alternations, in float64.
+    ``svd="fast"`` replaces the SVD by one pass of power iteration from the last subspace, and feeds it
+    ``S + momentum (S − S_previous)``, in float32; it stops early once the error stalls, and falls back on the
+    full SVD where the subspace would span the whole matrix.
+
+    Args:
+        weight: (d_out, d_in), any floating dtype, finite.
+        second_moment: (d_in,), ``Σ x_j²`` over the calibration tokens; finite, not negative. Its scale does
+            not matter; all zeros stand for all ones. The least is `MOMENT_FLOOR` times the largest.
+        compression: share of the parameters that is removed, in [0, 1).
+        rank_ratio: share of the kept parameters that goes to the low-rank part, in [0, 1].
+        pattern: ``"row"``, ``"layer"`` or ``"N:M"``.
+        svd: ``"fast"`` or ``"exact"``.
+        iterations: alternations at most; None means 40 for ``fast``, 80 for ``exact``. Where the
+            budget leaves one part empty, one alternation with the full SVD solves the problem.
+        momentum: extrapolation of the sparse part, in [0, 1); None means 0.9 for ``fast``, 0 for ``exact``.
+        seed: of the random start of ``fast``. The global random state is neither read nor changed.
+        name: of the layer, for error messages.
+
+    Returns:
+        The parts, contiguous, in the weight's dtype and on its device.
+
+    Raises:
+        ConfigError: a setting is out of range, the pattern and the compression contradict each other, or
+            d_in is not a multiple of M.
+        WeightError: the weight or the second moment has a wrong shape or dtype, NaN or infinity, or the
+            second moment has a negative value.
+
+    >>> weight = torch.randn(64, 96, generator=torch.Generator().manual_seed(0))
+    >>> result = decompose(weight, torch.ones(96), compression=0.5, rank_ratio=0.25)
+    >>> result.rank, result.nnz // 64
+    (4, 36)
+    >>> result.to_dense().shape
+    torch.Size([64, 96])
+    >>> result.relative_error < 0.4
+    True
+    """
+    config = OatsConfig(
+        compression=compression,
+        rank_ratio=rank_ratio,
+        pattern=pattern,
+        svd=svd,
+        iterations=iterations,
+        momentum=momentum,
+        seed=seed,
+    )
+    layer = name or "weight"
+    _check_weight(weight, layer)
+    _check_second_moment(second_moment, weight.shape[1], layer)
+    d_out, d_in = weight.shape
+    n_m = parse_n_m(config.pattern)
+    if n_m is not None and d_in % n_m[1]:
+        raise ConfigError(
+            f"{layer}: pattern {config.pattern} needs a multiple of {n_m[1]} inputs, and the layer has "
+            f'{d_in}; use pattern="row" or skip this layer'
+        )
+    rank = rank_for(d_out, d_in, config.compression, config.rank_ratio, config.pattern)
+    count = _count(d_out, d_in, config)
+
+    # Rounding decides which of two near-equal magnitudes stays, and the paths part from there: the published
+    # algorithm is reproduced in float64 only.
+    dtype = torch.float64 if config.svd == "exact" else torch.float32
+    root = _root_moment(second_moment.detach().to(weight.device))
+    scaled = weight.detach().to(dtype) * root.to(dtype)
+    # Largest magnitude 1, so that no sum of squares overflows or vanishes.
+    peak = float(scaled.abs().max()) or 1.0
+    scaled /= peak
+
+    u, v, error, done = _alternate(scaled, rank, count, config)
+    sparse = keep_largest(torch.addmm(scaled, u, v, alpha=-1), count, config.pattern)
+    unscale = peak / root
+    return Decomposition(
+        sparse=(sparse * unscale).to(weight.dtype).contiguous(),
+        low_rank_u=u.to(weight.dtype).contiguous(),
+        low_rank_v=(v * unscale).to(weight.dtype).contiguous(),
+        relative_error=error,
+        iterations=done,
+    )
+
+
+def _alternate(
+    scaled: Tensor, rank: int, count: int, config: OatsConfig
+) -> tuple[Tensor, Tensor, float, int]:
+    """The factors with the lowest relative error, that error, and the number of alternations run."""
+    d_out, d_in = scaled.shape
+    iterations = config.resolved_iterations
+    fast = config.svd == "fast"
+    if rank == 0 or count == 0:
+        iterations, fast = 1, False
+    approximate: Callable[[Tensor], tuple[Tensor, Tensor]]
+    if fast and rank + OVERSAMPLING < min(d_out, d_in):
+        approximate = WarmSubspace((d_out, d_in), rank, seed=config.seed, device=scaled.device).approximate
+    else:
+        approximate = partial(exact_low_rank, rank=rank)
+
+    norm = _norm(scaled) or 1.0
+    sparse = previous = torch.zeros_like(scaled)
+    best = scaled.new_zeros(d_out, rank), scaled.new_zeros(rank, d_in)
+    errors: list[float] = []
+    for _ in range(iterations):
+        u, v = approximate(scaled - torch.lerp(previous, sparse, 1 + config.resolved_momentum))
+        residual = torch.addmm(scaled, u, v, alpha=-1)
+        previous, sparse = sparse, keep_largest(residual, count, config.pattern)
+        errors.append(_norm(residual.sub_(sparse)) / norm)
+        # With momentum the error is not monotone.
+        if errors[-1] <= min(errors):
+            best = u, v
+        if fast and len(errors) > PATIENCE and min(errors) >= (1 - STALL) * min(errors[:-PATIENCE]):
+            break
+    return *best, min(errors), len(errors)
+
+
+def _count(d_out: int, d_in: int, config: OatsConfig) -> int:
+    """What `keep_largest` takes as its count."""
+    n_m = parse_n_m(config.pattern)
+    if n_m is not None:
+        return n_m[0]
+    budget = config.compression, config.rank_ratio
+    return nnz_per_layer(d_out, d_in, *budget) if config.pattern == "layer" else nnz_per_row(d_in, *budget)
+
+
+def _root_moment(second_moment: Tensor) -> Tensor:
+    """√m in float64, the largest scaled to 1."""
+    moment = second_moment.double()
+    largest = moment.max()
+    if largest == 0:
+        return torch.ones_like(moment)
+    return (moment / largest).clamp_min(MOMENT_FLOOR).sqrt()
+
+
+def _norm(matrix: Tensor) -> float:
+    return float(torch.linalg.vector_norm(matrix, dtype=torch.float64))
+
+
+def _check_weight(weight: Tensor, layer: str) -> None:
+    if not isinstance(weight, Tensor):
+        raise WeightError(f"{layer}: the weight must be a torch.Tensor, got {type(weight).__name__}")
+    if weight.is_meta or weight.layout != torch.strided:
+        raise WeightError(
+            f"{layer}: the weight must be a dense tensor that holds data, got layout {weight.layout} on "
+            f"{weight.device}; load or densify it first"
+        )
+    if weight.ndim != 2 or 0 in weight.shape:
+        raise WeightError(
+            f"{layer}: the weight must have shape (d_out, d_in) with both at least 1, got "
+            f"{tuple(weight.shape)}; reshape it or skip this layer"
+        )
+    if not weight.is_floating_point():
+        raise WeightError(
+            f"{layer}: the weight must have a floating dtype, got {weight.dtype}; "
+            f"dequantise or convert it first"
+        )
+    _check_all(torch.isfinite(weight.detach().float()), "weight", "NaN or infinite in float32", layer)
+
+
+def _check_second_moment(second_moment: Tensor, d_in: int, layer: str) -> None:
+    if not isinstance(second_moment, Tensor):
+        raise WeightError(
+            f"{layer}: second_moment must be a torch.Tensor, got {type(second_moment).__name__}"
+        )
+    if tuple(second_moment.shape) != (d_in,):
+        raise WeightError(
+            f"{layer}: second_moment must have shape ({d_in},), one value for each input of the weight, got "
+            f"{tuple(second_moment.shape)}; pass the sum of squares of each input over the calibration tokens"
+        )
+    if second_moment.is_complex() or second_moment.dtype == torch.bool or second_moment.is_meta:
+        raise WeightError(
+            f"{layer}: second_moment must hold real numbers, got {second_moment.dtype} on "
+            f"{second_moment.device}; pass the sum of squares of each input over the calibration tokens"
+        )
+    values = second_moment.detach()
+    _check_all(torch.isfinite(values), "second_moment", "NaN or infinite", layer)
+    _check_all(values >= 0, "second_moment", "negative", layer)
+
+
+def _check_all(good: Tensor, what: str, flaw: str, layer: str) -> None:
+    if bool(good.all()):
+        return
+    bad = (~good).nonzero()
+    remedy = "repair the checkpoint or skip this layer" if what == "weight" else "check the calibration data"
+    raise WeightError(
+        f"{layer}: {len(bad)} of the {good.numel()} values of the {what} are {flaw}, the first at "
+        f"{bad[0].tolist()}; {remedy}"
+    )

@@ -1,0 +1,314 @@
+"""`SparseLowRankLinear`: a drop-in for `torch.nn.Linear` whose weight is sparse plus low-rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from oats import format as fmt
+from oats import ops
+from oats.errors import ConfigError, FormatError
+
+if TYPE_CHECKING:
+    from oats.config import OatsConfig
+    from oats.decomposition import Decomposition
+
+_LINEAR = torch.ops.oats.sparse_low_rank_linear
+
+
+class SparseLowRankLinear(nn.Module):
+    """``y = S x + U (V x) + b``, in one fused kernel.
+
+    The weight has two forms. *Canonical* are the buffers ``mask``, ``values``, ``low_rank_u`` and
+    ``low_rank_v`` (docs/format.md): what a checkpoint holds. *Packed* is the layout of this
+    machine's kernels. :meth:`pack_` goes from the first to the second and drops the first, so that a
+    layer is held once; `state_dict`, `pickle` and `copy.deepcopy` always give the canonical form.
+
+    The constructor makes an uninitialised canonical layer for a checkpoint loader to fill in; to make
+    one from a weight use :meth:`from_linear` or :meth:`from_decomposition`.
+
+    Args:
+        in_features: d_in.
+        out_features: d_out.
+        rank: of the low-rank part.
+        nnz: number of values kept in the sparse part.
+        bias: whether there is a bias.
+        dtype: torch.bfloat16 or torch.float32, of values, factors, inputs and outputs; None means
+            torch's default dtype.
+        device: where the canonical buffers are made; "meta" makes none.
+
+    >>> from oats import OatsConfig
+    >>> layer = SparseLowRankLinear.from_linear(nn.Linear(64, 32), torch.ones(64), OatsConfig())
+    >>> layer(torch.zeros(2, 64)).shape
+    torch.Size([2, 32])
+    """
+
+    # None in the form that the layer is not in.
+    mask: Tensor | None
+    values: Tensor | None
+    low_rank_u: Tensor | None
+    low_rank_v: Tensor | None
+    packed: Tensor | None
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        nnz: int,
+        bias: bool = True,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """Make an uninitialised canonical layer."""
+        super().__init__()
+        dtype = _supported(dtype or torch.get_default_dtype())
+        self.in_features, self.out_features, self.rank, self.nnz = in_features, out_features, rank, nnz
+        self.register_buffer(
+            "mask", torch.empty(out_features, fmt.mask_columns(in_features), dtype=torch.uint8, device=device)
+        )
+        self.register_buffer("values", torch.empty(nnz, dtype=dtype, device=device))
+        self.register_buffer("low_rank_u", torch.empty(out_features, rank, dtype=dtype, device=device))
+        self.register_buffer("low_rank_v", torch.empty(rank, in_features, dtype=dtype, device=device))
+        self.register_buffer("packed", None, persistent=False)
+        self.register_parameter(
+            "bias",
+            nn.Parameter(torch.empty(out_features, dtype=dtype, device=device), requires_grad=False)
+            if bias
+            else None,
+        )
+
+    @classmethod
+    def from_canonical(
+        cls, tensors: Mapping[str, Tensor], in_features: int, bias: Tensor | None = None, name: str = "layer"
+    ) -> SparseLowRankLinear:
+        """Make a packed layer from the tensors of :mod:`oats.format`.
+
+        Args:
+            tensors: ``mask``, ``values``, ``low_rank_u`` and ``low_rank_v``.
+            in_features: d_in, which the mask alone does not tell.
+            bias: (d_out,) or None.
+            name: of the layer, for error messages.
+
+        Raises:
+            FormatError: the tensors disagree.
+        """
+        mask, values = tensors["mask"], tensors["values"]
+        layer = cls(
+            in_features,
+            mask.shape[0],
+            tensors["low_rank_v"].shape[0],
+            values.numel(),
+            bias=bias is not None,
+            dtype=values.dtype,
+            device="meta",
+        )
+        for tensor_name in fmt.TENSORS:
+            setattr(layer, tensor_name, tensors[tensor_name])
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.detach().to(values.dtype), requires_grad=False)
+        return layer.pack_(name)
+
+    @classmethod
+    def from_decomposition(
+        cls, decomposition: Decomposition, bias: Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> SparseLowRankLinear:
+        """Make a packed layer from ``W ≈ S + U V``.
+
+        Args:
+            decomposition: from :func:`oats.decompose`.
+            bias: (d_out,) or None.
+            dtype: torch.bfloat16 or torch.float32; None means the decomposition's own (bf16 for fp16).
+
+        Raises:
+            ConfigError: the dtype is another one.
+        """
+        dtype = _supported(dtype or fmt.storage_dtype(decomposition.sparse.dtype))
+        mask, values = fmt.encode(decomposition.sparse)
+        tensors = {
+            "mask": mask,
+            "values": values.to(dtype),
+            "low_rank_u": decomposition.low_rank_u.to(dtype),
+            "low_rank_v": decomposition.low_rank_v.to(dtype),
+        }
+        return cls.from_canonical(tensors, decomposition.sparse.shape[1], bias)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, second_moment: Tensor, config: OatsConfig) -> SparseLowRankLinear:
+        """Decompose and pack the weight of `linear`.
+
+        Args:
+            linear: (d_in → d_out); left as it is.
+            second_moment: (d_in,), the sum or mean over tokens of x_j².
+            config: the compression's settings.
+
+        Raises:
+            WeightError: the weight or the moments cannot be used.
+            ConfigError: the settings cannot be met for this shape.
+        """
+        from oats.decomposition import decompose
+
+        decomposition = decompose(linear.weight, second_moment, **config.decompose_options())
+        dtype = None if config.dtype is None else fmt.DTYPES[config.dtype]
+        return cls.from_decomposition(decomposition, linear.bias, dtype)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the stored values, the inputs and the outputs."""
+        return self._dtype if self.values is None else self.values.dtype
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense ``S + U V``, (d_out, d_in). Computed at each access: for inspection, not for speed."""
+        return self.to_dense()
+
+    def to_dense(self) -> Tensor:
+        """The dense ``S + U V``, (d_out, d_in) in the layer's dtype, summed in fp32."""
+        if self.packed is None:
+            self.pack_()
+        assert self.packed is not None
+        dense: Tensor = ops.to_dense(self.packed, self.out_features, self.in_features, self.dtype)
+        return dense
+
+    def canonical(self) -> dict[str, Tensor]:
+        """The tensors of :mod:`oats.format`; computed where the layer is packed."""
+        if self.packed is not None:
+            return dict(zip(fmt.TENSORS, ops.unpack(self.packed), strict=True))
+        return {name: getattr(self, name) for name in fmt.TENSORS}
+
+    def pack_(self, name: str = "layer") -> SparseLowRankLinear:
+        """Check the canonical tensors, lay them out for this machine, and drop them.
+
+        Args:
+            name: of the layer, for error messages.
+
+        Raises:
+            FormatError: the tensors disagree with each other or with the layer's shape.
+        """
+        if self.packed is not None:
+            return self
+        tensors = self.canonical()
+        if any(tensor.device.type != "cpu" for tensor in tensors.values()):
+            raise FormatError(
+                f"{name}: the weight is on {tensors['values'].device}; kernels exist for the CPU only, "
+                'load or move the model with device "cpu"'
+            )
+        fmt.validate(name, self.out_features, self.in_features, **tensors)
+        if tensors["low_rank_v"].shape[0] != self.rank or tensors["values"].numel() != self.nnz:
+            raise FormatError(
+                f"{name}: rank {tensors['low_rank_v'].shape[0]} and {tensors['values'].numel()} values, expected "
+                f"rank {self.rank} and {self.nnz}; the checkpoint does not match its config"
+            )
+        self._dtype = tensors["values"].dtype
+        self.packed = ops.pack(*tensors.values())
+        for tensor_name in fmt.TENSORS:
+            setattr(self, tensor_name, None)
+        return self
+
+    def _unpack_(self) -> None:
+        if self.packed is not None:
+            for name, tensor in self.canonical().items():
+                setattr(self, name, tensor)
+            self.packed = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute ``S x + U (V x) + b``.
+
+        Args:
+            x: (…, in_features), the layer's dtype, on the CPU.
+
+        Returns:
+            (…, out_features), the layer's dtype.
+
+        Raises:
+            ValueError: `x` has another size, dtype or device.
+        """
+        bias, packed = self.bias, self.packed
+        if packed is None:
+            packed = self.pack_().packed
+            assert packed is not None
+        if x.dtype is not self.dtype or x.dim() == 0 or x.shape[-1] != self.in_features or not x.is_cpu:
+            self._reject(x)
+        # Anything but plain inference goes through the operator, which autograd and the compiler know.
+        if (
+            torch.compiler.is_compiling()
+            or type(x) is not Tensor
+            or (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
+        ):
+            return _LINEAR(x, packed, bias, self.out_features)  # type: ignore[no-any-return]
+        return ops.linear(x, packed, bias, self.out_features)
+
+    def _reject(self, x: Tensor) -> None:
+        if x.device.type == "meta":
+            return
+        if not x.is_cpu:
+            raise ValueError(
+                f"input is on {x.device}; this layer runs on the CPU only, move the input with x.cpu()"
+            )
+        if x.dtype != self.dtype:
+            raise ValueError(
+                f"input is {x.dtype} but the layer is {self.dtype}; convert one with .to(), "
+                f"e.g. x.to({self.dtype})"
+            )
+        raise ValueError(f"input has shape {tuple(x.shape)}, expected (..., {self.in_features})")
+
+    def extra_repr(self) -> str:
+        """Shape, rank, density, dtype and the instruction set in use."""
+        elements = max(self.in_features * self.out_features, 1)
+        stored = self.nnz + self.rank * (self.in_features + self.out_features)
+        isa = "unpacked" if self.packed is None else ops.packed_isa(self.packed)
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"rank={self.rank}, density={self.nnz / elements:.3f}, compression={1 - stored / elements:.3f}, "
+            f"dtype={str(self.dtype).removeprefix('torch.')}, isa={isa}"
+        )
+
+    # What follows keeps the packed form out of everything that leaves the process.
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.packed is not None:
+            destination.update({prefix + name: tensor for name, tensor in self.canonical().items()})
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        self._unpack_()
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if self.values is not None and self.values.device.type == "cpu":
+            self.pack_(prefix.removesuffix(".") or "layer")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLowRankLinear:
+        if self.packed is None:
+            return super()._apply(fn, recurse)  # type: ignore[no-any-return, no-untyped-call]
+        # What would `fn` make of a value? A new dtype or device needs the canonical form.
+        probe = fn(torch.empty(0, dtype=self.dtype))
+        if probe.dtype == self.dtype and probe.device.type == "cpu":
+            return super()._apply(fn, recurse)  # type: ignore[no-any-return, no-untyped-call]
+        _supported(probe.dtype)
+        self._unpack_()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self.pack_() if probe.device.type == "cpu" else self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The state with canonical tensors, which another machine can read."""
+        state = self.__dict__.copy()
+        if self.packed is not None:
+            state["_buffers"] = {**self._buffers, **self.canonical(), "packed": None}
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore, and pack for this machine."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if self.values is not None and self.values.device.type == "cpu":
+            self.pack_()
+
+
+def _supported(dtype: torch.dtype) -> torch.dtype:
+    if dtype not in fmt.DTYPES.values():
+        raise ConfigError(
+            f"a sparse plus low-rank layer cannot be {dtype}; choose torch.bfloat16 or torch.float32"
+        )
+    return dtype

@@ -1,0 +1,212 @@
+"""The C++ kernels as torch operators.
+
+``torch.ops.oats.sparse_low_rank_linear`` is what `torch.compile`, `torch.export` and autograd see;
+:func:`linear` is the same product with as few Python steps as it can have, for eager inference.
+"""
+
+from __future__ import annotations
+
+# torch first: it loads the OpenMP runtime whose threads the core then shares.
+import torch
+from torch import Tensor
+
+from oats import _core
+from oats.errors import FormatError
+
+_VALUE_BYTES = {torch.float32: 4, torch.bfloat16: 2}
+_DTYPES = {bytes_: dtype for dtype, bytes_ in _VALUE_BYTES.items()}
+# The packed layout is read with aligned loads of one cache line.
+_ALIGNMENT = 64
+
+
+def active_isa() -> str:
+    """The instruction set that new weights are packed for: the best one, or what ``OATS_ISA`` allows."""
+    return _core.active_isa()
+
+
+def available_isas() -> list[str]:
+    """The instruction sets that this machine supports, from the most general to the best.
+
+    >>> available_isas()[0]
+    'scalar'
+    """
+    names = _core.isa_names()
+    return names[: names.index(_core.best_isa()) + 1]
+
+
+def mask_population(mask: Tensor, d_in: int) -> int:
+    """Number of kept values of a mask (uint8, (d_out, ceil(d_in / 8))); -1 where a padding bit is set."""
+    mask = mask.contiguous()
+    return _core.mask_population(mask.data_ptr(), mask.shape[0], d_in)
+
+
+def pack(
+    mask: Tensor, values: Tensor, low_rank_u: Tensor, low_rank_v: Tensor, *, isa: str | None = None
+) -> Tensor:
+    """Lay a layer out for the kernels of one instruction set.
+
+    The tensors are those of :mod:`oats.format`, already validated there.
+
+    Args:
+        isa: a name from :func:`available_isas`; None means :func:`active_isa`.
+
+    Returns:
+        uint8 (n,), opaque: it depends on the instruction set and is never saved.
+    """
+    isa = active_isa() if isa is None else isa
+    rank, d_in = low_rank_v.shape
+    sizes = (mask.shape[0], d_in, rank, values.numel(), _VALUE_BYTES[values.dtype])
+    packed = _aligned(_core.packed_bytes(*sizes, isa))
+    mask, values, u, v = (t.contiguous() for t in (mask, values, low_rank_u, low_rank_v))
+    _core.pack(*sizes, mask.data_ptr(), values.data_ptr(), u.data_ptr(), v.data_ptr(), isa, packed.data_ptr())
+    return packed
+
+
+def unpack(packed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The inverse of :func:`pack`: mask, values, low_rank_u, low_rank_v.
+
+    Raises:
+        FormatError: `packed` was not made by :func:`pack`, or for another kind of CPU.
+    """
+    h = _header(packed)
+    dtype = _DTYPES[h["value_bytes"]]
+    mask = torch.empty(h["d_out"], (h["d_in"] + 7) // 8, dtype=torch.uint8)
+    values = torch.empty(h["nnz"], dtype=dtype)
+    low_rank_u = torch.empty(h["d_out"], h["rank"], dtype=dtype)
+    low_rank_v = torch.empty(h["rank"], h["d_in"], dtype=dtype)
+    _core.unpack(
+        packed.data_ptr(), mask.data_ptr(), values.data_ptr(), low_rank_u.data_ptr(), low_rank_v.data_ptr()
+    )
+    return mask, values, low_rank_u, low_rank_v
+
+
+def packed_isa(packed: Tensor) -> str:
+    """The instruction set that a packed weight was laid out for."""
+    return str(_header(packed)["isa"])
+
+
+def linear(x: Tensor, packed: Tensor, bias: Tensor | None, d_out: int) -> Tensor:
+    """``y = S x + U (V x) + b`` without checks or autograd.
+
+    The caller answers for the arguments: `packed` is from :func:`pack` on this machine, `x` (…, d_in)
+    and `bias` (d_out,) are on the CPU and have its dtype.
+    """
+    shape = x.shape
+    rows = x if x.dim() == 2 else x.reshape(-1, shape[-1])
+    if rows.stride(1) != 1 and rows.shape[1] != 1:
+        rows = rows.contiguous()
+    y = x.new_empty((*shape[:-1], d_out))
+    _core.sparse_low_rank_linear(
+        packed.data_ptr(),
+        rows.data_ptr(),
+        rows.shape[0],
+        rows.stride(0),
+        0 if bias is None else bias.data_ptr(),
+        y.data_ptr(),
+        d_out,
+        torch.get_num_threads(),
+    )
+    return y
+
+
+@torch.library.custom_op("oats::sparse_low_rank_linear", mutates_args=(), device_types="cpu")
+def sparse_low_rank_linear(x: Tensor, packed: Tensor, bias: Tensor | None, d_out: int) -> Tensor:
+    """``y = S x + U (V x) + b``, the operator.
+
+    Args:
+        x: (…, d_in), the dtype of the packed weight.
+        packed: from :func:`pack`.
+        bias: (d_out,), the dtype of the packed weight, or None.
+        d_out: number of outputs.
+
+    Raises:
+        FormatError: `packed` was not made by :func:`pack`, or for another kind of CPU.
+        ValueError: `x`, `bias` or `d_out` does not fit it.
+    """
+    h = _header(packed)
+    dtype = _DTYPES[h["value_bytes"]]
+    if x.dim() == 0 or x.shape[-1] != h["d_in"] or x.dtype != dtype:
+        raise ValueError(f"x is {x.dtype} {tuple(x.shape)}, expected {dtype} (..., {h['d_in']})")
+    if d_out != h["d_out"]:
+        raise ValueError(f"d_out is {d_out}, but the packed weight has {h['d_out']} outputs")
+    if bias is not None:
+        if bias.shape != (d_out,) or bias.dtype != dtype:
+            raise ValueError(f"bias is {bias.dtype} {tuple(bias.shape)}, expected {dtype} ({d_out},)")
+        bias = bias.contiguous()
+    return linear(x, packed, bias, d_out)
+
+
+@sparse_low_rank_linear.register_fake
+def _(x: Tensor, packed: Tensor, bias: Tensor | None, d_out: int) -> Tensor:
+    return x.new_empty((*x.shape[:-1], d_out))
+
+
+@torch.library.custom_op("oats::to_dense", mutates_args=(), device_types="cpu")
+def to_dense(packed: Tensor, d_out: int, d_in: int, dtype: torch.dtype) -> Tensor:
+    """``S + U V`` of a packed weight, (d_out, d_in) in `dtype`, summed in fp32."""
+    from oats.format import decode
+
+    mask, values, low_rank_u, low_rank_v = unpack(packed)
+    return (decode(mask, values.float(), d_in) + low_rank_u.float() @ low_rank_v.float()).to(dtype)
+
+
+@to_dense.register_fake
+def _(packed: Tensor, d_out: int, d_in: int, dtype: torch.dtype) -> Tensor:
+    return packed.new_empty((d_out, d_in), dtype=dtype)
+
+
+def keep_largest_in_rows(rows: Tensor, count: int) -> Tensor:
+    """Zero all but the `count` entries of largest magnitude in each row.
+
+    Args:
+        rows: (n, columns), float32 or float64 on the CPU, finite.
+        count: at least 0; of equal magnitudes the lowest column is kept.
+
+    Returns:
+        A new tensor of the same shape and dtype.
+    """
+    rows = rows.contiguous()
+    kept = torch.empty_like(rows)
+    number, columns = rows.shape
+    _core.keep_largest_in_rows(
+        rows.data_ptr(), number, columns, count, rows.element_size(), kept.data_ptr(), torch.get_num_threads()
+    )
+    return kept
+
+
+def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:  # type: ignore[type-arg]
+    x, packed, bias, d_out = inputs
+    ctx.save_for_backward(packed)
+    ctx.d_out, ctx.d_in, ctx.has_bias = d_out, x.shape[-1], bias is not None  # type: ignore[attr-defined]
+
+
+def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (packed,) = ctx.saved_tensors  # type: ignore[attr-defined]
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:  # type: ignore[attr-defined]
+        grad_x = grad @ to_dense(packed, ctx.d_out, ctx.d_in, grad.dtype)  # type: ignore[attr-defined]
+    if ctx.has_bias and ctx.needs_input_grad[2]:  # type: ignore[attr-defined]
+        grad_bias = grad.reshape(-1, ctx.d_out).sum(0)  # type: ignore[attr-defined]
+    return grad_x, None, grad_bias, None
+
+
+# The packed weight is fixed: gradients reach the input and the bias.
+sparse_low_rank_linear.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _aligned(size: int) -> Tensor:
+    """uint8 (size,), at a multiple of a cache line whatever the allocator does."""
+    packed = torch.empty(size, dtype=torch.uint8)
+    if packed.data_ptr() % _ALIGNMENT == 0:
+        return packed
+    spare = torch.empty(size + _ALIGNMENT, dtype=torch.uint8)
+    return spare[-spare.data_ptr() % _ALIGNMENT :][:size]
+
+
+def _header(packed: Tensor) -> dict[str, int]:
+    if packed.dtype != torch.uint8 or packed.dim() != 1 or packed.device.type != "cpu":
+        raise FormatError("a packed weight is a 1-D uint8 tensor on the CPU, as oats.ops.pack makes it")
+    try:
+        return dict(_core.packed_header(packed.data_ptr(), packed.numel()))
+    except ValueError as error:
+        raise FormatError(f"{error}; pack the weight again on this machine") from error

@@ -1,0 +1,32 @@
+"""Which entries of a matrix the sparse part keeps: the largest magnitudes under a pattern."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from oats import ops
+from oats.config import Pattern, parse_n_m
+
+
+def keep_largest(residual: Tensor, count: int, pattern: Pattern = "row") -> Tensor:
+    """Zero all but the entries of largest magnitude; of equal magnitudes the lowest column index is kept.
+
+    Args:
+        residual: (d_out, d_in), float32 or float64, finite, contiguous.
+        count: how many stay, in each row for ``"row"``, in the matrix for ``"layer"``; an N:M
+            pattern says it itself, and `count` is not used.
+        pattern: ``"row"``, ``"layer"`` or ``"N:M"`` with d_in a multiple of M.
+
+    Returns:
+        A new tensor of the same shape and dtype.
+
+    >>> keep_largest(torch.tensor([[1.0, -3.0, 2.0, -2.0]]), 2)
+    tensor([[ 0., -3.,  2.,  0.]])
+    """
+    n_m = parse_n_m(pattern)
+    if n_m is not None:
+        return ops.keep_largest_in_rows(residual.view(-1, n_m[1]), n_m[0]).view_as(residual)
+    if pattern == "layer":
+        return ops.keep_largest_in_rows(residual.view(1, -1), count).view_as(residual)
+    return ops.keep_largest_in_rows(residual, count)

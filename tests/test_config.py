@@ -1,0 +1,63 @@
+import json
+
+import pytest
+
+from oats.config import OatsConfig, parse_n_m
+from oats.errors import ConfigError, OatsError
+
+
+def test_defaults_are_the_papers_budget_on_the_fast_path():
+    config = OatsConfig()
+    assert (config.compression, config.rank_ratio, config.pattern, config.svd) == (0.5, 0.25, "row", "fast")
+    assert (config.resolved_iterations, config.resolved_momentum) == (40, 0.9)
+
+
+def test_exact_defaults_are_the_papers():
+    config = OatsConfig(svd="exact")
+    assert (config.resolved_iterations, config.resolved_momentum) == (80, 0.0)
+
+
+def test_explicit_values_win_over_defaults():
+    config = OatsConfig(iterations=7, momentum=0)
+    assert (config.resolved_iterations, config.resolved_momentum) == (7, 0)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        *[("compression", v) for v in (-0.1, 1, 1.5, float("nan"), float("inf"), "0.5", None, True)],
+        *[("rank_ratio", v) for v in (-0.1, 1.01, float("nan"), "0.25", None)],
+        *[("pattern", v) for v in ("rows", "4:2", "0:4", "2:4:8", "", None, 2)],
+        *[("svd", v) for v in ("full", "", None)],
+        *[("iterations", v) for v in (0, -1, 2.5, "40")],
+        *[("momentum", v) for v in (-0.1, 1, float("nan"), "0.9")],
+        *[("dtype", v) for v in ("fp16", "float32", "")],
+    ],
+)
+def test_bad_settings_are_named_with_the_value(setting, value):
+    with pytest.raises(ConfigError) as caught:
+        OatsConfig(**{setting: value})
+    assert str(caught.value).startswith(f"{setting} must be")
+    assert str(caught.value).endswith(f"got {value!r}")
+
+
+@pytest.mark.parametrize("pattern", ["row", "layer", "1:1", "2:4", "16:32"])
+def test_patterns(pattern):
+    assert OatsConfig(pattern=pattern).pattern == pattern
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"), [("2:4", (2, 4)), ("row", None), (" 2:4", None), ("2:4 ", None), ("-2:4", None)]
+)
+def test_parse_n_m(pattern, expected):
+    assert parse_n_m(pattern) == expected
+
+
+def test_to_dict_is_json_and_rebuilds_the_config():
+    config = OatsConfig(compression=0.4, skip=["*.down_proj"], pattern="2:4", seed=3)
+    assert config.skip == ("*.down_proj",)
+    assert OatsConfig(**json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_config_errors_are_value_errors():
+    assert issubclass(ConfigError, ValueError) and issubclass(ConfigError, OatsError)
