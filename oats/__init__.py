@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from oats._autoload import register
+
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
@@ -23,6 +25,9 @@ if TYPE_CHECKING:
     from oats.errors import UnsupportedModelError as UnsupportedModelError
     from oats.errors import WeightError as WeightError
     from oats.nn import SparseLowRankLinear as SparseLowRankLinear
+
+# torch's entry points may be turned off (TORCH_DEVICE_BACKEND_AUTOLOAD=0); whoever imports oats wants its format.
+register()
 
 _HOME = {
     "compress_": "oats.compress",

@@ -37,7 +37,7 @@ def as_batches(model: nn.Module, calibration: Calibration) -> list[dict[str, Ten
         raise CalibrationError(
             "calibration is text; pass token ids, e.g. tokenizer(text, return_tensors='pt').input_ids"
         )
-    name = getattr(model, "main_input_name", "input_ids")
+    name = getattr(model, "main_input_name", "input")
     items: Iterable[Tensor | Mapping[str, Tensor]] = calibration
     if isinstance(calibration, Tensor):
         if calibration.dim() < 2:

@@ -105,7 +105,7 @@ def compress_(
     _check_before_start(linears, config)
 
     dtype = DTYPES[config.dtype] if config.dtype else storage_dtype(_dtype_of(model))
-    nn.Module.to(model, dtype)
+    _convert(model, dtype)
     runner = BlockRunner(model, list(block_list), batches)
     with _evaluating(model):
         done = 0
@@ -193,6 +193,18 @@ def _compress_layer(
 
 def _dtype_of(model: nn.Module) -> torch.dtype:
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+def _convert(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast what a checkpoint holds. What it does not hold (such as rotary frequencies) keeps its precision, as it
+    does in a model that is loaded in `dtype`."""
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_floating_point() and name not in module._non_persistent_buffers_set:
+                setattr(module, name, buffer.to(dtype))
 
 
 def _why(report: CompressionReport) -> str:

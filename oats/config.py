@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from oats.errors import ConfigError
 
@@ -70,6 +70,8 @@ class OatsConfig:
     dtype: Literal["bf16", "fp32"] | None = None
     skip: tuple[str, ...] = ()
     seed: int = 0
+    # transformers reads it from whatever is passed as `quantization_config`.
+    quant_method: ClassVar[str] = "oats"
 
     def __post_init__(self) -> None:
         _require(

@@ -3,7 +3,7 @@ from fractions import Fraction
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import budget
+from tests.reference import budget
 
 from oats.budget import nnz_per_layer, nnz_per_row, rank_for
 from oats.errors import ConfigError

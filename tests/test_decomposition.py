@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-import reference
+from tests import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from reference import truncated_svd
+from tests.reference import truncated_svd
 
 from oats.svd import OVERSAMPLING, WarmSubspace, exact_low_rank
 

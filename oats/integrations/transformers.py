@@ -1,0 +1,415 @@
+"""OATS checkpoints in transformers: ``save_pretrained`` and ``from_pretrained``.
+
+Importing this module registers the quantization method ``"oats"`` with transformers; where torch's
+entry points are on, that happens by itself (:mod:`oats._autoload`). A compressed model is then saved and
+loaded like any other, and its dense weights are never built.
+
+Where this package is not installed, transformers does not know the method: it logs ``Unknown
+quantization type, got oats … we will skip the quantization`` and builds dense layers, which it would fill
+with random values. To make that fail, a checkpoint also holds one *marker*: a one-element tensor under the
+name that the dense weight of a compressed layer would have. transformers refuses a tensor of the wrong shape,
+so that ``from_pretrained`` raises instead of returning a random model (unless
+``ignore_mismatched_sizes=True`` asks for that). With this package, the marker is ignored.
+
+On loading:
+
+- ``dtype=torch.float32`` and ``torch.bfloat16`` work, whatever was stored; the values are cast.
+- the device is the CPU; ``device_map="auto"`` means the CPU.
+- every file's header is checked against ``config.json`` before a tensor is read, and every mask
+  against its values after: a checkpoint that disagrees with itself raises
+  :class:`~oats.errors.FormatError`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers.quantizers import auto
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+import oats
+from oats import format as fmt
+from oats.config import OatsConfig
+from oats.errors import ConfigError, FormatError
+from oats.nn import SparseLowRankLinear
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+QUANT_METHOD = "oats"
+"""``quantization_config.quant_method`` in config.json."""
+
+_SETTINGS = frozenset(field.name for field in fields(OatsConfig))
+_DTYPE_NAMES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "U8": torch.uint8}
+_RETRY = "download the checkpoint or compress the model again"
+
+
+@dataclass(kw_only=True, repr=False)
+class OatsQuantizationConfig(QuantizationConfigMixin):
+    """What ``config.json`` says about a compressed model.
+
+    Args:
+        settings: of the compression run.
+        layers: name of each compressed layer → its ``rank`` and ``nnz``.
+        format_version: of the tensors on disk.
+    """
+
+    settings: OatsConfig
+    layers: dict[str, dict[str, int]]
+    format_version: int = fmt.FORMAT_VERSION
+    quant_method: str = QUANT_METHOD  # type: ignore[assignment]  # an enum of the methods transformers has
+
+    @classmethod
+    def from_dict(
+        cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> OatsQuantizationConfig | tuple[OatsQuantizationConfig, dict[str, Any]]:
+        """Read ``quantization_config`` of a ``config.json``.
+
+        Raises:
+            FormatError: another format version, a key that is unknown or missing, or a bad value.
+        """
+        given = dict(config_dict)
+        given.pop("quant_method", None)
+        version = given.pop("format_version", None)
+        if type(version) is not int or version != fmt.FORMAT_VERSION:
+            raise FormatError(
+                f"config.json: quantization_config.format_version is {version!r}, but oats-torch "
+                f"{oats.__version__} reads version {fmt.FORMAT_VERSION} only; for a newer version upgrade "
+                "with `pip install -U oats-torch`"
+            )
+        expected = _SETTINGS | {"layers"}
+        for problem, keys in (("unknown", given.keys() - expected), ("missing", expected - given.keys())):
+            if keys:
+                raise FormatError(
+                    f"config.json: quantization_config has {problem} keys {sorted(keys)}; the file was "
+                    f"edited or damaged, {_RETRY}"
+                )
+        layers = given.pop("layers")
+        _check_layer_table(layers)
+        try:
+            settings = OatsConfig(**given)
+        except (ConfigError, TypeError) as error:
+            raise FormatError(f"config.json: quantization_config: {error}") from error
+        config = cls(settings=settings, layers=layers)
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain JSON values."""
+        return {
+            "quant_method": self.quant_method,
+            "format_version": self.format_version,
+            **self.settings.to_dict(),
+            "layers": {name: dict(sizes) for name, sizes in self.layers.items()},
+        }
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        """Items of :meth:`to_dict`, so that ``dict(config)`` works."""
+        yield from self.to_dict().items()
+
+
+class OatsQuantizer(HfQuantizer):
+    """Loads and saves models with :class:`~oats.nn.SparseLowRankLinear` layers; called by transformers.
+
+    Raises:
+        ConfigError: a dense model is to be compressed while it is loaded.
+    """
+
+    quantization_config: OatsQuantizationConfig
+
+    def __init__(self, quantization_config: OatsQuantizationConfig, **kwargs: Any) -> None:
+        """Take the configuration of a checkpoint, or of a model that has been compressed."""
+        super().__init__(quantization_config, **kwargs)
+        if not self.pre_quantized:
+            raise ConfigError(
+                "from_pretrained(quantization_config=…) of a dense model: compressing while loading is not "
+                "supported; run `oats compress MODEL OUTPUT`, or load the model and call oats.compress_"
+            )
+        # Layer name in the model that is being loaded → where it was found, for error messages.
+        self._origin: dict[str, str] = {}
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Refuse devices other than the CPU.
+
+        Raises:
+            ConfigError: `device_map` names another device, or the disk.
+        """
+        if not isinstance(device_map, dict):
+            return
+        elsewhere = sorted({str(d) for d in device_map.values() if str(d) != "cpu"})
+        if elsewhere:
+            raise ConfigError(
+                f"device_map places layers on {', '.join(elsewhere)}; OATS models run on the CPU only for "
+                'now, load with device_map="cpu" or without device_map'
+            )
+
+    def update_device_map(self, device_map: Any) -> Any:
+        """``"auto"`` and its like mean the CPU."""
+        return {"": torch.device("cpu")} if isinstance(device_map, str) else device_map
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Refuse dtypes without a kernel.
+
+        Raises:
+            ConfigError: `dtype` is neither float32 nor bfloat16.
+        """
+        if dtype not in fmt.DTYPES.values():
+            raise ConfigError(
+                f"an OATS model cannot be loaded as {dtype}; pass dtype=torch.bfloat16 or "
+                "dtype=torch.float32 to from_pretrained"
+            )
+        return dtype
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        layers: dict[str, SparseLowRankLinear] = {}
+        markers = set()
+        for saved_name, sizes in self.quantization_config.layers.items():
+            name, linear = _find_linear(model, saved_name)
+            markers |= {f"{re.escape(known)}\\.weight$" for known in (saved_name, name)}
+            layers[name] = SparseLowRankLinear(
+                linear.in_features,
+                linear.out_features,
+                sizes["rank"],
+                sizes["nnz"],
+                bias=linear.bias is not None,
+                dtype=linear.weight.dtype,
+                device="meta",
+            )
+        for name, layer in layers.items():
+            model.set_submodule(name, layer)
+        ignored = model._keys_to_ignore_on_load_unexpected or ()
+        model._keys_to_ignore_on_load_unexpected = {*ignored, *markers}
+        self._origin = _check_headers(model, layers, checkpoint_files)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        for name, layer in _layers(model).items():
+            layer.pack_(f"{self._origin[name]}: {name}")
+            if layer.bias is not None:
+                layer.bias.requires_grad_(False)  # transformers turns it on
+        return model
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        for name, layer in _layers(model).items():
+            linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+            linear.weight = nn.Parameter(layer.to_dense().to(dtype or layer.dtype))
+            if layer.bias is not None:
+                linear.bias = nn.Parameter(layer.bias.detach().to(linear.weight.dtype))
+            model.set_submodule(name, linear)
+        return model
+
+    def get_state_dict_and_metadata(
+        self, model: PreTrainedModel
+    ) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
+        """What ``save_pretrained`` writes; brings ``layers`` of the configuration up to date first."""
+        if getattr(model, "_hf_peft_config_loaded", False):
+            return None, {}  # only the adapters are saved
+        self.quantization_config.layers = _layer_table(model)
+        model.config.quantization_config = self.quantization_config
+        state_dict: dict[str, Tensor] = model.state_dict()
+        marker = torch.zeros(1, dtype=torch.uint8)
+        for name in self.quantization_config.layers:
+            key = f"{name}.weight"
+            if _saved_as_it_is(model, key, marker):
+                state_dict[key] = marker
+                break
+        return state_dict, {}
+
+    def is_serializable(self) -> bool:
+        """Whether ``save_pretrained`` works."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Whether adapters can be trained: gradients pass through the layers, the layers stay as they are."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether ``torch.compile`` takes the model."""
+        return True
+
+
+def attach(model: Any, config: OatsConfig) -> None:
+    """Make ``save_pretrained`` write the OATS format.
+
+    A quantizer that the model was loaded with (GGUF) is replaced: its layers are gone.
+
+    Args:
+        model: a ``PreTrainedModel`` with its linear layers replaced.
+        config: the settings they were compressed with.
+    """
+    quantizer = OatsQuantizer(OatsQuantizationConfig(settings=config, layers=_layer_table(model)))
+    model.hf_quantizer = quantizer
+    model.is_quantized = True
+    model.quantization_method = QUANT_METHOD
+    model.config.quantization_config = quantizer.quantization_config
+
+
+def _layers(model: nn.Module) -> dict[str, SparseLowRankLinear]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, SparseLowRankLinear)}
+
+
+def _layer_table(model: nn.Module) -> dict[str, dict[str, int]]:
+    return {name: {"rank": layer.rank, "nnz": layer.nnz} for name, layer in _layers(model).items()}
+
+
+def _check_layer_table(layers: Any) -> None:
+    if not isinstance(layers, dict):
+        raise FormatError(
+            f"config.json: quantization_config.layers is {layers!r}, expected an object; {_RETRY}"
+        )
+    for name, sizes in layers.items():
+        if (
+            not isinstance(sizes, dict)
+            or sizes.keys() != {"rank", "nnz"}
+            or any(type(size) is not int or size < 0 for size in sizes.values())
+        ):
+            raise FormatError(
+                f"config.json: quantization_config.layers[{name!r}] is {sizes!r}, expected "
+                f'{{"rank": a whole number, "nnz": a whole number}}; {_RETRY}'
+            )
+
+
+def _find_linear(model: PreTrainedModel, saved_name: str) -> tuple[str, nn.Linear]:
+    # As transformers does for tensors: a model with a head and its base model load each other's checkpoints.
+    prefix = f"{model.base_model_prefix}."
+    for name in (saved_name, saved_name.removeprefix(prefix), prefix + saved_name):
+        try:
+            module = model.get_submodule(name)
+        except AttributeError:
+            continue
+        if isinstance(module, nn.Linear):
+            return name, module
+        raise FormatError(
+            f"config.json: quantization_config.layers names {saved_name!r}, which is a "
+            f"{type(module).__name__} in {type(model).__name__}, not a linear layer; {_RETRY}"
+        )
+    raise FormatError(
+        f"config.json: quantization_config.layers names {saved_name!r}, which is not in "
+        f"{type(model).__name__}; load the checkpoint with the class it was saved from, or {_RETRY}"
+    )
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """One tensor in a safetensors file, by its header."""
+
+    path: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def _check_headers(
+    model: PreTrainedModel, layers: Mapping[str, SparseLowRankLinear], checkpoint_files: list[str] | None
+) -> dict[str, str]:
+    """Check names, shapes and dtypes of every layer's tensors; returns layer name → file.
+
+    transformers would only warn about a missing tensor, and fill it with random values.
+    """
+    if not checkpoint_files or not all(path.endswith(".safetensors") for path in checkpoint_files):
+        raise ConfigError(
+            "an OATS checkpoint is loaded from safetensors files; from_pretrained was given "
+            f"{checkpoint_files or 'a state dict'}. Pass the directory that save_pretrained wrote"
+        )
+    stored = _stored_tensors(model, checkpoint_files)
+    for key, tensor in stored.items():
+        name, _, tensor_name = key.rpartition(".")
+        if tensor_name in ("low_rank_u", "low_rank_v") and name not in layers:
+            raise FormatError(
+                f"{tensor.path}: {key} belongs to a layer that config.json (quantization_config.layers) does "
+                f"not list for {type(model).__name__}; the files do not belong together, {_RETRY}"
+            )
+    origin = {}
+    for name, layer in layers.items():
+        for tensor_name, expected in layer.state_dict().items():
+            found = stored.get(f"{name}.{tensor_name}")
+            if found is None:
+                raise FormatError(
+                    f"{', '.join(checkpoint_files)}: {name}: {tensor_name} is missing; the file does not "
+                    f"match its config.json, {_RETRY}"
+                )
+            if found.shape != tuple(expected.shape):
+                raise FormatError(
+                    f"{found.path}: {name}: {tensor_name} has shape {found.shape}, but config.json says "
+                    f"{tuple(expected.shape)}; {_RETRY}"
+                )
+            _check_dtype(name, tensor_name, found, stored.get(f"{name}.values"))
+        origin[name] = stored[f"{name}.mask"].path
+    return origin
+
+
+def _check_dtype(name: str, tensor_name: str, tensor: _Stored, values: _Stored | None) -> None:
+    if tensor_name == "mask":
+        allowed: tuple[str, ...] = ("U8",)
+    elif tensor_name == "bias":
+        allowed = ("F32", "BF16", "F16")
+    else:
+        allowed = ("F32", "BF16")
+        if values is not None and values.dtype in allowed:
+            allowed = (values.dtype,)
+    if tensor.dtype not in allowed:
+        expected = " or ".join(str(_DTYPE_NAMES[dtype]) for dtype in allowed)
+        raise FormatError(
+            f"{tensor.path}: {name}: {tensor_name} is {_DTYPE_NAMES.get(tensor.dtype, tensor.dtype)}, "
+            f"expected {expected}; {_RETRY}"
+        )
+
+
+def _stored_tensors(model: PreTrainedModel, checkpoint_files: list[str]) -> dict[str, _Stored]:
+    """Every tensor of the checkpoint, by the name that transformers will load it under."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    renamings = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
+    state_dict = model.state_dict()
+    stored = {}
+    for path in checkpoint_files:
+        for key, tensor in _read_header(path).items():
+            name, _ = rename_source_key(key, renamings, [], model.base_model_prefix, state_dict)
+            if name not in state_dict and key in state_dict:
+                name = key
+            stored[name] = tensor
+    return stored
+
+
+def _read_header(path: str) -> dict[str, _Stored]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+            return {
+                key: _Stored(path, slice_.get_dtype(), tuple(slice_.get_shape()))
+                for key, slice_ in slices.items()
+            }
+    except (SafetensorError, OSError) as error:
+        raise FormatError(
+            f"{path}: cannot be read as safetensors ({error}); the file is truncated or damaged, download "
+            "or save it again"
+        ) from error
+
+
+def _saved_as_it_is(model: PreTrainedModel, key: str, tensor: Tensor) -> bool:
+    """Whether `tensor` passes the conversions of ``save_pretrained``, which may fuse it with others."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    try:
+        saved = revert_weight_conversion(model, {key: tensor})
+    except Exception:
+        return False
+    return [value.shape for value in saved.values()] == [tensor.shape]
+
+
+def _register() -> None:
+    # Not register_quantizer(), which raises where the method is known already.
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = OatsQuantizationConfig
+    auto.AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = OatsQuantizer
+
+
+_register()

@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from oats import ops
+from oats.format import encode
+
+ISAS = ops.available_isas()
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def random_layer(
+    d_out: int, d_in: int, rank: int, density: float, dtype: torch.dtype, seed: int = 0
+) -> dict[str, Tensor]:
+    """The canonical tensors of a random layer; densities 0 and 1 are exact."""
+    g = torch.Generator().manual_seed(seed)
+    kept = torch.rand(d_out, d_in, generator=g) < density
+    # Never zero, also after rounding: a kept value is a bit of the mask.
+    weight = torch.randn(d_out, d_in, generator=g)
+    weight = torch.where(weight.abs() < 1e-3, torch.ones(()), weight)
+    mask, values = encode(weight * kept)
+    return {
+        "mask": mask,
+        "values": values.to(dtype),
+        "low_rank_u": torch.randn(d_out, rank, generator=g).to(dtype),
+        "low_rank_v": (torch.randn(rank, d_in, generator=g) / max(d_in, 1) ** 0.5).to(dtype),
+    }
+
+
+@pytest.fixture(autouse=True)
+def _restore_threads():
+    threads = torch.get_num_threads()
+    yield
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)

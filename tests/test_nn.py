@@ -1,0 +1,195 @@
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import oats
+from oats import ops
+from oats.errors import ConfigError, FormatError
+from oats.format import TENSORS
+from oats.nn import SparseLowRankLinear
+from tests.conftest import DTYPES, ISAS, random_layer
+
+
+def make(dtype: torch.dtype = torch.float32, bias: bool = True) -> SparseLowRankLinear:
+    torch.manual_seed(0)
+    tensors = random_layer(40, 56, 5, 0.4, dtype)
+    return SparseLowRankLinear.from_canonical(tensors, 56, torch.randn(40) if bias else None)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_like_a_dense_linear(dtype: torch.dtype) -> None:
+    layer = make(dtype)
+    x = torch.randn(2, 3, 56).to(dtype)
+    dense = nn.functional.linear(x.float(), layer.weight.float(), layer.bias.float())
+    torch.testing.assert_close(
+        layer(x).float(), dense, rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=0.05
+    )
+    assert layer.weight.shape == (40, 56) and layer.weight.dtype == layer.dtype == dtype
+    assert layer(x).dtype == dtype
+
+
+def test_from_linear_and_decomposition_agree() -> None:
+    linear, moment = nn.Linear(64, 32), torch.rand(64) + 0.1
+    config = oats.OatsConfig(compression=0.4)
+    layer = SparseLowRankLinear.from_linear(linear, moment, config)
+    decomposition = oats.decompose(linear.weight, moment, compression=0.4)
+    torch.testing.assert_close(layer.to_dense(), decomposition.to_dense())
+    assert torch.equal(layer.bias, linear.bias) and layer.bias.data_ptr() != 0
+    assert (layer.rank, layer.nnz) == (decomposition.rank, decomposition.nnz)
+    half = SparseLowRankLinear.from_decomposition(decomposition, dtype=torch.bfloat16)
+    assert half.dtype == torch.bfloat16 and half.bias is None
+    with pytest.raises(ConfigError, match="float16"):
+        SparseLowRankLinear.from_decomposition(decomposition, dtype=torch.float16)
+
+
+def test_extra_repr() -> None:
+    text = repr(make())
+    for part in ("in_features=56", "out_features=40", "rank=5", "density=0.", "isa=" + ops.active_isa()):
+        assert part in text
+
+
+def test_state_dict_is_canonical_both_ways() -> None:
+    layer = make(torch.bfloat16)
+    state = layer.state_dict()
+    assert set(state) == {*TENSORS, "bias"}
+    other = SparseLowRankLinear(56, 40, layer.rank, layer.nnz, dtype=torch.bfloat16)
+    other.load_state_dict(state)
+    x = torch.randn(3, 56).bfloat16()
+    assert torch.equal(layer(x), other(x))
+    packed = make(torch.bfloat16)
+    packed.load_state_dict(state, assign=True)
+    assert torch.equal(layer(x), packed(x))
+    with pytest.raises(RuntimeError, match=r"Missing key.*values"):
+        other.load_state_dict({k: v for k, v in state.items() if k != "values"})
+    state["mask"] = torch.zeros_like(state["mask"])
+    with pytest.raises(FormatError, match="mask keeps 0 values"):
+        other.load_state_dict(state)
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
+def test_copies_are_canonical(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = make()
+    if how == "deepcopy":
+        other = copy.deepcopy(layer)
+    elif how == "pickle":
+        data = pickle.dumps(layer)
+        # A weaker machine reads what a stronger one wrote.
+        monkeypatch.setenv("OATS_ISA", "scalar")
+        other = pickle.loads(data)
+        assert ops.packed_isa(other.packed) == "scalar"
+    else:
+        buffer = io.BytesIO()
+        torch.save(layer, buffer)
+        buffer.seek(0)
+        other = torch.load(buffer, weights_only=False)
+    torch.testing.assert_close(layer.to_dense(), other.to_dense(), rtol=0, atol=0)
+    torch.testing.assert_close(layer(torch.ones(56)), other(torch.ones(56)))
+
+
+def test_dtype_conversion() -> None:
+    model = nn.Sequential(make(), nn.ReLU())
+    before = model[0].to_dense()
+    model.to(torch.bfloat16)
+    assert (
+        model[0].dtype == torch.bfloat16
+        and model(torch.ones(56, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    )
+    model.float()
+    torch.testing.assert_close(model[0].to_dense(), before, rtol=2**-6, atol=2**-6)
+    with pytest.raises(ConfigError, match="float16"):
+        model.half()
+    assert model(torch.ones(56)).dtype == torch.float32
+
+
+def test_packed_is_held_once() -> None:
+    layer = make(torch.bfloat16)
+    assert all(getattr(layer, name) is None for name in TENSORS)
+    assert [name for name, _ in layer.named_buffers()] == ["packed"]
+
+
+def test_unpacked_packs_itself() -> None:
+    tensors = random_layer(40, 56, 5, 0.4, torch.float32)
+    layer = SparseLowRankLinear(56, 40, 5, tensors["values"].numel(), bias=False)
+    for name in TENSORS:
+        setattr(layer, name, tensors[name])
+    assert layer(torch.ones(56)).shape == (40,) and layer.packed is not None
+
+
+def test_wrong_input_is_a_clear_error() -> None:
+    layer = make()
+    with pytest.raises(ValueError, match=r"input is torch.bfloat16 but the layer is torch.float32"):
+        layer(torch.ones(56, dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match=r"shape \(3, 55\), expected \(..., 56\)"):
+        layer(torch.ones(3, 55))
+    with pytest.raises(ValueError, match="expected"):
+        layer(torch.tensor(1.0))
+    with pytest.raises(FormatError, match="CPU only"):
+        SparseLowRankLinear(8, 8, 1, 4, device="meta").pack_("model.q_proj")
+
+
+def test_gradients_reach_input_and_bias() -> None:
+    layer = make()
+    layer.bias.requires_grad_(True)
+    x = torch.randn(4, 56, requires_grad=True)
+    layer(x).square().sum().backward()
+    dense, bias = layer.to_dense(), layer.bias.detach().clone().requires_grad_(True)
+    other = x.detach().clone().requires_grad_(True)
+    nn.functional.linear(other, dense, bias).square().sum().backward()
+    torch.testing.assert_close(x.grad, other.grad, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(layer.bias.grad, bias.grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_opcheck(dtype: torch.dtype) -> None:
+    layer = make(dtype)
+    for x in (torch.randn(3, 56), torch.randn(2, 3, 56)):
+        x = x.to(dtype)
+        torch.library.opcheck(torch.ops.oats.sparse_low_rank_linear, (x, layer.packed, layer.bias, 40))
+        x = x.clone().requires_grad_(True)
+        torch.library.opcheck(torch.ops.oats.sparse_low_rank_linear, (x, layer.packed, None, 40))
+    torch.library.opcheck(torch.ops.oats.to_dense, (layer.packed, 40, 56, dtype))
+
+
+def test_operator_checks_its_arguments() -> None:
+    layer = make()
+    op = torch.ops.oats.sparse_low_rank_linear
+    for x, bias, d_out in [
+        (torch.ones(2, 55), None, 40),
+        (torch.ones(2, 56).double(), None, 40),
+        (torch.ones(2, 56), torch.ones(39), 40),
+        (torch.ones(2, 56), None, 41),
+    ]:
+        with pytest.raises(ValueError, match="expected|outputs"):
+            op(x, layer.packed, bias, d_out)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile_fullgraph(dynamic: bool) -> None:
+    model = nn.Sequential(
+        make(), nn.GELU(), SparseLowRankLinear.from_canonical(random_layer(8, 40, 2, 0.5, torch.float32), 40)
+    )
+    compiled = torch.compile(model, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for batch in (1, 5):
+        x = torch.randn(batch, 56)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_export() -> None:
+    model = nn.Sequential(make(), nn.ReLU())
+    x = torch.randn(3, 56)
+    with torch.no_grad():
+        exported = torch.export.export(model, (x,))
+        torch.testing.assert_close(exported.module()(x), model(x))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_oats_isa_decides_the_packing(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OATS_ISA", isa)
+    assert f"isa={isa}" in repr(make())

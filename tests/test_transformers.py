@@ -1,0 +1,461 @@
+"""Saving and loading compressed models with transformers."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    GgufConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+    PreTrainedModel,
+)
+from transformers.quantizers.auto import AutoHfQuantizer
+
+from oats import ConfigError, FormatError, OatsConfig, SparseLowRankLinear, compress_
+from oats.integrations.transformers import OatsQuantizationConfig, attach
+
+SETTINGS = OatsConfig(iterations=2)
+IDS = torch.tensor([[1, 2, 3, 4, 5]])
+LAYER = "model.layers.1.mlp.down_proj"
+BIASED = "model.layers.1.self_attn.q_proj"
+
+
+def compress(model: PreTrainedModel, settings: OatsConfig = SETTINGS) -> PreTrainedModel:
+    for name, linear in list(model.named_modules()):
+        if isinstance(linear, nn.Linear) and "layers." in name:
+            moments = torch.ones(linear.in_features)
+            model.set_submodule(name, SparseLowRankLinear.from_linear(linear, moments, settings))
+    attach(model, settings)
+    return model
+
+
+def dense_llama(
+    kind: type[PreTrainedModel] = LlamaForCausalLM, dtype: torch.dtype = torch.float32, tied: bool = False
+) -> PreTrainedModel:
+    config = LlamaConfig(
+        vocab_size=40,
+        hidden_size=64,
+        intermediate_size=92,  # not a multiple of 8: the mask of down_proj has padding bits
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        attention_bias=True,
+        tie_word_embeddings=tied,
+        eos_token_id=None,
+    )
+    torch.manual_seed(0)
+    model = kind._from_config(config, dtype=dtype)  # unlike .to(dtype), keeps the rotary buffers in fp32
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.normal_(module.bias)
+    return model.eval()
+
+
+def llama(kind: type[PreTrainedModel] = LlamaForCausalLM, **options: Any) -> PreTrainedModel:
+    return compress(dense_llama(kind, **options))
+
+
+def logits(model: PreTrainedModel) -> Tensor:
+    with torch.no_grad():
+        output = model(IDS)
+    return output[0]
+
+
+def tokens(model: PreTrainedModel) -> Tensor:
+    return model.generate(IDS, max_new_tokens=12, do_sample=False)
+
+
+def load(directory: Path, kind: Any = AutoModelForCausalLM, **options: Any) -> PreTrainedModel:
+    model, info = kind.from_pretrained(directory, output_loading_info=True, **options)
+    assert not any(info.values()), info
+    return model
+
+
+def quantization_config(directory: Path) -> dict[str, Any]:
+    return json.loads((directory / "config.json").read_text())["quantization_config"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models this small only lose by more, and by far where other processes keep the cores busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("saved")
+    llama().save_pretrained(directory)
+    return directory
+
+
+def python(code: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+# Round trips.
+
+
+def test_fresh_process_without_import_oats_gives_the_same_tokens(tmp_path: Path) -> None:
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        model = llama(dtype=dtype)
+        model.save_pretrained(tmp_path / name)
+        torch.save((logits(model), tokens(model)), tmp_path / name / "expected.pt")
+    code = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+for directory in sys.argv[1:]:
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    logits, tokens = torch.load(f"{directory}/expected.pt")
+    ids = tokens[:, :5]
+    assert torch.equal(model(ids).logits, logits)
+    assert torch.equal(model.generate(ids, max_new_tokens=12, do_sample=False), tokens)
+    print(sum(type(m).__name__ == "SparseLowRankLinear" for m in model.modules()), model.dtype)
+"""
+    result = python(code, str(tmp_path / "fp32"), str(tmp_path / "bf16"))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "14 torch.float32\n14 torch.bfloat16\n"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compress_then_save(tmp_path: Path, dtype: torch.dtype) -> None:
+    dense_llama(dtype=dtype).save_pretrained(tmp_path / "dense")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    compress_(model, torch.arange(36).view(3, 12), SETTINGS)
+    model.save_pretrained(tmp_path / "compressed")
+    loaded = load(tmp_path / "compressed")
+    assert torch.equal(logits(loaded), logits(model))
+    assert torch.equal(tokens(loaded), tokens(model))
+
+
+def test_raises_where_oats_is_not_installed(saved: Path) -> None:
+    code = """
+import sys
+sys.modules["oats"] = None  # as if it were not installed
+from transformers import AutoModel, AutoModelForCausalLM
+for kind in (AutoModelForCausalLM, AutoModel):
+    try:
+        kind.from_pretrained(sys.argv[1])
+    except RuntimeError as error:
+        print("raised", file=sys.stdout)
+"""
+    result = python(code, str(saved), TORCH_DEVICE_BACKEND_AUTOLOAD="0")
+    assert result.stdout == "raised\nraised\n", result.stderr
+    assert "Unknown quantization type, got oats" in result.stderr
+    assert "MISMATCH" in result.stderr
+
+
+def test_config_on_disk(saved: Path) -> None:
+    config = quantization_config(saved)
+    layers = config.pop("layers")
+    assert config == {"quant_method": "oats", "format_version": 1, **SETTINGS.to_dict()}
+    assert len(layers) == 14
+    assert layers[LAYER] == {
+        "rank": 4,
+        "nnz": load_file(saved / "model.safetensors")[f"{LAYER}.values"].numel(),
+    }
+    loaded = load(saved).config.quantization_config
+    assert isinstance(loaded, OatsQuantizationConfig)
+    assert loaded.settings == SETTINGS
+    assert dict(loaded) == loaded.to_dict() == quantization_config(saved)
+
+
+def test_saving_a_loaded_model_writes_the_same_files(saved: Path, tmp_path: Path) -> None:
+    load(saved).save_pretrained(tmp_path)
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / name).read_bytes() == (saved / name).read_bytes()
+
+
+def test_loaded_layers_are_as_before_saving(saved: Path) -> None:
+    before, after = llama(), load(saved)
+    assert [(n, p.requires_grad) for n, p in before.named_parameters()] == [
+        (n, p.requires_grad) for n, p in after.named_parameters()
+    ]
+    assert all(m.packed is not None for m in after.modules() if isinstance(m, SparseLowRankLinear))
+    assert torch.equal(tokens(after), tokens(before))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dtype_argument_casts_the_values(saved: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    load(saved, dtype=dtype).save_pretrained(tmp_path)
+    for name, tensor in load_file(tmp_path / "model.safetensors").items():
+        assert tensor.dtype == (torch.uint8 if name.endswith(".mask") or tensor.numel() == 1 else dtype), name
+    model = load(tmp_path)
+    assert model.dtype == dtype
+    torch.testing.assert_close(logits(model).float(), logits(load(saved)), atol=0.05, rtol=0.05)
+
+
+def test_tied_and_sharded(tmp_path: Path) -> None:
+    model = llama(tied=True)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    loaded = load(tmp_path)
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert torch.equal(tokens(loaded), tokens(model))
+
+
+def test_base_model_prefix_in_both_directions(saved: Path, tmp_path: Path) -> None:
+    whole = load(saved)
+    bare, info = AutoModel.from_pretrained(saved, output_loading_info=True)
+    assert info["unexpected_keys"] == {"lm_head.weight"}
+    assert not info["missing_keys"]
+    assert torch.equal(logits(bare), logits(whole.model))
+
+    base = llama(LlamaModel)
+    base.save_pretrained(tmp_path / "base")
+    assert "layers.0.mlp.up_proj" in quantization_config(tmp_path / "base")["layers"]
+    headed, info = AutoModelForCausalLM.from_pretrained(tmp_path / "base", output_loading_info=True)
+    assert info["missing_keys"] == {"lm_head.weight"}
+    assert not info["unexpected_keys"]
+    assert torch.equal(logits(headed.model), logits(base))
+
+    whole.model.save_pretrained(tmp_path / "part")
+    assert torch.equal(logits(load(tmp_path / "part", AutoModel)), logits(whole.model))
+
+
+def test_the_layer_table_is_current_when_saved(tmp_path: Path) -> None:
+    model = llama()
+    model.set_submodule(LAYER, nn.Linear(92, 64, bias=False))
+    model.save_pretrained(tmp_path)
+    assert LAYER not in quantization_config(tmp_path)["layers"]
+    assert torch.equal(logits(load(tmp_path)), logits(model))
+
+
+def test_attach_replaces_the_quantizer_of_a_gguf_file(tmp_path: Path) -> None:
+    model = dense_llama()
+    model.config.quantization_config = GgufConfig(gguf_file="model.gguf")
+    model.hf_quantizer = AutoHfQuantizer.from_config(model.config.quantization_config)
+    compress(model).save_pretrained(tmp_path)
+    assert quantization_config(tmp_path)["quant_method"] == "oats"
+    assert torch.equal(logits(load(tmp_path)), logits(model))
+
+
+def test_dense_weights_are_never_built(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    smallest = 32 * 64  # k_proj
+    made = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, Tensor) and result.is_floating_point() and result.device.type != "meta":
+                made.append((str(func), tuple(result.shape)))
+            return result
+
+    # In the main thread, where the mode sees it.
+    monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")
+    dense_shapes = {(64, 64), (32, 64), (92, 64), (64, 92)}
+    with Watch():
+        AutoModelForCausalLM.from_pretrained(saved)
+    assert made
+    others = {(40, 64)}  # embeddings and head
+    assert not [entry for entry in made if entry[1] in dense_shapes]
+    assert not [
+        entry for entry in made if entry[1] not in others and torch.Size(entry[1]).numel() > 3 * smallest // 2
+    ]
+
+
+def test_dequantize_gives_linear_layers(saved: Path, tmp_path: Path) -> None:
+    model = load(saved)
+    expected = logits(model)
+    model.dequantize()
+    assert not any(isinstance(module, SparseLowRankLinear) for module in model.modules())
+    torch.testing.assert_close(logits(model), expected)
+    model.save_pretrained(tmp_path)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    assert torch.equal(logits(load(tmp_path)), logits(model))
+
+
+def test_gradients_reach_the_input_and_the_graph_compiles(saved: Path) -> None:
+    model = load(saved)
+    embeddings = torch.randn(1, 3, 64, requires_grad=True)
+    model(inputs_embeds=embeddings).logits.sum().backward()
+    assert embeddings.grad is not None and embeddings.grad.abs().sum() > 0
+    compiled = torch.compile(model.model.layers[0].mlp, backend="eager", fullgraph=True)
+    hidden = torch.randn(1, 3, 64)
+    assert torch.equal(compiled(hidden), model.model.layers[0].mlp(hidden))
+
+
+# Arguments that are refused.
+
+
+def test_float16_is_refused(saved: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot be loaded as torch.float16; pass dtype=torch.bfloat16"):
+        load(saved, dtype=torch.float16)
+
+
+def test_other_devices_are_refused(saved: Path) -> None:
+    for device_map in ({"": "cuda:0"}, {"model": "cpu", "lm_head": "disk"}, "cuda"):
+        with pytest.raises(
+            ConfigError, match=r"on (cuda:0|disk|cuda); OATS models run on the CPU only for now"
+        ):
+            load(saved, device_map=device_map)
+    for device_map in ("cpu", "auto", {"": "cpu"}):
+        assert load(saved, device_map=device_map).device.type == "cpu"
+
+
+def test_compressing_while_loading_is_refused(tmp_path: Path) -> None:
+    dense_llama().save_pretrained(tmp_path)
+    requests: list[Any] = [OatsQuantizationConfig(settings=SETTINGS, layers={})]
+    if hasattr(OatsConfig, "quant_method"):
+        requests.append(SETTINGS)
+    for request in requests:
+        with pytest.raises(ConfigError, match="run `oats compress MODEL OUTPUT`"):
+            AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=request)
+
+
+def test_a_state_dict_is_refused(saved: Path) -> None:
+    config = AutoConfig.from_pretrained(saved)
+    with pytest.raises(ConfigError, match=r"loaded from safetensors files; .* was given a state dict"):
+        LlamaForCausalLM.from_pretrained(None, config=config, state_dict=load(saved).state_dict())
+
+
+# Checkpoints that disagree with themselves.
+
+Tensors = dict[str, Tensor]
+
+
+def damaged(saved: Path, directory: Path, change: Callable[[Tensors, dict[str, Any]], None]) -> Path:
+    tensors = load_file(saved / "model.safetensors")
+    config = json.loads((saved / "config.json").read_text())
+    change(tensors, config["quantization_config"])
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+def set_tensor(key: str, new: Callable[[Tensor], Tensor]) -> Callable[[Tensors, dict[str, Any]], None]:
+    def change(tensors: Tensors, config: dict[str, Any]) -> None:
+        tensors[key] = new(tensors[key]).contiguous()
+
+    return change
+
+
+def drop(key: str) -> Callable[[Tensors, dict[str, Any]], None]:
+    return lambda tensors, config: tensors.__delitem__(key)
+
+
+def set_config(**values: Any) -> Callable[[Tensors, dict[str, Any]], None]:
+    return lambda tensors, config: config.update(values)
+
+
+def set_layer(name: str, value: Any) -> Callable[[Tensors, dict[str, Any]], None]:
+    return lambda tensors, config: config["layers"].update({name: value})
+
+
+def flip(mask: Tensor, column: int, bit: int) -> Tensor:
+    mask[0, column] ^= bit
+    return mask
+
+
+FILE = r"model\.safetensors: "
+DAMAGE: dict[str, tuple[Callable[[Tensors, dict[str, Any]], None], str]] = {
+    "population": (
+        set_tensor(f"{LAYER}.mask", lambda mask: flip(mask, 0, 1)),
+        rf"{FILE}{LAYER}: mask keeps \d+ values but \d+ are stored",
+    ),
+    "padding": (
+        set_tensor(f"{LAYER}.mask", lambda mask: flip(mask, 11, 128)),
+        rf"{FILE}{LAYER}: mask has a bit set past its last input",
+    ),
+    **{
+        f"no {tensor}": (drop(f"{LAYER}.{tensor}"), rf"{FILE}{LAYER}: {tensor} is missing")
+        for tensor in ("mask", "values", "low_rank_u", "low_rank_v")
+    },
+    "no bias": (drop(f"{BIASED}.bias"), rf"{FILE}{BIASED}: bias is missing"),
+    "fp16 values": (
+        set_tensor(f"{LAYER}.values", lambda t: t.half()),
+        rf"{FILE}{LAYER}: values is torch.float16, expected torch.float32 or torch.bfloat16",
+    ),
+    "integer bias": (
+        set_tensor(f"{BIASED}.bias", lambda t: t.int()),
+        rf"{FILE}{BIASED}: bias is I32, expected torch.float32",
+    ),
+    "bf16 factor": (
+        set_tensor(f"{LAYER}.low_rank_u", lambda t: t.bfloat16()),
+        rf"{FILE}{LAYER}: low_rank_u is torch.bfloat16, expected torch.float32",
+    ),
+    "bool mask": (
+        set_tensor(f"{LAYER}.mask", lambda t: t.bool()),
+        rf"{FILE}{LAYER}: mask is BOOL, expected torch.uint8",
+    ),
+    "short values": (
+        set_tensor(f"{LAYER}.values", lambda t: t[:-1]),
+        rf"{FILE}{LAYER}: values has shape \(\d+,\), but config.json says \(\d+,\)",
+    ),
+    "narrow mask": (
+        set_tensor(f"{LAYER}.mask", lambda t: t[:, :-1]),
+        rf"{FILE}{LAYER}: mask has shape \(64, 11\), but config.json says \(64, 12\)",
+    ),
+    "transposed factor": (
+        set_tensor(f"{LAYER}.low_rank_v", lambda t: t.T),
+        rf"{FILE}{LAYER}: low_rank_v has shape \(92, 4\), but config.json says \(4, 92\)",
+    ),
+    "newer version": (
+        set_config(format_version=2),
+        r"format_version is 2, but .* version 1 only; .*pip install -U",
+    ),
+    "no version": (lambda tensors, config: config.pop("format_version"), "format_version is None"),
+    "unknown key": (set_config(blocks=4), r"unknown keys \['blocks'\]"),
+    "missing key": (lambda tensors, config: config.pop("seed"), r"missing keys \['seed'\]"),
+    "bad setting": (set_config(compression=2), r"compression must be in \[0, 1\), got 2"),
+    "bad table": (set_config(layers=[LAYER]), r"layers is \['model"),
+    "bad sizes": (set_layer(LAYER, {"rank": -1, "nnz": 3}), rf"layers\['{LAYER}'\] is .*whole number"),
+    "other rank": (
+        lambda tensors, config: config["layers"][LAYER].update(rank=3),
+        rf"{LAYER}: low_rank_u has shape \(64, 4\), but config.json says \(64, 3\)",
+    ),
+    "extra layer": (
+        set_layer("model.layers.7.mlp.up_proj", {"rank": 1, "nnz": 1}),
+        "names 'model.layers.7.mlp.up_proj', which is not in LlamaForCausalLM",
+    ),
+    "not a linear layer": (
+        set_layer("model.layers.0.mlp", {"rank": 1, "nnz": 1}),
+        "names 'model.layers.0.mlp', which is a LlamaMLP",
+    ),
+    "unlisted layer": (
+        lambda tensors, config: config["layers"].pop(LAYER),
+        rf"{FILE}{LAYER}.low_rank_u belongs to a layer that config.json .* does not list",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), DAMAGE.values(), ids=DAMAGE.keys())
+def test_damaged_checkpoint(
+    saved: Path, tmp_path: Path, change: Callable[[Tensors, dict[str, Any]], None], message: str
+) -> None:
+    with pytest.raises(FormatError, match=message):
+        load(damaged(saved, tmp_path, change))
+
+
+@pytest.mark.parametrize("length", [-100, 1000, 4, 0])
+def test_truncated_file(saved: Path, tmp_path: Path, length: int) -> None:
+    directory = damaged(saved, tmp_path, lambda tensors, config: None)
+    file = directory / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:length])
+    with pytest.raises(
+        FormatError, match=r"model\.safetensors: cannot be read .* truncated or damaged, download"
+    ):
+        load(directory)
