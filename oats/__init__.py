@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from oats.decomposition import Decomposition as Decomposition
     from oats.decomposition import decompose as decompose
     from oats.errors import CalibrationError as CalibrationError
+    from oats.errors import CheckpointError as CheckpointError
     from oats.errors import ConfigError as ConfigError
     from oats.errors import FormatError as FormatError
     from oats.errors import OatsError as OatsError
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from oats.errors import WeightError as WeightError
     from oats.nn import SparseLowRankLinear as SparseLowRankLinear
 
-# torch's entry points may be turned off (TORCH_DEVICE_BACKEND_AUTOLOAD=0); whoever imports oats wants its format.
+# Where torch's entry points are off (TORCH_DEVICE_BACKEND_AUTOLOAD=0), whoever imports oats gets its format.
 register()
 
 _HOME = {
@@ -36,6 +37,7 @@ _HOME = {
     "decompose": "oats.decomposition",
     "OatsError": "oats.errors",
     "CalibrationError": "oats.errors",
+    "CheckpointError": "oats.errors",
     "ConfigError": "oats.errors",
     "FormatError": "oats.errors",
     "OutputExistsError": "oats.errors",

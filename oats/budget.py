@@ -38,7 +38,8 @@ def rank_for(d_out: int, d_in: int, compression: float, rank_ratio: float, patte
         if share < 0:
             raise ConfigError(
                 f"pattern {pattern} keeps {n_m[0]}/{n_m[1]} of the weights, more than the {float(kept):g} "
-                f"that compression {compression:g} leaves; lower the compression to {1 - n_m[0] / n_m[1]:g} or less"
+                f"that compression {compression:g} leaves; lower the compression to "
+                f"{1 - n_m[0] / n_m[1]:g} or less"
             )
     return min(math.floor(share * d_out * d_in / (d_out + d_in)), min(d_out, d_in))
 

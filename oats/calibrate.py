@@ -23,7 +23,7 @@ Calibration = Tensor | Iterable[Tensor | Mapping[str, Tensor]]
 MIN_TOKENS = 16
 """Fewer tokens than this say nothing about the inputs of a layer."""
 
-# Sequences that run together hold about this many tokens: enough for full-speed products, small beside a model.
+# Sequences that run together hold about this many tokens: full-speed products, small beside a model.
 _TOKENS_PER_BATCH = 4096
 
 
@@ -66,7 +66,7 @@ def _check_tokens(model: nn.Module, ids: Sequence[Tensor]) -> None:
     tokens = sum(i.numel() for i in ids)
     if tokens < MIN_TOKENS:
         raise CalibrationError(
-            f"calibration has {tokens} tokens, at least {MIN_TOKENS} are needed (the paper uses 128 sequences of 2048)"
+            f"calibration has {tokens} tokens, at least {MIN_TOKENS} are needed; the paper uses 128 x 2048"
         )
     vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
     largest, smallest = max(int(i.max()) for i in ids), min(int(i.min()) for i in ids)

@@ -196,8 +196,7 @@ def _dtype_of(model: nn.Module) -> torch.dtype:
 
 
 def _convert(model: nn.Module, dtype: torch.dtype) -> None:
-    """Cast what a checkpoint holds. What it does not hold (such as rotary frequencies) keeps its precision, as it
-    does in a model that is loaded in `dtype`."""
+    """Cast what a checkpoint holds; the rest (rotary frequencies) stays precise, as it does in loading."""
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             if parameter.is_floating_point():

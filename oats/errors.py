@@ -31,5 +31,9 @@ class UnsupportedModelError(OatsError, ValueError):
     """The blocks of a model were not found, or nothing inside them can be compressed."""
 
 
+class CheckpointError(OatsError, ValueError):
+    """A model was not found, or cannot be loaded."""
+
+
 class OutputExistsError(OatsError, FileExistsError):
     """The output directory is not empty, and overwriting was not asked for."""

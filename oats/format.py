@@ -43,6 +43,21 @@ def mask_columns(d_in: int) -> int:
     return (d_in + 7) // 8
 
 
+def encode_mask(kept: Tensor) -> Tensor:
+    """The mask of the elements that are kept.
+
+    Args:
+        kept: (d_out, d_in), bool.
+
+    >>> encode_mask(torch.tensor([[False, True, True]])).tolist()
+    [[6]]
+    """
+    d_out, d_in = kept.shape
+    bits = torch.zeros(d_out, mask_columns(d_in) * 8, dtype=torch.uint8)
+    bits[:, :d_in] = kept
+    return (bits.view(d_out, -1, 8) * 2 ** torch.arange(8, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
+
+
 def encode(sparse: Tensor) -> tuple[Tensor, Tensor]:
     """Split a sparse matrix into its mask and its kept values.
 
@@ -56,13 +71,8 @@ def encode(sparse: Tensor) -> tuple[Tensor, Tensor]:
     >>> mask.tolist(), values.tolist()
     ([[6], [1]], [2.0, 3.0, 4.0])
     """
-    d_out, d_in = sparse.shape
     kept = sparse != 0
-    bits = torch.zeros(d_out, mask_columns(d_in) * 8, dtype=torch.uint8)
-    bits[:, :d_in] = kept
-    weights = 2 ** torch.arange(8, dtype=torch.uint8)
-    mask = (bits.view(d_out, -1, 8) * weights).sum(-1, dtype=torch.uint8)
-    return mask, sparse[kept]
+    return encode_mask(kept), sparse[kept]
 
 
 def decode(mask: Tensor, values: Tensor, d_in: int) -> Tensor:

@@ -200,8 +200,8 @@ class SparseLowRankLinear(nn.Module):
         fmt.validate(name, self.out_features, self.in_features, **tensors)
         if tensors["low_rank_v"].shape[0] != self.rank or tensors["values"].numel() != self.nnz:
             raise FormatError(
-                f"{name}: rank {tensors['low_rank_v'].shape[0]} and {tensors['values'].numel()} values, expected "
-                f"rank {self.rank} and {self.nnz}; the checkpoint does not match its config"
+                f"{name}: rank {tensors['low_rank_v'].shape[0]} and {tensors['values'].numel()} values, "
+                f"expected rank {self.rank} and {self.nnz}; the checkpoint does not match its config"
             )
         self._dtype = tensors["values"].dtype
         self.packed = ops.pack(*tensors.values())
@@ -262,8 +262,9 @@ class SparseLowRankLinear(nn.Module):
         stored = self.nnz + self.rank * (self.in_features + self.out_features)
         isa = "unpacked" if self.packed is None else ops.packed_isa(self.packed)
         return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"rank={self.rank}, density={self.nnz / elements:.3f}, compression={1 - stored / elements:.3f}, "
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, rank={self.rank}, "
+            f"density={self.nnz / elements:.3f}, compression={1 - stored / elements:.3f}, "
             f"dtype={str(self.dtype).removeprefix('torch.')}, isa={isa}"
         )
 

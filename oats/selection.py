@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from oats import ops
@@ -21,6 +20,7 @@ def keep_largest(residual: Tensor, count: int, pattern: Pattern = "row") -> Tens
     Returns:
         A new tensor of the same shape and dtype.
 
+    >>> import torch
     >>> keep_largest(torch.tensor([[1.0, -3.0, 2.0, -2.0]]), 2)
     tensor([[ 0., -3.,  2.,  0.]])
     """

@@ -3,10 +3,10 @@ from fractions import Fraction
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.reference import budget
 
 from oats.budget import nnz_per_layer, nnz_per_row, rank_for
 from oats.errors import ConfigError
+from tests.reference import budget
 
 hundredths = st.integers(0, 99).map(lambda n: f"0.{n:02}")
 size = st.integers(1, 5000)

@@ -1,6 +1,5 @@
 import numpy as np
 import pytest
-from tests import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,6 +8,7 @@ import oats
 from oats.budget import nnz_per_layer, nnz_per_row, rank_for
 from oats.errors import ConfigError, WeightError
 from oats.selection import keep_largest
+from tests import reference
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -165,7 +165,7 @@ def test_operator_checks_its_arguments() -> None:
         (torch.ones(2, 56), torch.ones(39), 40),
         (torch.ones(2, 56), None, 41),
     ]:
-        with pytest.raises(ValueError, match="expected|outputs"):
+        with pytest.raises(ValueError, match=r"expected|outputs"):
             op(x, layer.packed, bias, d_out)
 
 

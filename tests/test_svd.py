@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 import torch
-from tests.reference import truncated_svd
 
 from oats.svd import OVERSAMPLING, WarmSubspace, exact_low_rank
+from tests.reference import truncated_svd
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -65,6 +65,6 @@ def find_blocks(model: nn.Module, path: str | None = None) -> tuple[str, nn.Modu
         else f"no blocks at any of {', '.join(BLOCK_PATHS)}"
     )
     raise UnsupportedModelError(
-        f"{type(model).__name__}: {looked}; {found}. Pass the dotted path of the list of transformer blocks as "
-        'blocks="…" (compress_) or --blocks (oats compress)'
+        f"{type(model).__name__}: {looked}; {found}. Pass the dotted path of the list of transformer blocks "
+        'as blocks="…" (compress_) or --blocks (oats compress)'
     )

@@ -1,0 +1,59 @@
+"""The command line, ``oats``: one module a command.
+
+Nothing here imports torch before a command runs, so that ``oats --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from oats import __version__
+from oats.cli import bench, compress, eval, generate, info
+from oats.errors import OatsError
+
+
+class _Commands(TyperGroup):
+    """Prints an `OatsError` as one line, whichever command raised it."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except OatsError as error:
+            typer.echo(f"oats: error: {error}", err=True)
+            raise typer.Exit(1) from error
+
+
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Compress transformers to sparse plus low-rank weights, and run them fast on CPUs.",
+)
+app.command("compress")(compress.compress)
+app.command("eval")(eval.evaluate)
+app.command("generate")(generate.generate)
+app.command("bench")(bench.bench)
+app.command("info")(info.info)
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        typer.echo(f"oats {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Entry point of the ``oats`` command."""
+    app()

@@ -1,0 +1,153 @@
+"""``oats info [DIR]``."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from oats import __version__
+
+
+def info(
+    directory: Annotated[Path | None, typer.Argument(metavar="[DIR]", help="A model directory.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+) -> None:
+    """Describe this installation, or with DIR what a model directory holds, per layer."""
+    if directory is None:
+        _installation(as_json)
+    else:
+        _model(directory, as_json)
+
+
+def _installation(as_json: bool) -> None:
+    import torch
+
+    from oats import ops
+    from oats.cli.console import print_json, results, settings_table
+
+    if as_json:
+        print_json(
+            {
+                "version": __version__,
+                "isa": ops.active_isa(),
+                "available_isas": ops.available_isas(),
+                "oats_isa": os.environ.get("OATS_ISA"),
+                "threads": torch.get_num_threads(),
+                "torch": torch.__version__,
+            }
+        )
+        return
+    results().print(
+        settings_table(
+            {
+                "oats": __version__,
+                "ISA in use": ops.active_isa(),
+                "ISAs available": ", ".join(ops.available_isas()),
+                "OATS_ISA": os.environ.get("OATS_ISA", "not set"),
+                "threads": torch.get_num_threads(),
+                "torch": torch.__version__,
+            }
+        )
+    )
+
+
+def _model(directory: Path, as_json: bool) -> None:
+    from oats.cli.console import human_bytes, print_json, results, settings_table
+    from oats.integrations.stored_model import read_stored_model
+
+    model = read_stored_model(directory)
+    stored = sum(layer.stored_bytes for layer in model.layers)
+    dense = sum(layer.dense_bf16_bytes for layer in model.layers)
+    settings: dict[str, Any] = {
+        name: value for name, value in (model.config or {}).items() if name != "layers"
+    }
+    if as_json:
+        print_json(
+            {
+                "directory": model.directory,
+                "model_type": model.model_type,
+                "config": settings or None,
+                "layers": [
+                    asdict(layer)
+                    | {"density": layer.density, "share_of_dense_bf16": layer.share_of_dense_bf16}
+                    for layer in model.layers
+                ],
+                "layer_bytes": stored,
+                "layer_dense_bf16_bytes": dense,
+                "share_of_dense_bf16": stored / dense if dense else None,
+                "other_parameters": model.parameters_elsewhere,
+                "other_bytes": model.bytes_elsewhere,
+                "disk_bytes": model.disk_bytes,
+            }
+        )
+        return
+
+    console = results()
+    if model.layers:
+        from rich.box import SIMPLE_HEAD
+        from rich.table import Table
+
+        # What all names begin with goes into the heading: a terminal of 80 columns holds the rest.
+        shared = _common_parent([layer.name for layer in model.layers])
+        table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        table.add_column(shared or "layer", no_wrap=True)
+        for column in ("shape", "rank", "non-zeros", "density", "stored", "of bf16"):
+            table.add_column(column, justify="right", no_wrap=True)
+        for layer in model.layers:
+            table.add_row(
+                layer.name.removeprefix(shared),
+                f"{layer.d_out} x {layer.d_in}",
+                str(layer.rank),
+                str(layer.nnz),
+                f"{layer.density:.3f}",
+                human_bytes(layer.stored_bytes),
+                f"{layer.share_of_dense_bf16:.3f}",
+            )
+        table.add_section()
+        elements = sum(layer.d_out * layer.d_in for layer in model.layers)
+        nnz = sum(layer.nnz for layer in model.layers)
+        table.add_row(
+            f"{len(model.layers)} layers", "", "", str(nnz), f"{nnz / elements:.3f}", human_bytes(stored),
+            f"{stored / dense:.3f}",
+        )  # fmt: skip
+        console.print(table)
+    console.print(
+        settings_table(
+            {
+                "directory": model.directory,
+                "model": model.model_type + ("" if model.config else ", not compressed by oats"),
+                **_shown(settings),
+                **(
+                    {"linear layers": f"{human_bytes(stored)}, {stored / dense:.3f} of dense bf16"}
+                    if dense
+                    else {}
+                ),
+                "other tensors": f"{human_bytes(model.bytes_elsewhere)}, "
+                f"{model.parameters_elsewhere:,} elements",
+                "on disk": f"{human_bytes(model.disk_bytes)}, all files",
+            }
+        )
+    )
+
+
+def _shown(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings that say something: not the method's own name, and none that was left at None or empty."""
+    return {name: v for name, v in settings.items() if name != "quant_method" and v not in (None, [])}
+
+
+def _common_parent(names: list[str]) -> str:
+    """What the dotted names have in common, ending in a dot; "" for nothing.
+
+    >>> _common_parent(["model.layers.0.up", "model.layers.1.up"])
+    'model.layers.'
+    """
+    shared: list[str] = []
+    for parts in zip(*(name.split(".")[:-1] for name in names), strict=False):
+        if len(set(parts)) > 1:
+            break
+        shared.append(parts[0] + ".")
+    return "".join(shared)

@@ -1,0 +1,31 @@
+"""Summaries of repeated measurements.
+
+What is compared is measured in one process, alternating, so that a machine that slows down slows all
+of it; medians are reported, with the 10th and 90th percentile as the spread.
+"""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and spread of repeated measurements, in the unit of what was measured."""
+
+    median: float
+    p10: float
+    p90: float
+
+    @classmethod
+    def of(cls, values: list[float]) -> Spread:
+        """Summarise measurements.
+
+        >>> Spread.of([3.0, 1.0, 2.0])
+        Spread(median=2.0, p10=1.2, p90=2.8)
+        """
+        q = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.1, 0.9], dtype=torch.float64))
+        return cls(statistics.median(values), round(float(q[0]), 12), round(float(q[1]), 12))

@@ -1,0 +1,193 @@
+"""Models on disk: loading what a user names, and saving so that only a finished directory has the name."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from oats.errors import CheckpointError, OatsError, OutputExistsError
+
+
+def load_model(model: str | Path, dtype: str | None = None) -> tuple[Any, Any]:
+    """Load a causal language model and its tokenizer.
+
+    Args:
+        model: a local directory (safetensors or one GGUF file), a GGUF file, or a name on the
+            Hugging Face hub.
+        dtype: ``"bf16"``, ``"fp32"``, or None for the checkpoint's own. A GGUF file is
+            dequantised and has none: None means bf16.
+
+    Returns:
+        The model, in evaluation mode, and the tokenizer.
+
+    Raises:
+        CheckpointError: there is no model of that name, or it cannot be loaded.
+    """
+    import transformers
+    from safetensors import SafetensorError
+
+    source, gguf_file = _locate(model)
+    options: dict[str, Any] = {
+        "dtype": {None: "auto", "bf16": "bfloat16", "fp32": "float32"}.get(dtype, dtype)
+    }
+    if gguf_file:
+        options |= {"gguf_file": gguf_file, "dtype": "bfloat16" if dtype is None else options["dtype"]}
+        # Releases of transformers that have GgufConfig may leave the weights in GGUF blocks.
+        if hasattr(transformers, "GgufConfig"):
+            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    # Typed as returning a model, whatever output_loading_info says.
+    from_pretrained: Any = transformers.AutoModelForCausalLM.from_pretrained
+    try:
+        loaded, problems = from_pretrained(source, output_loading_info=True, **options)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            source, **({"gguf_file": gguf_file} if gguf_file else {})
+        )
+    except OatsError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        what = "" if Path(source).exists() else " (no such local path, so it was looked up on the hub)"
+        raise CheckpointError(f"cannot load the model {model}{what}: {_first_line(error)}") from error
+    missing = sorted(problems["missing_keys"])
+    if missing:
+        # transformers fills them with random numbers and goes on.
+        raise CheckpointError(
+            f"the model {model} lacks {len(missing)} of its weights, e.g. {missing[0]}; download it again, "
+            f"or give a checkpoint of {type(loaded).__name__}"
+        )
+    return loaded.eval(), tokenizer
+
+
+def _locate(model: str | Path) -> tuple[str, str | None]:
+    """Directory or hub name, and the GGUF file in it where that is what to load."""
+    path = Path(model)
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise CheckpointError(
+                f"{path} is a file but not a .gguf file; give the directory that holds the model"
+            )
+        return str(path.parent), path.name
+    if not path.is_dir():
+        # A hub name is "name" or "owner/name"; anything else was meant as a path.
+        if path.is_absolute() or str(model).startswith((".", "~")) or len(path.parts) > 2:
+            raise CheckpointError(f"there is no model directory {model}; check the path")
+        return str(model), None
+    if (path / "config.json").is_file():
+        return str(path), None
+    gguf_files = sorted(file.name for file in path.glob("*.gguf"))
+    if not gguf_files:
+        raise CheckpointError(
+            f"{path} holds neither config.json nor a .gguf file, so it is no model; check the path, "
+            "or whether the run that should have written it finished"
+        )
+    if len(gguf_files) > 1:
+        raise CheckpointError(
+            f"{path} holds {len(gguf_files)} .gguf files ({', '.join(gguf_files)}); give the path of one"
+        )
+    return str(path), gguf_files[0]
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def check_output(out: str | Path, *, overwrite: bool = False, source: str | Path | None = None) -> Path:
+    """Refuse an output directory before the long work rather than after it.
+
+    Args:
+        out: where the result shall go.
+        overwrite: whether a model that is already there may be replaced.
+        source: the model that is being read; `out` must not contain it.
+
+    Returns:
+        The resolved path.
+
+    Raises:
+        OutputExistsError: `out` is in use, or cannot be written.
+    """
+    out = Path(out).resolve()
+    if source is not None and Path(source).exists():
+        model = Path(source).resolve()
+        if out == model or out in model.parents:
+            raise OutputExistsError(f"the output directory {out} holds the model itself; choose another")
+    if out.exists() and not out.is_dir():
+        raise OutputExistsError(f"the output {out} is a file; choose a directory")
+    if out.is_dir() and any(out.iterdir()):
+        if not overwrite:
+            raise OutputExistsError(
+                f"the output directory {out} is not empty; choose another, or overwrite it (--overwrite)"
+            )
+        if not (out / "config.json").is_file():
+            raise OutputExistsError(
+                f"the output directory {out} holds files but no model (no config.json), so it is not "
+                "overwritten; choose another, or empty it yourself"
+            )
+    existing = next(parent for parent in out.parents if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise OutputExistsError(f"the output directory {out} cannot be made: {existing} is not writable")
+    return out
+
+
+def save_model(model: Any, tokenizer: Any, out: str | Path, *, overwrite: bool = False) -> Path:
+    """Save a model and its tokenizer as a Hugging Face directory, all or nothing.
+
+    The files are written to a hidden directory beside `out` and flushed to disk, which then gets the name.
+    A run that is killed leaves `out` as it was.
+
+    Args:
+        overwrite: replace a model that is already at `out`.
+
+    Raises:
+        OutputExistsError: `out` is in use, see :func:`check_output`.
+        OatsError: the files cannot be written.
+    """
+    from safetensors import SafetensorError
+
+    out = check_output(out, overwrite=overwrite)
+    try:
+        with _new_directory(out, overwrite) as partial:
+            model.save_pretrained(partial)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(partial)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or _first_line(error)
+        raise OatsError(f"cannot write {out}: {reason}; nothing was changed there") from error
+    return out
+
+
+@contextlib.contextmanager
+def _new_directory(out: Path, overwrite: bool) -> Iterator[Path]:
+    """A directory beside `out` that gets its name if the body succeeds, and is removed if not."""
+    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    aside = out.with_name(f".{out.name}.replaced-{os.getpid()}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        yield partial
+        for path in [*partial.rglob("*"), partial]:
+            _flush(path)
+        if overwrite and out.exists():
+            out.rename(aside)
+        elif out.exists():
+            out.rmdir()  # fails if something was put there since it was checked
+        partial.rename(out)
+        _flush(out.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        if aside.exists() and not out.exists():
+            aside.rename(out)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,502 @@
+import errno
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from oats.cli import app
+from oats.errors import CheckpointError, OatsError, OutputExistsError
+from oats.integrations import checkpoint
+
+transformers = pytest.importorskip("transformers")
+
+TEXT = "The quick brown fox jumps over the lazy dog. " * 60
+SMALL = ["--samples", "4", "--length", "32", "--iterations", "3"]
+OATS = [sys.executable, "-c", "from oats.cli import main; main()"]
+
+
+@pytest.fixture(scope="session")
+def dense(tmp_path_factory):
+    """A Llama of two layers and 64 features with a tokenizer of bytes, as a user would have it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+    directory = tmp_path_factory.mktemp("models") / "dense"
+    alphabet = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(directory)
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=len(alphabet), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=128, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    file = tmp_path_factory.mktemp("text") / "fox.txt"
+    file.write_text(TEXT)
+    return file
+
+
+@pytest.fixture(scope="session")
+def compressed(dense, text, tmp_path_factory):
+    out = tmp_path_factory.mktemp("models") / "compressed"
+    assert run("compress", dense, out, "--calibration", text, *SMALL).exit_code == 0
+    return out
+
+
+def run(*arguments):
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def fails(*arguments, code=1):
+    """Run a command that must fail with one line on stderr; returns the line."""
+    result = run(*arguments)
+    assert result.exit_code == code, result.output
+    assert result.stdout == ""
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("oats: error: "), result.stderr
+    return lines[0]
+
+
+def entries(directory):
+    return sorted(path.name for path in directory.iterdir())
+
+
+# --- the program ---------------------------------------------------------------------------------------
+
+
+def test_help_does_not_import_torch():
+    code = (
+        "import sys; from oats.cli import app; app(['--help'], standalone_mode=False); "
+        "print('torch' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert result.stdout.splitlines()[-1] == "False", result.stderr
+    for command in ("compress", "eval", "generate", "bench", "info"):
+        assert re.search(rf"\b{command}\b", result.stdout)
+
+
+def test_the_program_prints_an_error_as_one_line_and_exits_with_1():
+    result = subprocess.run(
+        [*OATS, "compress", "nothing", "out", "--compression", "1.5"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert result.returncode == 1
+    assert result.stdout == ""
+    assert result.stderr == "oats: error: compression must be in [0, 1), got 1.5\n"
+
+
+def test_usage_errors_exit_with_2():
+    assert run("compress", "model").exit_code == 2
+    assert run("compress", "model", "out", "--rank-ratio", "much").exit_code == 2
+    assert run("eval").exit_code == 2
+
+
+def test_version():
+    assert re.fullmatch(r"oats \d+\.\d+\.\d+\n", run("--version").stdout)
+
+
+# --- compress ------------------------------------------------------------------------------------------
+
+
+def test_a_compressed_directory_loads_with_plain_transformers(dense, compressed):
+    code = (
+        "import sys; from transformers import AutoModelForCausalLM as A, AutoTokenizer as T\n"
+        "model = A.from_pretrained(sys.argv[1])\n"
+        "print(type(model.model.layers[0].mlp.up_proj).__name__, len(T.from_pretrained(sys.argv[1])))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, compressed], capture_output=True, text=True, timeout=120
+    )
+    assert result.stdout.split() == ["SparseLowRankLinear", "258"], result.stderr
+    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"} <= set(
+        entries(compressed)
+    )
+    weights = "model.safetensors"
+    assert (compressed / weights).stat().st_size < 0.7 * (dense / weights).stat().st_size
+
+
+def test_compress_prints_json(dense, text, tmp_path):
+    result = run(
+        "compress", dense, tmp_path / "out", "--calibration", text, *SMALL, "--json", "--dtype", "bf16",
+        "--compression", 0.6, "--pattern", "layer", "--skip", "*.down_proj", "--seed", 3,
+    )  # fmt: skip
+    report = json.loads(result.stdout)
+    assert report["layers"] == 12
+    assert (report["compression"], report["pattern"], report["skip"], report["seed"]) == (
+        0.6, "layer", ["*.down_proj"], 3,
+    )  # fmt: skip
+    assert report["calibration"]["samples"] == 4 and report["calibration"]["text"] == str(text)
+    assert report["disk_bytes"] == sum(file.stat().st_size for file in (tmp_path / "out").iterdir())
+    settings = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert settings["pattern"] == "layer" and not any("down_proj" in name for name in settings["layers"])
+    assert entries(tmp_path) == ["out"]
+
+
+def test_the_same_command_gives_the_same_bytes(dense, compressed, text, tmp_path):
+    run("compress", dense, tmp_path / "again", "--calibration", text, *SMALL)
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (compressed / name).read_bytes()
+
+
+def test_compress_calibrates_on_the_built_in_text(dense, tmp_path):
+    result = run("compress", dense, tmp_path / "out", *SMALL, "--json")
+    assert json.loads(result.stdout)["calibration"]["split"] == "first half"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--compression", "1"], r"compression must be in \[0, 1\), got 1.0"),
+        (["--compression", "-0.1"], r"compression must be in"),
+        (["--compression", "nan"], r"compression must be in"),
+        (["--rank-ratio", "1.01"], r"rank_ratio must be in \[0, 1\], got 1.01"),
+        (["--pattern", "4:2"], r"pattern must be .*, got '4:2'"),
+        (["--svd", "magic"], r'svd must be "fast" or "exact", got \'magic\''),
+        (["--iterations", "0"], r"iterations must be a whole number of at least 1, got 0"),
+        (["--dtype", "int8"], r'dtype must be "bf16", "fp32" or None, got \'int8\''),
+        (["--samples", "1000"], r"has \d+ tokens, but 1000 samples of 512 need \d+; give a longer text"),
+        (["--samples", "0"], r"at least 1 sample of 2 tokens, got 0 of 512; raise"),
+        (["--length", "1"], r"at least 1 sample of 2 tokens, got 64 of 1; raise"),
+        (["--calibration", "missing.txt"], r"cannot read the text file missing.txt: No such file"),
+        (["--calibration", os.devnull], r"the text file /dev/null is empty"),
+        (["--pattern", "3:4", "--samples", "4", "--length", "32"], r"lower the compression to 0.25 or less"),
+    ],
+)
+def test_compress_refuses(dense, tmp_path, options, message):
+    assert re.search(message, fails("compress", dense, tmp_path / "out", *options))
+    assert entries(tmp_path) == []
+
+
+def test_compress_refuses_a_model_that_is_not_there(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file.txt").touch()
+    out = tmp_path / "out"
+    assert "there is no model directory" in fails("compress", tmp_path / "missing", out)
+    assert "neither config.json nor a .gguf file" in fails("compress", tmp_path / "empty", out)
+    assert "is a file but not a .gguf file" in fails("compress", tmp_path / "file.txt", out)
+    for name in ("a.gguf", "b.gguf"):
+        (tmp_path / "empty" / name).touch()
+    assert "2 .gguf files (a.gguf, b.gguf); give the path of one" in fails(
+        "compress", tmp_path / "empty", out
+    )
+    (tmp_path / "empty" / "b.gguf").unlink()
+    assert "cannot load the model" in fails("compress", tmp_path / "empty", out)
+    assert not out.exists()
+
+
+def test_compress_refuses_a_compressed_model(compressed, text, tmp_path):
+    line = fails("compress", compressed, tmp_path / "out", "--calibration", text, *SMALL)
+    assert "no nn.Linear to compress" in line
+    assert entries(tmp_path) == []
+
+
+def test_compress_refuses_a_damaged_model(dense, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(dense, broken)
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert "cannot load the model" in fails("compress", broken, tmp_path / "out")
+    assert "model.safetensors is damaged" in fails("info", broken)
+
+
+def test_compress_refuses_a_model_that_lacks_a_weight(dense, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    model = tmp_path / "model"
+    shutil.copytree(dense, model)
+    weights = load_file(model / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    line = fails("compress", model, tmp_path / "out")
+    assert "lacks 1 of its weights, e.g. model.layers.1.mlp.up_proj.weight; download it again" in line
+
+
+def test_a_hub_name_that_cannot_be_reached_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    line = fails("compress", "nobody/no-such-model", tmp_path / "out")
+    assert "no such local path, so it was looked up on the hub" in line
+
+
+# --- the output directory ------------------------------------------------------------------------------
+
+
+def test_an_output_that_is_in_use_is_refused_before_the_model_is_loaded(dense, tmp_path, monkeypatch):
+    def load_model(*arguments):
+        pytest.fail("the model was loaded")
+
+    monkeypatch.setattr(checkpoint, "load_model", load_model)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    (tmp_path / "file").touch()
+    assert "is not empty; choose another, or overwrite it" in fails("compress", dense, tmp_path / "full")
+    assert "holds files but no model" in fails("compress", dense, tmp_path / "full", "--overwrite")
+    assert "is a file; choose a directory" in fails("compress", dense, tmp_path / "file")
+    assert "cannot be made" in fails("compress", dense, tmp_path / "file" / "out")
+    assert "holds the model itself" in fails("compress", dense, dense, "--overwrite")
+    assert "holds the model itself" in fails("compress", dense, dense.parent, "--overwrite")
+    assert (tmp_path / "full" / "notes.txt").read_text() == "mine"
+
+
+def test_overwrite_replaces_a_model_as_a_whole(dense, text, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "config.json").write_text("{}")
+    (out / "stale.safetensors").touch()
+    assert run("compress", dense, out, "--calibration", text, *SMALL).exit_code == 1
+    assert run("compress", dense, out, "--calibration", text, *SMALL, "--overwrite").exit_code == 0
+    assert "stale.safetensors" not in entries(out)
+    assert entries(tmp_path) == ["out"]
+
+
+def test_an_empty_output_directory_is_used(dense, text, tmp_path):
+    out = tmp_path / "deep" / "out"
+    out.mkdir(parents=True)
+    assert run("compress", dense, out, "--calibration", text, *SMALL).exit_code == 0
+    assert entries(out.parent) == ["out"]
+
+
+class Unsaveable:
+    def __init__(self, error):
+        self.error = error
+
+    def save_pretrained(self, directory):
+        (Path(directory) / "config.json").write_text("{}")
+        raise self.error
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("bug"), KeyboardInterrupt()]
+)
+def test_a_save_that_fails_leaves_everything_as_it_was(tmp_path, error, overwrite):
+    out = tmp_path / "out"
+    if overwrite:
+        out.mkdir()
+        (out / "config.json").write_text("old")
+    before = entries(tmp_path)
+    with pytest.raises(OatsError if isinstance(error, OSError) else type(error)) as raised:
+        checkpoint.save_model(Unsaveable(error), None, out, overwrite=overwrite)
+    if isinstance(error, OSError):
+        assert str(raised.value) == f"cannot write {out}: No space left on device; nothing was changed there"
+    assert entries(tmp_path) == before
+    assert not overwrite or (out / "config.json").read_text() == "old"
+
+
+def test_an_output_that_appears_meanwhile_is_not_overwritten(tmp_path):
+    class Model:
+        def save_pretrained(self, directory):
+            (tmp_path / "out").mkdir()
+            (tmp_path / "out" / "config.json").write_text("theirs")
+
+    with pytest.raises(OatsError, match="Directory not empty; nothing was changed there"):
+        checkpoint.save_model(Model(), None, tmp_path / "out")
+    assert entries(tmp_path) == ["out"]
+    assert (tmp_path / "out" / "config.json").read_text() == "theirs"
+    with pytest.raises(OutputExistsError):
+        checkpoint.save_model(Model(), None, tmp_path / "out")
+
+
+def interrupted(patch, arguments, how):
+    """Run a command in a process that hangs where `patch` says, and send it a signal there."""
+    code = f"""
+import time
+def hang(*arguments, **options):
+    print("hanging", flush=True)
+    time.sleep(60)
+{patch}
+from oats.cli import main
+main()
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "hanging\n", process.stderr.read()
+    process.send_signal(how)
+    process.communicate(timeout=30)
+    assert process.returncode != 0
+    return process.pid
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_run_stopped_while_it_saves_leaves_nothing_that_looks_finished(dense, text, tmp_path, how):
+    command = ["compress", dense, tmp_path / "out", "--calibration", text, *SMALL]
+    # Every file is written by then; only the name is missing.
+    patch = "from oats.integrations import checkpoint; checkpoint._flush = hang"
+    pid = interrupted(patch, command, how)
+    assert entries(tmp_path) == ([f".out.partial-{pid}"] if how == signal.SIGKILL else [])
+    assert run(*command).exit_code == 0
+    assert "out" in entries(tmp_path)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_run_stopped_while_it_compresses_leaves_nothing(dense, text, tmp_path, how):
+    command = ["compress", dense, tmp_path / "out", "--calibration", text, *SMALL]
+    interrupted("import oats.compress; oats.compress.decompose = hang", command, how)
+    assert entries(tmp_path) == []
+
+
+# --- eval ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("which", ["dense", "compressed"])
+def test_eval_prints_every_setting(which, text, request):
+    directory = request.getfixturevalue(which)
+    result = run("eval", directory, "--text", text, "--context", 64, "--stride", 32, "--max-tokens", 500)
+    assert result.exit_code == 0
+    output = " ".join(result.stdout.split())
+    for expected in ("perplexity", "fox.txt", "sha256", "whole file", "500 scored, each once", "64 tokens",
+                     "BOS", "stride 32", "dtype float32", "threads"):  # fmt: skip
+        assert expected in output
+    as_json = run(
+        "eval", directory, "--text", text, "--context", 64, "--stride", 32, "--max-tokens", 500, "--json"
+    )
+    report = json.loads(as_json.stdout)
+    assert f"{report['perplexity']:.4f}" in output
+    assert report["tokens"] == 500
+
+
+def test_eval_of_a_short_text(dense, tmp_path):
+    file = tmp_path / "short.txt"
+    file.write_text("Hi")
+    report = json.loads(run("eval", dense, "--text", file, "--json").stdout)
+    assert (report["tokens"], report["context"]) == (2, 128)
+    assert report["perplexity"] == pytest.approx(258, rel=0.2)
+
+
+def test_eval_takes_the_built_in_text(dense):
+    report = json.loads(run("eval", dense, "--max-tokens", 50, "--json").stdout)
+    assert report["split"] == "second half" and report["text"].startswith("pydoc_data.topics (Python 3")
+
+
+def test_eval_refuses(dense, tmp_path):
+    assert "is empty; give one with text" in fails("eval", dense, "--text", os.devnull)
+    assert "cannot read the text file" in fails("eval", dense, "--text", tmp_path / "missing")
+    assert "at most 128, the model's own, got 129" in fails("eval", dense, "--context", 129)
+    assert "stride must be in [1, context = 128], got 0" in fails("eval", dense, "--stride", 0)
+    assert "max_tokens must be at least 1" in fails("eval", dense, "--max-tokens", 0)
+    assert 'dtype must be "bf16" or "fp32"' in fails("eval", dense, "--dtype", "fp16")
+    assert "there is no model directory" in fails("eval", tmp_path / "missing")
+
+
+# --- generate ------------------------------------------------------------------------------------------
+
+
+def test_generate_is_reproducible(compressed):
+    first = run("generate", compressed, "The quick", "--max-new-tokens", 8)
+    assert first.exit_code == 0 and first.stdout.startswith("The quick")
+    assert run("generate", compressed, "The quick", "--max-new-tokens", 8).stdout == first.stdout
+    sampled = ["generate", compressed, "The quick", "--max-new-tokens", 8, "--temperature", 1.5]
+    assert run(*sampled, "--seed", 1).stdout == run(*sampled, "--seed", 1).stdout
+    assert run(*sampled, "--seed", 1).stdout != run(*sampled, "--seed", 2).stdout
+
+
+def test_generate_refuses(dense):
+    assert "max_new_tokens must be at least 1, got 0" in fails("generate", dense, "a", "--max-new-tokens", 0)
+    assert "temperature must be 0 or more, got -1.0" in fails("generate", dense, "a", "--temperature", -1)
+
+
+# --- bench and info ------------------------------------------------------------------------------------
+
+
+def test_bench():
+    options = [
+        "bench",
+        "--d-out",
+        512,
+        "--d-in",
+        512,
+        "--repetitions",
+        3,
+        "--threads",
+        torch.get_num_threads(),
+    ]
+    result = run(*options)
+    assert result.exit_code == 0
+    assert "512 x 512, batch 1, bf16" in result.stdout and "torch dense" in result.stdout
+    report = json.loads(run(*options, "--json", "--dtype", "fp32").stdout)
+    assert report["rank"] == 32 and report["dtype"] == "fp32" and report["speedup"] > 0
+
+
+def test_bench_refuses():
+    assert "threads must be at least 1" in fails("bench", "--threads", 0)
+    assert 'dtype must be "bf16" or "fp32"' in fails("bench", "--dtype", "int4")
+    assert "compression must be in" in fails("bench", "--compression", 2)
+    assert "must be at least 1, got 0, 4096, 1 and 200" in fails("bench", "--d-out", 0)
+
+
+def test_info_of_the_installation(monkeypatch):
+    monkeypatch.delenv("OATS_ISA", raising=False)
+    report = json.loads(run("info", "--json").stdout)
+    assert report["isa"] in report["available_isas"] and report["oats_isa"] is None
+    output = run("info").stdout
+    for expected in (report["isa"], report["torch"], "threads", "OATS_ISA"):
+        assert expected in output
+
+
+def test_info_of_a_compressed_model(compressed):
+    report = json.loads(run("info", compressed, "--json").stdout)
+    assert len(report["layers"]) == 14
+    assert report["layers"][0]["name"].startswith("model.layers.0.")
+    layer = next(layer for layer in report["layers"] if layer["name"] == "model.layers.0.mlp.up_proj")
+    assert (layer["d_out"], layer["d_in"], layer["rank"]) == (128, 64, 5)
+    assert layer["density"] == pytest.approx(0.375)
+    stored = 128 * 64 // 8 + 4 * (layer["nnz"] + 5 * (128 + 64))
+    assert layer["stored_bytes"] == stored
+    assert layer["share_of_dense_bf16"] == stored / (2 * 128 * 64)
+    assert report["disk_bytes"] == sum(file.stat().st_size for file in compressed.iterdir())
+    output = run("info", compressed).stdout
+    assert "14 layers" in output and "128 x 64" in output
+
+
+def test_info_of_a_dense_model(dense):
+    report = json.loads(run("info", dense, "--json").stdout)
+    assert report["layers"] == [] and report["config"] is None
+    assert "not compressed by oats" in run("info", dense).stdout
+
+
+def test_info_refuses(compressed, tmp_path):
+    assert "it has no config.json" in fails("info", tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    assert "config.json is not valid JSON" in fails("info", tmp_path)
+    config = json.loads((compressed / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert "has no .safetensors file" in fails("info", tmp_path)
+    (tmp_path / "model.safetensors").write_bytes((compressed / "model.safetensors").read_bytes())
+    assert run("info", tmp_path).exit_code == 0
+    config["quantization_config"]["layers"]["model.layers.9.mlp.up_proj"] = {"rank": 1, "nnz": 1}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert "has no tensor model.layers.9.mlp.up_proj.mask" in fails("info", tmp_path)
+    config["quantization_config"]["format_version"] = 2
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert "has format version 2, this release reads 1; install a newer oats" in fails("info", tmp_path)
+
+
+# --- GGUF ----------------------------------------------------------------------------------------------
+
+
+def test_load_model_takes_a_directory_with_one_gguf_file(tmp_path):
+    with pytest.raises(CheckpointError, match="cannot load the model"):
+        (tmp_path / "model.gguf").write_bytes(b"not a gguf file")
+        checkpoint.load_model(tmp_path)

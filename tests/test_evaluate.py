@@ -1,0 +1,215 @@
+import math
+
+import pytest
+import torch
+
+from oats.errors import CalibrationError, ConfigError, OatsError
+from oats.evaluate import layer
+from oats.evaluate.generation import generation_speed
+from oats.evaluate.layer import layer_latency
+from oats.evaluate.perplexity import perplexity
+from oats.evaluate.spread import Spread
+from oats.evaluate.text import Text, builtin_text, calibration_windows, read_text, tokenize
+
+transformers = pytest.importorskip("transformers")
+
+VOCABULARY, LIMIT, BOS = 97, 64, 1
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=LIMIT, bos_token_id=BOS, initializer_range=0.2,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def token_by_token(model, ids, bos, context, stride):
+    """The definition, one forward pass a token: which window scores it follows from its position."""
+    sequence = ([] if bos is None else [bos]) + ids.tolist()
+    nll = []
+    for position in range(1, len(sequence)):
+        # End of the window that scores this position.
+        end = 1 + context
+        while end <= position:
+            end += stride
+        end = min(end, len(sequence))
+        window = sequence[max(0, end - 1 - context) : position]
+        if bos is not None:
+            window[0] = bos
+        with torch.no_grad():
+            log_probabilities = model(input_ids=torch.tensor([window])).logits[0, -1].double().log_softmax(-1)
+        nll.append(-log_probabilities[sequence[position]].item())
+    return math.exp(sum(nll) / len(nll)), len(nll)
+
+
+@pytest.mark.parametrize("bos", [None, BOS])
+@pytest.mark.parametrize(
+    ("tokens", "context", "stride"),
+    [(100, 16, 16), (100, 16, 5), (50, 64, 64), (7, 32, 8), (33, 32, 32), (32, 32, 1), (20, 1, 1), (2, 8, 8)],
+)
+def test_perplexity_is_that_of_its_definition(model, tokens, context, stride, bos):
+    ids = torch.randint(3, VOCABULARY, (tokens,), generator=torch.Generator().manual_seed(tokens))
+    result = perplexity(model, ids, bos=bos, context=context, stride=stride)
+    expected, scored = token_by_token(model, ids, bos, context, stride)
+    assert result.tokens == scored == tokens - (bos is None)
+    assert result.perplexity == pytest.approx(expected, rel=1e-4)
+    assert (result.context, result.stride, result.bos) == (context, stride, bos is not None)
+
+
+def test_perplexity_of_a_text_within_one_context_is_the_models_own_loss(model):
+    ids = torch.arange(3, 40)
+    with torch.no_grad():
+        loss = model(input_ids=ids[None], labels=ids[None]).loss
+    result = perplexity(model, ids)
+    assert result.perplexity == pytest.approx(math.exp(loss), rel=1e-5)
+    assert result.context == LIMIT
+    assert result.dtype == "float32"
+
+
+def test_perplexity_reports_progress_and_restores_the_mode(model):
+    calls = []
+    model.train()
+    perplexity(
+        model, torch.arange(3, 33), bos=BOS, context=16, stride=8, progress=lambda *call: calls.append(call)
+    )
+    assert model.training
+    model.eval()
+    assert [done for done, _, _ in calls] == [16, 24, 30]
+    assert {total for _, total, _ in calls} == {30}
+
+
+@pytest.mark.parametrize(
+    ("ids", "options", "error", "message"),
+    [
+        ([], {"bos": BOS}, CalibrationError, "got 0 tokens; give a longer text"),
+        ([5], {}, CalibrationError, "got 1 tokens and no BOS token; give a longer text"),
+        ([5, 6], {"context": LIMIT + 1}, ConfigError, f"at most {LIMIT}, the model's own, got {LIMIT + 1}"),
+        ([5, 6], {"context": 0}, ConfigError, "context must be at least 1"),
+        ([5, 6], {"context": 8, "stride": 9}, ConfigError, r"stride must be in \[1, context = 8\], got 9"),
+        ([5, 6], {"stride": 0}, ConfigError, r"stride must be in \[1, context = 64\], got 0"),
+    ],
+)
+def test_perplexity_refuses(model, ids, options, error, message):
+    with pytest.raises(error, match=message):
+        perplexity(model, torch.tensor(ids, dtype=torch.int64), **options)
+
+
+def test_perplexity_of_a_damaged_model_is_an_error_and_not_nan(model):
+    weight = model.lm_head.weight
+    kept = weight.data.clone()
+    try:
+        weight.data[0, 0] = float("nan")
+        with pytest.raises(OatsError, match="NaN or infinite"):
+            perplexity(model, torch.arange(3, 30))
+    finally:
+        weight.data.copy_(kept)
+
+
+def test_the_built_in_halves_are_disjoint_and_complete():
+    from pydoc_data.topics import topics
+
+    first, second = builtin_text("first"), builtin_text("second")
+    assert first.content + second.content == "\n\n".join(topics.values())
+    assert abs(len(first.content) - len(second.content)) <= 1
+    assert first.sha256 != second.sha256
+
+
+class Letters:
+    """A tokenizer of one token a letter."""
+
+    bos_token_id = BOS
+
+    def __call__(self, text, **options):
+        return type("Encoding", (), {"input_ids": [ord(letter) for letter in text]})
+
+
+def test_tokenize_refuses_a_tokenizer_of_another_model():
+    assert tokenize(Letters(), Text("abc", "t", "all"), 128).tolist() == [97, 98, 99]
+    with pytest.raises(CalibrationError, match="token 99 but the model has 99 embeddings"):
+        tokenize(Letters(), Text("abc", "t", "all"), 99)
+    with pytest.raises(CalibrationError, match="gives no token"):
+        tokenize(Letters(), Text("", "t", "all"))
+
+
+def test_read_text_refuses(tmp_path):
+    with pytest.raises(CalibrationError, match=r"cannot read the text file .*missing.txt: No such file"):
+        read_text(tmp_path / "missing.txt")
+    (tmp_path / "blank.txt").write_text(" \n")
+    with pytest.raises(CalibrationError, match=r"blank.txt is empty"):
+        read_text(tmp_path / "blank.txt")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9 ")
+    with pytest.raises(CalibrationError, match=r"latin.txt is not UTF-8 text \(byte 3\)"):
+        read_text(tmp_path / "latin.txt")
+
+
+@pytest.mark.parametrize("bos", [None, BOS])
+def test_calibration_windows_do_not_overlap(bos):
+    taken = 8 - (bos is not None)
+    for tokens in (taken * 5, taken * 5 + 3, 1000):
+        windows = calibration_windows(torch.arange(100, 100 + tokens), 5, 8, bos=bos)
+        assert windows.shape == (5, 8)
+        if bos is not None:
+            assert (windows[:, 0] == bos).all()
+            windows = windows[:, 1:]
+        assert windows.unique().numel() == windows.numel()
+        assert windows[0, 0] == 100
+        assert windows[-1, -1] == 99 + tokens
+
+
+def test_calibration_windows_refuse_a_short_text():
+    with pytest.raises(
+        CalibrationError, match=r"a.txt has 100 tokens, but 11 samples of 10 need 110; .* at most 10"
+    ):
+        calibration_windows(torch.arange(100), 11, 10, name="a.txt")
+    with pytest.raises(CalibrationError, match="at least 1 sample of 2 tokens, got 0 of 10"):
+        calibration_windows(torch.arange(100), 0, 10)
+
+
+def test_generation_speed(model):
+    calls = []
+    speeds = generation_speed(
+        {"a": model, "b": model}, torch.arange(3, 13), new_tokens=4, repetitions=2,
+        progress=lambda *call: calls.append(call),
+    )  # fmt: skip
+    assert calls[-1] == (6, 6, "b")
+    for speed in speeds.values():
+        assert 0 < speed.decode.p10 <= speed.decode.median <= speed.decode.p90
+        assert speed.prefill.median > 0
+    with pytest.raises(ConfigError, match="2 new tokens"):
+        generation_speed({"a": model}, torch.arange(3, 13), new_tokens=1)
+
+
+@pytest.mark.parametrize("pattern", ["row", "layer", "2:4"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_layer_latency(monkeypatch, pattern, dtype):
+    monkeypatch.setattr(layer, "_CYCLED_BYTES", 1_000_000)
+    monkeypatch.setattr(layer, "_last_level_cache_bytes", lambda: 0)
+    result = layer_latency(96, 200, batch=3, compression=0.4, pattern=pattern, dtype=dtype, repetitions=3)
+    assert result.nnz == pytest.approx(96 * 200 * (0.5 if pattern == "2:4" else 0.45), rel=0.02)
+    assert result.dense_bytes == 96 * 200 * (4 if dtype == "fp32" else 2)
+    assert result.dense_copies * result.dense_bytes >= 1_000_000
+    assert result.compressed_copies * result.compressed_bytes >= 1_000_000
+    assert result.compressed_ms.median > 0 and result.speedup > 0
+    assert result.to_dict()["compressed_ms"]["median"] == result.compressed_ms.median
+
+
+def test_layer_latency_does_not_time_a_wrong_result(monkeypatch):
+    monkeypatch.setattr(
+        layer.SparseLowRankLinear, "forward", lambda self, x: x.new_zeros(len(x), self.out_features)
+    )
+    with pytest.raises(OatsError, match=r"is wrong at 64 x 64: .*nothing was timed"):
+        layer_latency(64, 64)
+
+
+def test_layer_latency_refuses_bad_settings():
+    with pytest.raises(ConfigError, match="must be at least 1, got 64, 64, 0 and 200"):
+        layer_latency(64, 64, batch=0)
+    with pytest.raises(ConfigError, match="compression"):
+        layer_latency(64, 64, compression=1.0)
+
+
+def test_spread():
+    assert Spread.of([5.0]) == Spread(5.0, 5.0, 5.0)
