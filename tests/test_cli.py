@@ -320,8 +320,10 @@ def test_an_output_that_appears_meanwhile_is_not_overwritten(tmp_path):
 
 def interrupted(patch, arguments, how):
     """Run a command in a process that hangs where `patch` says, and send it a signal there."""
+    # A process that was started in the background inherits that SIGINT is ignored.
     code = f"""
-import time
+import signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
 def hang(*arguments, **options):
     print("hanging", flush=True)
     time.sleep(60)

@@ -26,7 +26,7 @@ SHAPES = [
     (130, 257, 31, 1.0),
     (640, 2048, 60, 0.375),
 ]
-BATCHES = [1, 2, 3, 4, 5, 7, 8, 9, 12, 13, 16, 17, 33, 129]
+BATCHES = [1, 2, 3, 4, 5, 7, 8, 9, 12, 13, 16, 17, 33, 48, 65, 100, 129]
 
 
 def reference(layer: dict[str, Tensor], x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -78,12 +78,21 @@ def test_large_odd_shape(isa: str, dtype: torch.dtype) -> None:
         assert_close(ops.linear(x, packed, None, 4097), layer, x, None)
 
 
+@pytest.mark.parametrize("isa", ISAS)
+def test_more_columns_than_are_held_at_once(isa: str) -> None:
+    layer = random_layer(50, 70, 9, 0.4, torch.bfloat16)
+    packed = ops.pack(**layer, isa=isa)
+    x = torch.randn(1100, 70).bfloat16()
+    bias = torch.randn(50).bfloat16()
+    assert_close(ops.linear(x, packed, bias, 50), layer, x, bias)
+
+
 @given(
     d_out=st.integers(1, 70),
     d_in=st.integers(1, 150),
     rank=st.integers(0, 40),
     density=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
-    batch=st.integers(1, 40),
+    batch=st.integers(1, 150),
     isa=st.sampled_from(ISAS),
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 2**16),
@@ -135,7 +144,7 @@ def test_extreme_values(isa: str) -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("batch", [1, 5, 40])
+@pytest.mark.parametrize("batch", [1, 5, 40, 200])
 def test_bit_equal_for_any_thread_count(isa: str, batch: int) -> None:
     layer = random_layer(400, 700, 50, 0.4, torch.bfloat16)
     packed = ops.pack(**layer, isa=isa)

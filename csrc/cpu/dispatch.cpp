@@ -1,3 +1,4 @@
+#include "column_kernels.h"
 #include "strip_kernels.h"
 
 namespace oats {
@@ -17,6 +18,23 @@ const StripKernels& strip_kernels(Isa isa, Dtype dtype) {
 #endif
   static_cast<void>(isa);
   return strip_kernels_scalar(dtype);
+}
+
+const ColumnKernels& column_kernels(Isa isa, Dtype dtype) {
+#ifdef OATS_X86
+  switch (isa) {
+    case Isa::avx512_bf16:
+      return column_kernels_avx512_bf16(dtype);
+    case Isa::avx512:
+      return column_kernels_avx512(dtype);
+    case Isa::avx2:
+      return column_kernels_avx2(dtype);
+    case Isa::scalar:
+      break;
+  }
+#endif
+  static_cast<void>(isa);
+  return column_kernels_scalar(dtype);
 }
 
 }  // namespace oats

@@ -9,6 +9,8 @@
 //   weights(values)                 lanes * group dense values
 //   multiply_add(sum, weights, activation)
 //   to_float(Value), from_float(float)
+//   transpose(weights[lanes])       a lanes x lanes square of units
+//   store_units(units, weights)     `lanes` units
 #pragma once
 
 #include <cstdint>
@@ -184,17 +186,34 @@ struct StripLoops {
     }
   }
 
+  // Square by square: a row of x is read, and a row of activations written, sixteen units at a time.
   static void prepare(const void* x, int64_t stride, int64_t d_in, int columns, int padded, int64_t begin,
                       int64_t end, uint32_t* activations) {
     const auto* rows = static_cast<const Value*>(x);
-    for (int c = 0; c < columns; ++c) {
+    int c = 0;
+    for (; c + kLanes <= columns; c += kLanes) {
+      int64_t g = begin;
+      for (; g + kLanes <= end && (g + kLanes) * kGroup <= d_in; g += kLanes) {
+        typename Traits::Weights square[kLanes];
+        for (int i = 0; i < kLanes; ++i) square[i] = Traits::weights(rows + (c + i) * stride + g * kGroup);
+        Traits::transpose(square);
+        for (int i = 0; i < kLanes; ++i) Traits::store_units(activations + (g + i) * padded + c, square[i]);
+      }
+      prepare_units(rows, stride, d_in, c, c + kLanes, padded, g, end, activations);
+    }
+    prepare_units(rows, stride, d_in, c, columns, padded, begin, end, activations);
+    for (c = columns; c < padded; ++c) {
+      for (int64_t g = begin; g < end; ++g) activations[g * padded + c] = 0;
+    }
+  }
+
+  static void prepare_units(const Value* rows, int64_t stride, int64_t d_in, int c_begin, int c_end,
+                            int padded, int64_t begin, int64_t end, uint32_t* activations) {
+    for (int c = c_begin; c < c_end; ++c) {
       const Value* row = rows + c * stride;
       for (int64_t g = begin; g < end; ++g) {
         activations[g * padded + c] = unit(row + g * kGroup, d_in - g * kGroup);
       }
-    }
-    for (int c = columns; c < padded; ++c) {
-      for (int64_t g = begin; g < end; ++g) activations[g * padded + c] = 0;
     }
   }
 

@@ -1,5 +1,5 @@
 // Any CPU. Eight lanes, as on AVX2, so that compilers can use what vectors the baseline has.
-#include "strip_kernels_inl.h"
+#include "column_kernels_inl.h"
 
 namespace oats {
 namespace {
@@ -35,6 +35,31 @@ struct Scalar : Stored {
     for (int i = 0; i < lanes; ++i) w.lane[i] = Stored::to_float(values[i]);
     return w;
   }
+  static Weights load_units(const uint32_t* units) {
+    Weights w;
+    std::memcpy(w.lane, units, sizeof w.lane);
+    return w;
+  }
+  static void store_units(uint32_t* units, const Weights& w) { std::memcpy(units, w.lane, sizeof w.lane); }
+  static void transpose(Weights (&square)[lanes]) {
+    for (int i = 0; i < lanes; ++i) {
+      for (int j = 0; j < i; ++j) std::swap(square[i].lane[j], square[j].lane[i]);
+    }
+  }
+  static void transpose_sums(Vector (&square)[lanes]) { transpose(square); }
+  static uint32_t compress(uint32_t* units, const Weights& w) {
+    uint32_t used = 0;
+    for (int i = 0; i < lanes; ++i) {
+      if (w.lane[i] == 0.f) continue;
+      std::memcpy(units++, &w.lane[i], 4);
+      used |= 1u << i;
+    }
+    return used;
+  }
+  static Vector add(Vector a, const Vector& b) {
+    for (int i = 0; i < lanes; ++i) a.lane[i] += b.lane[i];
+    return a;
+  }
   static Vector multiply_add(Vector sum, const Weights& w, uint32_t activation) {
     float x;
     std::memcpy(&x, &activation, 4);
@@ -48,6 +73,11 @@ struct Scalar : Stored {
 const StripKernels& strip_kernels_scalar(Dtype dtype) {
   return dtype == Dtype::fp32 ? StripLoops<Scalar<Fp32Value>>::table()
                               : StripLoops<Scalar<Bf16Value>>::table();
+}
+
+const ColumnKernels& column_kernels_scalar(Dtype dtype) {
+  return dtype == Dtype::fp32 ? ColumnLoops<Scalar<Fp32Value>>::table(20)
+                              : ColumnLoops<Scalar<Bf16Value>>::table(20);
 }
 
 }  // namespace oats

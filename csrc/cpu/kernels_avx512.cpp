@@ -1,7 +1,8 @@
 // AVX-512 F, BW, VL and DQ: what every AVX-512 server CPU has.
 #include <immintrin.h>
 
-#include "strip_kernels_inl.h"
+#include "avx512_inl.h"
+#include "column_kernels_inl.h"
 
 namespace oats {
 namespace {
@@ -26,11 +27,18 @@ struct Avx512 : Stored {
   static Vector zero() { return _mm512_setzero_ps(); }
   static Vector load(const float* sums) { return _mm512_loadu_ps(sums); }
   static void store(float* sums, Vector v) { _mm512_storeu_ps(sums, v); }
-  // Load, then expand between registers: the memory form of the expansion is microcoded on some CPUs.
   static Weights expand(const Value* values, Mask mask) {
-    return _mm512_maskz_expand_ps(mask, load_values(values));
+    return _mm512_mask_expand_ps(_mm512_castsi512_ps(fresh_zero()), mask, load_values(values));
   }
   static Weights weights(const Value* values) { return load_values(values); }
+  static Weights load_units(const uint32_t* units) { return _mm512_load_ps(units); }
+  static void store_units(uint32_t* units, Weights w) { _mm512_storeu_ps(units, w); }
+  static void transpose(Weights (&square)[lanes]) { transpose_units(square); }
+  static void transpose_sums(Vector (&square)[lanes]) { transpose_units(square); }
+  static uint32_t compress(uint32_t* units, Weights w) {
+    return compress_units(units, _mm512_castps_si512(w));
+  }
+  static Vector add(Vector a, Vector b) { return _mm512_add_ps(a, b); }
   static Vector multiply_add(Vector sum, Weights w, uint32_t activation) {
     return _mm512_fmadd_ps(w, _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(activation))), sum);
   }
@@ -41,6 +49,11 @@ struct Avx512 : Stored {
 const StripKernels& strip_kernels_avx512(Dtype dtype) {
   return dtype == Dtype::fp32 ? StripLoops<Avx512<Fp32Value>>::table()
                               : StripLoops<Avx512<Bf16Value>>::table();
+}
+
+const ColumnKernels& column_kernels_avx512(Dtype dtype) {
+  return dtype == Dtype::fp32 ? ColumnLoops<Avx512<Fp32Value>>::table(60)
+                              : ColumnLoops<Avx512<Bf16Value>>::table(60);
 }
 
 }  // namespace oats

@@ -1,0 +1,61 @@
+// What both AVX-512 files need beside their Traits.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace oats {
+namespace {
+
+// Zero that the compiler takes for an unknown value. On Zen 5 an expansion or compression waits for the last
+// writer of its destination even where zero-masking overwrites all of it: 5 cycles each in a row of them, 1
+// with this as the destination's old value (docs/kernels.md).
+inline __m512i fresh_zero() {
+  __m512i zero = _mm512_setzero_si512();
+  asm("" : "+v"(zero));
+  return zero;
+}
+
+inline void transpose_units(__m512i (&rows)[16]) {
+  __m512i a[16], b[16];
+  for (int i = 0; i < 16; i += 2) {
+    a[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+    a[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+  }
+  // b[4 i + j]: column j of each 128-bit lane, rows 4 i to 4 i + 3.
+  for (int i = 0; i < 16; i += 4) {
+    b[i] = _mm512_unpacklo_epi64(a[i], a[i + 2]);
+    b[i + 1] = _mm512_unpackhi_epi64(a[i], a[i + 2]);
+    b[i + 2] = _mm512_unpacklo_epi64(a[i + 1], a[i + 3]);
+    b[i + 3] = _mm512_unpackhi_epi64(a[i + 1], a[i + 3]);
+  }
+  for (int j = 0; j < 4; ++j) {
+    const __m512i even_top = _mm512_shuffle_i32x4(b[j], b[4 + j], 0x88);
+    const __m512i odd_top = _mm512_shuffle_i32x4(b[j], b[4 + j], 0xdd);
+    const __m512i even_bottom = _mm512_shuffle_i32x4(b[8 + j], b[12 + j], 0x88);
+    const __m512i odd_bottom = _mm512_shuffle_i32x4(b[8 + j], b[12 + j], 0xdd);
+    rows[j] = _mm512_shuffle_i32x4(even_top, even_bottom, 0x88);
+    rows[4 + j] = _mm512_shuffle_i32x4(odd_top, odd_bottom, 0x88);
+    rows[8 + j] = _mm512_shuffle_i32x4(even_top, even_bottom, 0xdd);
+    rows[12 + j] = _mm512_shuffle_i32x4(odd_top, odd_bottom, 0xdd);
+  }
+}
+
+inline void transpose_units(__m512 (&rows)[16]) {
+  __m512i bits[16];
+  for (int i = 0; i < 16; ++i) bits[i] = _mm512_castps_si512(rows[i]);
+  transpose_units(bits);
+  for (int i = 0; i < 16; ++i) rows[i] = _mm512_castsi512_ps(bits[i]);
+}
+
+// The memory form of the compression is slow on some CPUs; behind the units that count comes what the caller
+// allows.
+inline uint32_t compress_units(uint32_t* units, __m512i row) {
+  const __mmask16 used = _mm512_test_epi32_mask(row, row);
+  _mm512_storeu_si512(units, _mm512_mask_compress_epi32(fresh_zero(), used, row));
+  return used;
+}
+
+}  // namespace
+}  // namespace oats

@@ -1,0 +1,205 @@
+// The loops of ColumnKernels, for any vector type; see strip_kernels_inl.h for how it is included, and for
+// most of what a `Traits` names. Here also:
+//   load_units(units), store_units(units, weights)   `lanes` units
+//   transpose(weights[lanes])                        a lanes x lanes square of units
+//   compress(units, weights)                         the non-zero units, in order; returns which were
+#pragma once
+
+#include <algorithm>
+
+#include "column_kernels.h"
+#include "strip_kernels_inl.h"
+
+namespace oats {
+namespace {
+
+template <class Traits>
+struct ColumnLoops {
+  using Value = typename Traits::Value;
+  using Mask = typename Traits::Mask;
+  using Vector = typename Traits::Vector;
+  using Weights = typename Traits::Weights;
+  static constexpr int kLanes = Traits::lanes;
+  static constexpr int kGroup = Traits::group;
+  // Two sums for each vector of columns: a product takes 4 to 6 cycles, and two start in each.
+  static constexpr int kMaxVectors = Traits::registers >= 16 ? 8 : 6;
+
+  static void gather(const PackedHeader* weight, int64_t strip, uint32_t* const* units, uint64_t* masks,
+                     int64_t mask_stride) {
+    const char* base = reinterpret_cast<const char*>(weight);
+    const auto* starts = reinterpret_cast<const uint64_t*>(base + weight->starts_at);
+    const Mask* mask = reinterpret_cast<const Mask*>(base + weight->masks_at) + strip * weight->groups;
+    const Value* values = reinterpret_cast<const Value*>(base + weight->values_at) + starts[strip];
+    uint32_t* next[kLanes];
+    std::memcpy(next, units, sizeof next);
+    for (int64_t g = 0; g < weight->groups; g += kLanes) {
+      Weights cells[kLanes];
+      for (int i = 0; i < kLanes; ++i) {
+        const Mask m = g + i < weight->groups ? mask[g + i] : Mask{0};
+        cells[i] = Traits::expand(values, m);
+        __builtin_prefetch(reinterpret_cast<const char*>(values) + kPrefetchBytes);
+        values += __builtin_popcount(m);
+      }
+      Traits::transpose(cells);
+      uint64_t* word = masks + g / kGroupsPerWord * mask_stride;
+      const int shift = static_cast<int>(g % kGroupsPerWord);
+      for (int row = 0; row < kLanes; ++row) {
+        const uint32_t used = Traits::compress(next[row], cells[row]);
+        next[row] += __builtin_popcount(used);
+        word[row] = (shift ? word[row] : 0) | static_cast<uint64_t>(used) << shift;
+      }
+    }
+  }
+
+  template <int Vectors>
+  static void multiply_add(Vector (&sums)[Vectors], uint32_t unit, const uint32_t* activations) {
+#pragma GCC unroll 8
+    for (int i = 0; i < Vectors; ++i) {
+      sums[i] = Traits::multiply_add(sums[i], Traits::load_units(activations + i * kLanes), unit);
+    }
+  }
+
+  template <int Vectors>
+  static void sparse_rows(const uint64_t* masks, const uint32_t** next, int rows, const uint32_t* activations,
+                          float* sums) {
+    constexpr int kColumns = Vectors * kLanes;
+    for (int row = 0; row < rows; ++row, sums += kColumns) {
+      Vector even[Vectors], odd[Vectors];
+      for (int i = 0; i < Vectors; ++i) {
+        even[i] = Traits::load(sums + i * kLanes);
+        odd[i] = Traits::zero();
+      }
+      uint64_t mask = masks[row];
+      const uint32_t* unit = next[row];
+      int left = __builtin_popcountll(mask);
+      next[row] += left;
+      for (; left >= 2; left -= 2, unit += 2) {
+        const int a = __builtin_ctzll(mask);
+        mask &= mask - 1;
+        const int b = __builtin_ctzll(mask);
+        mask &= mask - 1;
+        multiply_add(even, unit[0], activations + a * kColumns);
+        multiply_add(odd, unit[1], activations + b * kColumns);
+      }
+      if (left) multiply_add(even, unit[0], activations + __builtin_ctzll(mask) * kColumns);
+      for (int i = 0; i < Vectors; ++i) Traits::store(sums + i * kLanes, Traits::add(even[i], odd[i]));
+    }
+  }
+
+  // Rows of a dense factor that share the loads of the activations.
+  template <int Vectors, int Rows>
+  static void dense_rows(const Value* strip, int64_t begin, int64_t end, const uint32_t* activations,
+                         float* sums) {
+    constexpr int kColumns = Vectors * kLanes;
+    for (int first = 0; first < kLanes; first += Rows) {
+      Vector sum[Rows][Vectors];
+      for (int r = 0; r < Rows; ++r) {
+        for (int i = 0; i < Vectors; ++i)
+          sum[r][i] = Traits::load(sums + (first + r) * kColumns + i * kLanes);
+      }
+      for (int64_t g = begin; g < end; ++g) {
+        const Value* weights = strip + (g * kLanes + first) * kGroup;
+        const uint32_t* x = activations + (g - begin) * kColumns;
+#pragma GCC unroll 8
+        for (int r = 0; r < Rows; ++r) {
+          multiply_add(sum[r], StripLoops<Traits>::unit(weights + r * kGroup, kGroup), x);
+        }
+      }
+      for (int r = 0; r < Rows; ++r) {
+        for (int i = 0; i < Vectors; ++i)
+          Traits::store(sums + (first + r) * kColumns + i * kLanes, sum[r][i]);
+      }
+    }
+  }
+
+  template <class Call>
+  static void with_vectors(int vectors, const Call& call) {
+    switch (vectors) {
+#define OATS_VECTORS(n)                                     \
+  case n:                                                   \
+    if constexpr (n <= kMaxVectors) call.template run<n>(); \
+    break;
+      OATS_VECTORS(1)
+      OATS_VECTORS(2)
+      OATS_VECTORS(3)
+      OATS_VECTORS(4)
+      OATS_VECTORS(5)
+      OATS_VECTORS(6)
+      OATS_VECTORS(7)
+      OATS_VECTORS(8)
+#undef OATS_VECTORS
+    }
+  }
+
+  struct Sparse {
+    const uint64_t* masks;
+    const uint32_t** next;
+    int rows;
+    const uint32_t* activations;
+    float* sums;
+    template <int Vectors>
+    void run() const {
+      sparse_rows<Vectors>(masks, next, rows, activations, sums);
+    }
+  };
+
+  struct Dense {
+    const Value* strip;
+    int64_t begin, end;
+    const uint32_t* activations;
+    float* sums;
+    template <int Vectors>
+    void run() const {
+      dense_rows<Vectors, Vectors * 4 <= Traits::registers ? 4 : 2>(strip, begin, end, activations, sums);
+    }
+  };
+
+  static void sparse(const uint64_t* masks, const uint32_t** next, int rows, const uint32_t* activations,
+                     int vectors, float* sums) {
+    with_vectors(vectors, Sparse{masks, next, rows, activations, sums});
+  }
+
+  static void dense(const void* strip, int64_t begin, int64_t end, const uint32_t* activations, int vectors,
+                    float* sums) {
+    with_vectors(vectors, Dense{static_cast<const Value*>(strip), begin, end, activations, sums});
+  }
+
+  static void sums_to_activations(const float* sums, int vectors, uint32_t* activations) {
+    const int columns = vectors * kLanes;
+    for (int g = 0; g < kLanes / kGroup; ++g) {
+      const float* row = sums + g * kGroup * columns;
+      uint32_t* out = activations + g * columns;
+      if constexpr (kGroup == 1) {
+        std::memcpy(out, row, columns * sizeof(float));
+      } else {
+        for (int c = 0; c < columns; ++c) {
+          out[c] = Traits::from_float(row[c]) | static_cast<uint32_t>(Traits::from_float(row[columns + c]))
+                                                    << 16;
+        }
+      }
+    }
+  }
+
+  static void store(const float* sums, int vectors, int columns, const void* bias, int valid, void* y,
+                    int64_t y_stride) {
+    alignas(64) float turned[kLanes * kLanes];
+    for (int first = 0; first < columns; first += kLanes) {
+      Vector square[kLanes];
+      for (int row = 0; row < kLanes; ++row)
+        square[row] = Traits::load(sums + row * vectors * kLanes + first);
+      Traits::transpose_sums(square);
+      for (int c = 0; c < kLanes; ++c) Traits::store(turned + c * kLanes, square[c]);
+      StripLoops<Traits>::store(turned, std::min(columns - first, kLanes), bias, valid,
+                                static_cast<Value*>(y) + first * y_stride, y_stride);
+    }
+  }
+
+  static const ColumnKernels& table(int64_t min_columns) {
+    static const ColumnKernels kernels{kMaxVectors, min_columns,         gather, sparse,
+                                       dense,       sums_to_activations, store};
+    return kernels;
+  }
+};
+
+}  // namespace
+}  // namespace oats

@@ -1,0 +1,87 @@
+// The two orders in which sparse_low_rank_linear() can work, and what they share.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+#include "oats/packed_weight.h"
+
+namespace oats {
+
+// One call, pointers in bytes.
+struct Call {
+  const PackedHeader* w;
+  const char* x;
+  int64_t batch, x_stride;
+  const char* bias;
+  char* y;
+  int64_t y_stride;
+  int team;
+
+  int64_t value_bytes() const { return static_cast<int64_t>(dtype_bytes(w->dtype)); }
+  const char* row_of_x(int64_t row) const { return x + row * x_stride * value_bytes(); }
+  char* output(int64_t row, int64_t feature) const { return y + (row * y_stride + feature) * value_bytes(); }
+  const char* bias_of(int64_t feature) const { return bias ? bias + feature * value_bytes() : nullptr; }
+};
+
+// Memory that a thread keeps between its calls, up to a size that a process with many threads can afford.
+class Workspace {
+ public:
+  static constexpr size_t kKept = 16 << 20;
+
+  char* reserve(size_t wanted) {
+    if (wanted > bytes_) {
+      memory_.reset();
+      bytes_ = 0;
+      wanted = (wanted + 4095) / 4096 * 4096;
+      memory_.reset(std::aligned_alloc(64, wanted));
+      if (!memory_) throw std::bad_alloc();
+      bytes_ = wanted;
+    }
+    return static_cast<char*>(memory_.get());
+  }
+
+  void trim() {
+    if (bytes_ > kKept) {
+      memory_.reset();
+      bytes_ = 0;
+    }
+  }
+
+ private:
+  std::unique_ptr<void, decltype(&std::free)> memory_{nullptr, &std::free};
+  size_t bytes_ = 0;
+};
+
+// Cuts a workspace into aligned pieces: first with no memory to learn the size, then with it.
+class Cutter {
+ public:
+  explicit Cutter(char* memory) : memory_(memory) {}
+
+  template <class T>
+  T* take(int64_t count) {
+    T* piece = memory_ ? reinterpret_cast<T*>(memory_ + used_) : nullptr;
+    used_ += (count * sizeof(T) + 63) / 64 * 64;
+    return piece;
+  }
+
+  size_t used() const { return used_; }
+
+ private:
+  char* memory_;
+  size_t used_ = 0;
+};
+
+// The strip where part `i` of `n` begins, so that each part has the same number of bytes to read.
+int64_t strip_boundary(const PackedHeader* w, int i, int n);
+
+// Lanes are outputs: an expansion of the weights serves up to sixteen columns. Bound by memory.
+void product_by_strips(const Call& call, Workspace& workspace);
+
+// Lanes are columns: zero units are skipped. Bound by arithmetic.
+void product_by_columns(const Call& call, Workspace& workspace);
+
+}  // namespace oats
