@@ -27,7 +27,8 @@ struct ColumnKernels {
   void (*gather)(const PackedHeader* weight, int64_t strip, uint32_t* const* units, uint64_t* masks,
                  int64_t mask_stride);
 
-  // sums += S x over one word of groups, for `rows` rows; next[row] moves behind the units used.
+  // sums += S x over one word of groups, for `rows` rows (an even number); next[row] moves behind the units
+  // used.
   void (*sparse)(const uint64_t* masks, const uint32_t** next, int rows, const uint32_t* activations,
                  int vectors, float* sums);
 

@@ -21,7 +21,7 @@ struct ColumnLoops {
   using Weights = typename Traits::Weights;
   static constexpr int kLanes = Traits::lanes;
   static constexpr int kGroup = Traits::group;
-  // Two sums for each vector of columns: a product takes 4 to 6 cycles, and two start in each.
+  // Two rows of sums at once, see sparse_rows.
   static constexpr int kMaxVectors = Traits::registers >= 16 ? 8 : 6;
 
   static void gather(const PackedHeader* weight, int64_t strip, uint32_t* const* units, uint64_t* masks,
@@ -59,30 +59,57 @@ struct ColumnLoops {
     }
   }
 
+  // Two rows at a time. A group in which both have a unit loads its activations once for both: loads are what
+  // bounds this loop. The groups in which only one has a unit go in pairs, so that there always are 2 *
+  // Vectors sums in flight: a product takes 4 to 6 cycles, and two start in each.
   template <int Vectors>
   static void sparse_rows(const uint64_t* masks, const uint32_t** next, int rows, const uint32_t* activations,
                           float* sums) {
     constexpr int kColumns = Vectors * kLanes;
-    for (int row = 0; row < rows; ++row, sums += kColumns) {
-      Vector even[Vectors], odd[Vectors];
+    for (int row = 0; row < rows; row += 2, sums += 2 * kColumns) {
+      const uint64_t mask0 = masks[row], mask1 = masks[row + 1];
+      const uint32_t *units0 = next[row], *units1 = next[row + 1];
+      next[row] += __builtin_popcountll(mask0);
+      next[row + 1] += __builtin_popcountll(mask1);
+      const auto unit = [](const uint32_t* units, uint64_t mask, int group) {
+        return units[__builtin_popcountll(mask & ((uint64_t{1} << group) - 1))];
+      };
+      Vector sum0[Vectors], sum1[Vectors];
+#pragma GCC unroll 8
       for (int i = 0; i < Vectors; ++i) {
-        even[i] = Traits::load(sums + i * kLanes);
-        odd[i] = Traits::zero();
+        sum0[i] = Traits::load(sums + i * kLanes);
+        sum1[i] = Traits::load(sums + kColumns + i * kLanes);
       }
-      uint64_t mask = masks[row];
-      const uint32_t* unit = next[row];
-      int left = __builtin_popcountll(mask);
-      next[row] += left;
-      for (; left >= 2; left -= 2, unit += 2) {
-        const int a = __builtin_ctzll(mask);
-        mask &= mask - 1;
-        const int b = __builtin_ctzll(mask);
-        mask &= mask - 1;
-        multiply_add(even, unit[0], activations + a * kColumns);
-        multiply_add(odd, unit[1], activations + b * kColumns);
+      for (uint64_t both = mask0 & mask1; both; both &= both - 1) {
+        const int group = __builtin_ctzll(both);
+        const uint32_t a = unit(units0, mask0, group), b = unit(units1, mask1, group);
+        const uint32_t* x = activations + group * kColumns;
+#pragma GCC unroll 8
+        for (int i = 0; i < Vectors; ++i) {
+          const auto columns = Traits::load_units(x + i * kLanes);
+          sum0[i] = Traits::multiply_add(sum0[i], columns, a);
+          sum1[i] = Traits::multiply_add(sum1[i], columns, b);
+        }
       }
-      if (left) multiply_add(even, unit[0], activations + __builtin_ctzll(mask) * kColumns);
-      for (int i = 0; i < Vectors; ++i) Traits::store(sums + i * kLanes, Traits::add(even[i], odd[i]));
+      uint64_t only0 = mask0 & ~mask1, only1 = mask1 & ~mask0;
+      for (; only0 && only1; only0 &= only0 - 1, only1 &= only1 - 1) {
+        const int g0 = __builtin_ctzll(only0), g1 = __builtin_ctzll(only1);
+        multiply_add(sum0, unit(units0, mask0, g0), activations + g0 * kColumns);
+        multiply_add(sum1, unit(units1, mask1, g1), activations + g1 * kColumns);
+      }
+      for (; only0; only0 &= only0 - 1) {
+        const int group = __builtin_ctzll(only0);
+        multiply_add(sum0, unit(units0, mask0, group), activations + group * kColumns);
+      }
+      for (; only1; only1 &= only1 - 1) {
+        const int group = __builtin_ctzll(only1);
+        multiply_add(sum1, unit(units1, mask1, group), activations + group * kColumns);
+      }
+#pragma GCC unroll 8
+      for (int i = 0; i < Vectors; ++i) {
+        Traits::store(sums + i * kLanes, sum0[i]);
+        Traits::store(sums + kColumns + i * kLanes, sum1[i]);
+      }
     }
   }
 

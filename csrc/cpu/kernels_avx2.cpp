@@ -95,7 +95,6 @@ struct Avx2 : Stored {
     store_units(units, _mm256_permutevar8x32_ps(w, index));
     return static_cast<uint32_t>(used);
   }
-  static Vector add(Vector a, Vector b) { return _mm256_add_ps(a, b); }
   static Vector multiply_add(Vector sum, Weights w, uint32_t activation) {
     return _mm256_fmadd_ps(w, _mm256_castsi256_ps(_mm256_set1_epi32(static_cast<int>(activation))), sum);
   }

@@ -38,7 +38,6 @@ struct Avx512 : Stored {
   static uint32_t compress(uint32_t* units, Weights w) {
     return compress_units(units, _mm512_castps_si512(w));
   }
-  static Vector add(Vector a, Vector b) { return _mm512_add_ps(a, b); }
   static Vector multiply_add(Vector sum, Weights w, uint32_t activation) {
     return _mm512_fmadd_ps(w, _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(activation))), sum);
   }

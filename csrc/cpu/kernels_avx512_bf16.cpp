@@ -27,7 +27,6 @@ struct Avx512Bf16 : Bf16Value {
   static void transpose(Weights (&square)[lanes]) { transpose_units(square); }
   static void transpose_sums(Vector (&square)[lanes]) { transpose_units(square); }
   static uint32_t compress(uint32_t* units, Weights w) { return compress_units(units, w); }
-  static Vector add(Vector a, Vector b) { return _mm512_add_ps(a, b); }
   static Vector multiply_add(Vector sum, Weights w, uint32_t activation) {
     return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)_mm512_set1_epi32(static_cast<int>(activation)));
   }
@@ -41,7 +40,7 @@ const StripKernels& strip_kernels_avx512_bf16(Dtype dtype) {
 }
 
 const ColumnKernels& column_kernels_avx512_bf16(Dtype dtype) {
-  return dtype == Dtype::fp32 ? column_kernels_avx512(dtype) : ColumnLoops<Avx512Bf16>::table(64);
+  return dtype == Dtype::fp32 ? column_kernels_avx512(dtype) : ColumnLoops<Avx512Bf16>::table(80);
 }
 
 }  // namespace oats

@@ -56,10 +56,6 @@ struct Scalar : Stored {
     }
     return used;
   }
-  static Vector add(Vector a, const Vector& b) {
-    for (int i = 0; i < lanes; ++i) a.lane[i] += b.lane[i];
-    return a;
-  }
   static Vector multiply_add(Vector sum, const Weights& w, uint32_t activation) {
     float x;
     std::memcpy(&x, &activation, 4);
