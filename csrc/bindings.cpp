@@ -64,8 +64,8 @@ PYBIND11_MODULE(_core, m) {
   m.def(
       "pack",
       [](int64_t d_out, int64_t d_in, int64_t rank, int64_t nnz, int value_bytes, uintptr_t mask,
-         uintptr_t values, uintptr_t low_rank_u, uintptr_t low_rank_v, const std::string& isa,
-         uintptr_t out) {
+         uintptr_t values, uintptr_t low_rank_u, uintptr_t low_rank_v, const std::string& isa, uintptr_t out,
+         int threads) {
         const oats::Isa target = isa_from(isa);
         const oats::CanonicalWeight weight{d_out,
                                            d_in,
@@ -77,11 +77,11 @@ PYBIND11_MODULE(_core, m) {
                                            pointer<const void>(low_rank_u),
                                            pointer<const void>(low_rank_v)};
         py::gil_scoped_release release;
-        oats::pack(weight, target, pointer(out));
+        oats::pack(weight, target, pointer(out), threads);
       },
       py::arg("d_out"), py::arg("d_in"), py::arg("rank"), py::arg("nnz"), py::arg("value_bytes"),
       py::arg("mask"), py::arg("values"), py::arg("low_rank_u"), py::arg("low_rank_v"), py::arg("isa"),
-      py::arg("out"));
+      py::arg("out"), py::arg("threads"));
 
   m.def(
       "packed_header",

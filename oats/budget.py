@@ -41,7 +41,7 @@ def rank_for(d_out: int, d_in: int, compression: float, rank_ratio: float, patte
                 f"that compression {compression:g} leaves; lower the compression to "
                 f"{1 - n_m[0] / n_m[1]:g} or less"
             )
-    return min(math.floor(share * d_out * d_in / (d_out + d_in)), min(d_out, d_in))
+    return math.floor(share * d_out * d_in / (d_out + d_in))
 
 
 def nnz_per_row(d_in: int, compression: float, rank_ratio: float) -> int:

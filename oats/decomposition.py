@@ -114,7 +114,7 @@ def decompose(
         name: of the layer, for error messages.
 
     Returns:
-        The parts, contiguous, in the weight's dtype and on its device.
+        The parts, contiguous, in the weight's dtype.
 
     Raises:
         ConfigError: a setting is out of range, the pattern and the compression contradict each other, or
@@ -231,10 +231,10 @@ def _norm(matrix: Tensor) -> float:
 def _check_weight(weight: Tensor, layer: str) -> None:
     if not isinstance(weight, Tensor):
         raise WeightError(f"{layer}: the weight must be a torch.Tensor, got {type(weight).__name__}")
-    if weight.is_meta or weight.layout != torch.strided:
+    if not weight.is_cpu or weight.layout != torch.strided:
         raise WeightError(
-            f"{layer}: the weight must be a dense tensor that holds data, got layout {weight.layout} on "
-            f"{weight.device}; load or densify it first"
+            f"{layer}: the weight must be a dense tensor on the CPU, got layout {weight.layout} on "
+            f"{weight.device}; load, move or densify it first"
         )
     if weight.ndim != 2 or 0 in weight.shape:
         raise WeightError(

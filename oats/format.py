@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from oats import ops
+from oats.bitmask import mask_columns
 from oats.errors import FormatError
 
 FORMAT_VERSION = 1
@@ -24,6 +25,10 @@ FORMAT_VERSION = 1
 
 TENSORS = ("mask", "values", "low_rank_u", "low_rank_v")
 """Names of the tensors of one layer, in the order in which functions take them."""
+
+MARKER = torch.zeros(1, dtype=torch.uint8)
+"""Stored as ``weight`` of each layer: a reader who does not know the format, and expects a dense weight
+there, stops at its shape instead of going on without one (docs/format.md)."""
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 """Dtypes of stored values, by the name that `OatsConfig.dtype` uses."""
@@ -38,60 +43,16 @@ def storage_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float32, torch.float64) else torch.bfloat16
 
 
-def mask_columns(d_in: int) -> int:
-    """Bytes of one row of the mask."""
-    return (d_in + 7) // 8
-
-
-def encode_mask(kept: Tensor) -> Tensor:
-    """The mask of the elements that are kept.
-
-    Args:
-        kept: (d_out, d_in), bool.
-
-    >>> encode_mask(torch.tensor([[False, True, True]])).tolist()
-    [[6]]
-    """
-    d_out, d_in = kept.shape
-    bits = torch.zeros(d_out, mask_columns(d_in) * 8, dtype=torch.uint8)
-    bits[:, :d_in] = kept
-    return (bits.view(d_out, -1, 8) * 2 ** torch.arange(8, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
-
-
-def encode(sparse: Tensor) -> tuple[Tensor, Tensor]:
-    """Split a sparse matrix into its mask and its kept values.
-
-    Args:
-        sparse: (d_out, d_in), zeros where nothing is kept.
-
-    Returns:
-        mask (uint8) and values (dtype of `sparse`), as in the table above.
-
-    >>> mask, values = encode(torch.tensor([[0.0, 2.0, 3.0], [4.0, 0.0, 0.0]]))
-    >>> mask.tolist(), values.tolist()
-    ([[6], [1]], [2.0, 3.0, 4.0])
-    """
-    kept = sparse != 0
-    return encode_mask(kept), sparse[kept]
-
-
-def decode(mask: Tensor, values: Tensor, d_in: int) -> Tensor:
-    """The inverse of :func:`encode`.
-
-    Returns:
-        (d_out, d_in), dtype of `values`.
-
-    >>> decode(torch.tensor([[6], [1]], dtype=torch.uint8), torch.tensor([2.0, 3.0, 4.0]), 3)
-    tensor([[0., 2., 3.],
-            [4., 0., 0.]])
-    """
-    bits = mask.unsqueeze(-1).bitwise_right_shift(torch.arange(8, dtype=torch.uint8)).bitwise_and(1)
-    kept = bits.view(mask.shape[0], -1)[:, :d_in].bool()
-    return torch.zeros(kept.shape, dtype=values.dtype).masked_scatter_(kept, values)
-
-
 def validate(
-    name: str, d_out: int, d_in: int, *, mask: Tensor, values: Tensor, low_rank_u: Tensor, low_rank_v: Tensor
+    name: str,
+    d_out: int,
+    d_in: int,
+    *,
+    mask: Tensor,
+    values: Tensor,
+    low_rank_u: Tensor,
+    low_rank_v: Tensor,
+    bias: Tensor | None = None,
 ) -> None:
     """Check that the tensors of one layer agree with each other and with its shape.
 
@@ -117,6 +78,10 @@ def validate(
                 f"{_short(dtype)} {shape} for a {d_out} x {d_in} layer; the checkpoint does not match its "
                 "config, download or compress it again"
             )
+    if bias is not None and (tuple(bias.shape) != (d_out,) or not bias.is_floating_point()):
+        raise FormatError(
+            f"{name}: bias is {_short(bias.dtype)} {tuple(bias.shape)}, expected floating-point ({d_out},)"
+        )
     population = ops.mask_population(mask, d_in)
     if population < 0:
         raise FormatError(

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from oats import format as fmt
 from oats import ops
+from oats.bitmask import encode, mask_columns
 from oats.errors import ConfigError, FormatError
 
 if TYPE_CHECKING:
@@ -69,7 +72,7 @@ class SparseLowRankLinear(nn.Module):
         dtype = _supported(dtype or torch.get_default_dtype())
         self.in_features, self.out_features, self.rank, self.nnz = in_features, out_features, rank, nnz
         self.register_buffer(
-            "mask", torch.empty(out_features, fmt.mask_columns(in_features), dtype=torch.uint8, device=device)
+            "mask", torch.empty(out_features, mask_columns(in_features), dtype=torch.uint8, device=device)
         )
         self.register_buffer("values", torch.empty(nnz, dtype=dtype, device=device))
         self.register_buffer("low_rank_u", torch.empty(out_features, rank, dtype=dtype, device=device))
@@ -110,7 +113,7 @@ class SparseLowRankLinear(nn.Module):
         for tensor_name in fmt.TENSORS:
             setattr(layer, tensor_name, tensors[tensor_name])
         if bias is not None:
-            layer.bias = nn.Parameter(bias.detach().to(values.dtype), requires_grad=False)
+            layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
         return layer.pack_(name)
 
     @classmethod
@@ -128,7 +131,7 @@ class SparseLowRankLinear(nn.Module):
             ConfigError: the dtype is another one.
         """
         dtype = _supported(dtype or fmt.storage_dtype(decomposition.sparse.dtype))
-        mask, values = fmt.encode(decomposition.sparse)
+        mask, values = encode(decomposition.sparse)
         tensors = {
             "mask": mask,
             "values": values.to(dtype),
@@ -192,18 +195,20 @@ class SparseLowRankLinear(nn.Module):
         if self.packed is not None:
             return self
         tensors = self.canonical()
-        if any(tensor.device.type != "cpu" for tensor in tensors.values()):
+        if any(not tensor.is_cpu for tensor in tensors.values()):
             raise FormatError(
                 f"{name}: the weight is on {tensors['values'].device}; kernels exist for the CPU only, "
                 'load or move the model with device "cpu"'
             )
-        fmt.validate(name, self.out_features, self.in_features, **tensors)
+        fmt.validate(name, self.out_features, self.in_features, **tensors, bias=self.bias)
         if tensors["low_rank_v"].shape[0] != self.rank or tensors["values"].numel() != self.nnz:
             raise FormatError(
                 f"{name}: rank {tensors['low_rank_v'].shape[0]} and {tensors['values'].numel()} values, "
                 f"expected rank {self.rank} and {self.nnz}; the checkpoint does not match its config"
             )
         self._dtype = tensors["values"].dtype
+        if self.bias is not None:
+            self.bias.data = self.bias.data.to(self._dtype).contiguous()
         self.packed = ops.pack(*tensors.values())
         for tensor_name in fmt.TENSORS:
             setattr(self, tensor_name, None)
@@ -227,34 +232,40 @@ class SparseLowRankLinear(nn.Module):
         Raises:
             ValueError: `x` has another size, dtype or device.
         """
-        bias, packed = self.bias, self.packed
+        # Past nn.Module's attribute lookup, which costs as much as a small product.
+        packed, bias = self._buffers["packed"], self._parameters["bias"]
         if packed is None:
             packed = self.pack_().packed
             assert packed is not None
-        if x.dtype is not self.dtype or x.dim() == 0 or x.shape[-1] != self.in_features or not x.is_cpu:
-            self._reject(x)
-        # Anything but plain inference goes through the operator, which autograd and the compiler know.
+        if x.dtype is not self._dtype or x.dim() == 0 or x.shape[-1] != self.in_features or not x.is_cpu:
+            x = self._accept(x)
+        # The operator knows autograd and the compiler, and checks a bias that was replaced.
         if (
-            torch.compiler.is_compiling()
-            or type(x) is not Tensor
+            not ops.is_plain(x)
             or (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
+            or not (bias is None or (bias.dtype is self._dtype and bias.shape == (self.out_features,)))
         ):
+            if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
+                raise NotImplementedError("a sparse plus low-rank layer has no forward-mode derivative")
             return _LINEAR(x, packed, bias, self.out_features)  # type: ignore[no-any-return]
         return ops.linear(x, packed, bias, self.out_features)
 
-    def _reject(self, x: Tensor) -> None:
-        if x.device.type == "meta":
-            return
-        if not x.is_cpu:
+    def _accept(self, x: Tensor) -> Tensor:
+        """`x` where it is unusual but right, else an error."""
+        if x.dim() == 0 or x.shape[-1] != self.in_features:
+            raise ValueError(f"input has shape {tuple(x.shape)}, expected (..., {self.in_features})")
+        if not x.is_cpu and not x.is_meta:
             raise ValueError(
                 f"input is on {x.device}; this layer runs on the CPU only, move the input with x.cpu()"
             )
+        if torch.is_autocast_enabled("cpu"):
+            x = x.to(self.dtype)
         if x.dtype != self.dtype:
             raise ValueError(
                 f"input is {x.dtype} but the layer is {self.dtype}; convert one with .to(), "
                 f"e.g. x.to({self.dtype})"
             )
-        raise ValueError(f"input has shape {tuple(x.shape)}, expected (..., {self.in_features})")
+        return x
 
     def extra_repr(self) -> str:
         """Shape, rank, density, dtype and the instruction set in use."""
@@ -274,8 +285,12 @@ class SparseLowRankLinear(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.packed is not None:
             destination.update({prefix + name: tensor for name, tensor in self.canonical().items()})
+            destination[prefix + "weight"] = fmt.MARKER
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        marker = state_dict.get(prefix + "weight")
+        if marker is not None and marker.shape == fmt.MARKER.shape:
+            del state_dict[prefix + "weight"]
         self._unpack_()
         super()._load_from_state_dict(state_dict, prefix, *args)
         if self.values is not None and self.values.device.type == "cpu":
@@ -284,14 +299,18 @@ class SparseLowRankLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLowRankLinear:
         if self.packed is None:
             return super()._apply(fn, recurse)  # type: ignore[no-any-return, no-untyped-call]
-        # What would `fn` make of a value? A new dtype or device needs the canonical form.
-        probe = fn(torch.empty(0, dtype=self.dtype))
-        if probe.dtype == self.dtype and probe.device.type == "cpu":
+        # What `fn` changes (dtype, device, contents) it must change in the canonical form.
+        probe = torch.empty(0, dtype=self.dtype)
+        changed = fn(probe)
+        if changed is probe:
             return super()._apply(fn, recurse)  # type: ignore[no-any-return, no-untyped-call]
-        _supported(probe.dtype)
+        _supported(changed.dtype)
         self._unpack_()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return self.pack_() if probe.device.type == "cpu" else self
+        if changed.is_cpu:
+            with contextlib.suppress(FormatError):  # to_empty leaves nothing that can be packed
+                self.pack_()
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         """The state with canonical tensors, which another machine can read."""

@@ -6,12 +6,16 @@
 
 from __future__ import annotations
 
+import os
+
 # torch first: it loads the OpenMP runtime whose threads the core then shares.
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from oats import _core
-from oats.errors import FormatError
+from oats.bitmask import decode, mask_columns
+from oats.errors import ConfigError, FormatError, WeightError
 
 _VALUE_BYTES = {torch.float32: 4, torch.bfloat16: 2}
 _DTYPES = {bytes_: dtype for dtype, bytes_ in _VALUE_BYTES.items()}
@@ -20,7 +24,14 @@ _ALIGNMENT = 64
 
 
 def active_isa() -> str:
-    """The instruction set that new weights are packed for: the best one, or what ``OATS_ISA`` allows."""
+    """The instruction set that new weights are packed for: the best one, or what ``OATS_ISA`` allows.
+
+    Raises:
+        ConfigError: ``OATS_ISA`` is not a name that oats knows.
+    """
+    wanted = os.environ.get("OATS_ISA")
+    if wanted is not None and wanted not in _core.isa_names():
+        raise ConfigError(f"OATS_ISA is {wanted!r}, expected one of {', '.join(_core.isa_names())}")
     return _core.active_isa()
 
 
@@ -58,7 +69,8 @@ def pack(
     sizes = (mask.shape[0], d_in, rank, values.numel(), _VALUE_BYTES[values.dtype])
     packed = _aligned(_core.packed_bytes(*sizes, isa))
     mask, values, u, v = (t.contiguous() for t in (mask, values, low_rank_u, low_rank_v))
-    _core.pack(*sizes, mask.data_ptr(), values.data_ptr(), u.data_ptr(), v.data_ptr(), isa, packed.data_ptr())
+    addresses = (mask.data_ptr(), values.data_ptr(), u.data_ptr(), v.data_ptr())
+    _core.pack(*sizes, *addresses, isa, packed.data_ptr(), torch.get_num_threads())
     return packed
 
 
@@ -70,7 +82,7 @@ def unpack(packed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """
     h = _header(packed)
     dtype = _DTYPES[h["value_bytes"]]
-    mask = torch.empty(h["d_out"], (h["d_in"] + 7) // 8, dtype=torch.uint8)
+    mask = torch.empty(h["d_out"], mask_columns(h["d_in"]), dtype=torch.uint8)
     values = torch.empty(h["nnz"], dtype=dtype)
     low_rank_u = torch.empty(h["d_out"], h["rank"], dtype=dtype)
     low_rank_v = torch.empty(h["rank"], h["d_in"], dtype=dtype)
@@ -83,6 +95,19 @@ def unpack(packed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def packed_isa(packed: Tensor) -> str:
     """The instruction set that a packed weight was laid out for."""
     return str(_header(packed)["isa"])
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether nothing but a kernel will see `x`: no compiler, tracer, mode, lazy negation."""
+    return (
+        type(x) is Tensor
+        and x.is_cpu
+        and not torch.compiler.is_compiling()
+        and torch._C._get_tracing_state() is None
+        and not x.is_neg()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and forward_ad._current_level < 0
+    )
 
 
 def linear(x: Tensor, packed: Tensor, bias: Tensor | None, d_out: int) -> Tensor:
@@ -144,8 +169,6 @@ def _(x: Tensor, packed: Tensor, bias: Tensor | None, d_out: int) -> Tensor:
 @torch.library.custom_op("oats::to_dense", mutates_args=(), device_types="cpu")
 def to_dense(packed: Tensor, d_out: int, d_in: int, dtype: torch.dtype) -> Tensor:
     """``S + U V`` of a packed weight, (d_out, d_in) in `dtype`, summed in fp32."""
-    from oats.format import decode
-
     mask, values, low_rank_u, low_rank_v = unpack(packed)
     return (decode(mask, values.float(), d_in) + low_rank_u.float() @ low_rank_v.float()).to(dtype)
 
@@ -164,7 +187,15 @@ def keep_largest_in_rows(rows: Tensor, count: int) -> Tensor:
 
     Returns:
         A new tensor of the same shape and dtype.
+
+    Raises:
+        WeightError: `rows` is on another device, or has another dtype or number of dimensions.
     """
+    if not rows.is_cpu or rows.dim() != 2 or rows.dtype not in (torch.float32, torch.float64):
+        raise WeightError(
+            f"rows are {rows.dtype} {tuple(rows.shape)} on {rows.device}, expected 2-D float32 or float64 "
+            "on the CPU"
+        )
     rows = rows.contiguous()
     kept = torch.empty_like(rows)
     number, columns = rows.shape

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from oats import ops
-from oats.format import encode
+from oats.bitmask import encode
 
 ISAS = ops.available_isas()
 DTYPES = [torch.float32, torch.bfloat16]

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from oats import format as fmt
+from oats.bitmask import decode, encode
 from oats.errors import FormatError
 from tests.conftest import random_layer
 
@@ -15,15 +16,15 @@ from tests.conftest import random_layer
 def test_encode_decode(d_out: int, d_in: int, density: float, seed: int) -> None:
     g = torch.Generator().manual_seed(seed)
     sparse = torch.randn(d_out, d_in, generator=g) * (torch.rand(d_out, d_in, generator=g) < density)
-    mask, values = fmt.encode(sparse)
+    mask, values = encode(sparse)
     assert mask.shape == (d_out, (d_in + 7) // 8) and values.numel() == sparse.count_nonzero()
-    assert torch.equal(fmt.decode(mask, values, d_in), sparse)
+    assert torch.equal(decode(mask, values, d_in), sparse)
 
 
 def test_bit_order_is_least_significant_first() -> None:
     sparse = torch.zeros(1, 10)
     sparse[0, [0, 3, 9]] = torch.tensor([1.0, 2.0, 3.0])
-    mask, values = fmt.encode(sparse)
+    mask, values = encode(sparse)
     assert mask.tolist() == [[0b00001001, 0b00000010]]
     assert values.tolist() == [1.0, 2.0, 3.0]
 
@@ -41,6 +42,7 @@ BROKEN = {
     "value dtype": (damage(LAYER, values=LAYER["values"].half()), "values are float16"),
     "factor dtype": (damage(LAYER, low_rank_u=LAYER["low_rank_u"].float()), "low_rank_u is float32"),
     "factor shape": (damage(LAYER, low_rank_v=LAYER["low_rank_v"].T.contiguous()), "low_rank_"),
+    "bias": (damage(LAYER, bias=torch.zeros(11)), r"bias is float32 \(11,\), expected .*\(12,\)"),
     "rank": (damage(LAYER, low_rank_v=LAYER["low_rank_v"][:2]), "low_rank_u is bfloat16"),
 }
 

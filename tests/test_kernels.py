@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from oats import ops
-from oats.errors import FormatError
-from oats.format import decode
+from oats.bitmask import decode
+from oats.errors import FormatError, WeightError
 from tests.conftest import DTYPES, ISAS, random_layer
 
 # d_out, d_in, rank, density
@@ -158,7 +158,7 @@ def test_bit_equal_for_any_thread_count(isa: str, batch: int) -> None:
 
 def test_uneven_rows_split_by_bytes() -> None:
     layer = random_layer(256, 512, 8, 0.0, torch.float32)
-    from oats.format import encode
+    from oats.bitmask import encode
 
     sparse = torch.zeros(256, 512)
     sparse[250:] = torch.randn(6, 512) + 10
@@ -194,16 +194,28 @@ def test_isa_is_forced_and_clamped(monkeypatch: pytest.MonkeyPatch) -> None:
         assert ops.active_isa() == isa
     monkeypatch.setenv("OATS_ISA", "avx512_bf16")
     assert ops.active_isa() == ISAS[-1]
-    monkeypatch.setenv("OATS_ISA", "no such thing")
-    assert ops.active_isa() == ISAS[-1]
 
 
 def test_damaged_packed_weight_is_refused() -> None:
     packed = ops.pack(**random_layer(16, 16, 2, 0.5, torch.float32))
     x = torch.randn(1, 16)
-    for broken in (packed[:-64].clone(), torch.zeros_like(packed), packed[:8].clone(), packed.float()):
+    header = packed.clone()
+    header[16] += 1  # d_out
+    for broken in (
+        header,
+        packed[:-64].clone(),
+        torch.zeros_like(packed),
+        packed[:8].clone(),
+        packed.float(),
+    ):
         with pytest.raises(FormatError):
             torch.ops.oats.sparse_low_rank_linear(x, broken, None, 16)
+
+
+def test_keep_largest_refuses_what_it_cannot_read() -> None:
+    for rows in (torch.ones(2, 4).bfloat16(), torch.ones(4), torch.ones(2, 4, device="meta")):
+        with pytest.raises(WeightError, match="expected 2-D float32 or float64"):
+            ops.keep_largest_in_rows(rows, 2)
 
 
 @pytest.mark.parametrize("count", [0, 1, 3, 24, 64])

@@ -7,6 +7,8 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import oats
 from oats import ops
@@ -57,7 +59,8 @@ def test_extra_repr() -> None:
 def test_state_dict_is_canonical_both_ways() -> None:
     layer = make(torch.bfloat16)
     state = layer.state_dict()
-    assert set(state) == {*TENSORS, "bias"}
+    assert set(state) == {*TENSORS, "bias", "weight"}
+    assert state["weight"].shape == (1,)  # the marker
     other = SparseLowRankLinear(56, 40, layer.rank, layer.nnz, dtype=torch.bfloat16)
     other.load_state_dict(state)
     x = torch.randn(3, 56).bfloat16()
@@ -156,6 +159,61 @@ def test_opcheck(dtype: torch.dtype) -> None:
     torch.library.opcheck(torch.ops.oats.to_dense, (layer.packed, 40, 56, dtype))
 
 
+def test_the_operator_is_taken_where_a_kernel_call_would_not_be_seen() -> None:
+    layer, x = make(bias=False), torch.randn(3, 56)
+    with torch.no_grad():
+        traced = torch.jit.trace(layer, x, check_trace=False)
+        torch.testing.assert_close(traced(2 * x), layer(2 * x))
+        graph = make_fx(layer)(x)
+        torch.testing.assert_close(graph(2 * x), layer(2 * x))
+        torch.testing.assert_close(layer(torch._neg_view(x)), -layer(x))
+    assert layer(torch.ones(2, 56, device="meta")).device.type == "meta"
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
+        layer(forward_ad.make_dual(x, torch.ones_like(x)))
+
+
+def test_autocast() -> None:
+    layer = make()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(torch.ones(2, 56, dtype=torch.bfloat16))
+    assert torch.equal(y, layer(torch.ones(2, 56)))
+
+
+def test_bias_is_checked_and_owned() -> None:
+    tensors = random_layer(40, 56, 5, 0.4, torch.bfloat16)
+    with pytest.raises(FormatError, match=r"bias is float32 \(3,\), expected .*\(40,\)"):
+        SparseLowRankLinear.from_canonical(tensors, 56, torch.zeros(3))
+    wide = torch.randn(80)
+    layer = SparseLowRankLinear.from_canonical(tensors, 56, wide[::2])
+    without = SparseLowRankLinear.from_canonical(tensors, 56)
+    x = torch.zeros(1, 56, dtype=torch.bfloat16)
+    assert torch.equal(layer(x)[0], wide[::2].bfloat16()) and not without(x).any()
+    wide.zero_()
+    assert layer(x).any()
+    state = layer.state_dict()
+    state["bias"] = state["bias"].float()
+    layer.load_state_dict(state, assign=True)
+    assert layer.bias.dtype == torch.bfloat16 and layer(x).any()
+    layer.bias = nn.Parameter(torch.zeros(3).bfloat16(), requires_grad=False)
+    with pytest.raises(ValueError, match="bias is"):
+        layer(x)
+
+
+def test_to_empty_then_load() -> None:
+    layer, state = make(), make().state_dict()
+    layer.to_empty(device="cpu")
+    layer.load_state_dict(state)
+    assert torch.equal(layer(torch.ones(56)), make()(torch.ones(56)))
+
+
+def test_compile_with_the_default_backend() -> None:
+    model = nn.Sequential(make(), nn.ReLU())
+    with torch.no_grad():
+        torch.testing.assert_close(
+            torch.compile(model, fullgraph=True)(torch.ones(2, 56)), model(torch.ones(2, 56))
+        )
+
+
 def test_operator_checks_its_arguments() -> None:
     layer = make()
     op = torch.ops.oats.sparse_low_rank_linear
@@ -187,6 +245,12 @@ def test_export() -> None:
     with torch.no_grad():
         exported = torch.export.export(model, (x,))
         torch.testing.assert_close(exported.module()(x), model(x))
+
+
+def test_unknown_oats_isa_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OATS_ISA", "AVX2")
+    with pytest.raises(ConfigError, match="OATS_ISA is 'AVX2', expected one of scalar, avx2"):
+        make()
 
 
 @pytest.mark.parametrize("isa", ISAS)

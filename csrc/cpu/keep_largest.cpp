@@ -2,8 +2,11 @@
 // largest magnitude down finds the bin of the threshold, and only the few entries of that bin are sorted.
 #include "oats/keep_largest.h"
 
+#include <omp.h>
+
 #include <algorithm>
 #include <cstring>
+#include <functional>
 #include <vector>
 
 namespace oats {
@@ -54,6 +57,14 @@ struct Threshold {
   bool all_ties;
 };
 
+template <class Float>
+struct Scratch {
+  std::vector<uint32_t> histogram;
+  std::vector<BitsOf<Float>> candidates;
+
+  explicit Scratch(int64_t columns) : histogram(2 * kBins), candidates(columns) {}
+};
+
 // The entry that `wanted` (at least 1) of the candidates reach.
 template <class Float>
 Threshold<Float> threshold_among(std::vector<BitsOf<Float>>& candidates, int64_t wanted) {
@@ -70,9 +81,9 @@ Threshold<Float> threshold_among(std::vector<BitsOf<Float>>& candidates, int64_t
 }
 
 template <class Float>
-Threshold<Float> find_threshold(const Float* row, int64_t columns, int64_t count,
-                                std::vector<uint32_t>& histogram, std::vector<BitsOf<Float>>& candidates) {
+Threshold<Float> find_threshold(const Float* row, int64_t columns, int64_t count, Scratch<Float>& scratch) {
   using Bits = BitsOf<Float>;
+  auto& [histogram, candidates] = scratch;
   if (columns <= kShortRow) {
     candidates.resize(columns);
     for (int64_t i = 0; i < columns; ++i) candidates[i] = magnitude(row[i]);
@@ -136,14 +147,14 @@ void keep_largest_in_rows(const Float* in, int64_t rows, int64_t columns, int64_
     return;
   }
   const int team = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, rows)));
+  // Before the region, in which a failed allocation could not be reported.
+  std::vector<Scratch<Float>> scratch(team, Scratch<Float>(columns));
 #pragma omp parallel num_threads(team)
   {
-    std::vector<uint32_t> histogram(2 * kBins);
-    std::vector<BitsOf<Float>> candidates;
+    Scratch<Float>& mine = scratch[omp_get_thread_num()];
 #pragma omp for schedule(static)
     for (int64_t r = 0; r < rows; ++r) {
-      const Threshold<Float> threshold =
-          find_threshold(in + r * columns, columns, count, histogram, candidates);
+      const Threshold<Float> threshold = find_threshold(in + r * columns, columns, count, mine);
       keep_row(in + r * columns, columns, threshold, out + r * columns);
     }
   }

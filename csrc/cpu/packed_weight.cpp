@@ -14,6 +14,8 @@ constexpr uint64_t kMagic = 0x31305354414f;  // "OATS01", little endian
 // Kernels load and prefetch past the last value of the last strip.
 constexpr uint64_t kTail = 128;
 
+constexpr int kMaxLanes = 16;
+
 uint64_t aligned(uint64_t bytes) {
   return (bytes + 63) / 64 * 64;
 }
@@ -120,7 +122,7 @@ size_t packed_bytes(int64_t d_out, int64_t d_in, int64_t rank, int64_t nnz, Dtyp
   return header_for(d_out, d_in, rank, nnz, dtype, isa).bytes;
 }
 
-void pack(const CanonicalWeight& w, Isa isa, void* out) {
+void pack(const CanonicalWeight& w, Isa isa, void* out, int threads) {
   const PackedHeader h = header_for(w.d_out, w.d_in, w.rank, w.nnz, w.dtype, isa);
   char* base = static_cast<char*>(out);
   std::memset(out, 0, h.bytes);
@@ -138,10 +140,10 @@ void pack(const CanonicalWeight& w, Isa isa, void* out) {
     using Value = decltype(type);
     const auto* from = static_cast<const Value*>(w.values);
     auto* to = reinterpret_cast<Value*>(base + h.values_at);
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t s = 0; s < h.strips; ++s) {
       uint64_t next = starts[s];
-      std::vector<int64_t> cursor(h.layout.lanes);
+      int64_t cursor[kMaxLanes];
       for (int lane = 0; lane < h.layout.lanes; ++lane) {
         const int64_t row = s * h.layout.lanes + lane;
         cursor[lane] = row < w.d_out ? rows[row] : 0;
@@ -167,8 +169,15 @@ const char* packed_problem(const void* packed, size_t bytes) {
   if (bytes < sizeof h) return "the packed buffer is smaller than its header";
   std::memcpy(&h, packed, sizeof h);
   if (h.magic != kMagic) return "this is not a packed weight";
-  if (h.bytes != bytes) return "the packed buffer has been truncated or extended";
+  const int isa = static_cast<int>(h.isa);
+  if (isa < 0 || isa >= kIsaCount || h.d_out < 0 || h.d_in < 0 || h.rank < 0 || h.nnz < 0 ||
+      (h.dtype != Dtype::fp32 && h.dtype != Dtype::bf16)) {
+    return "the packed buffer has a damaged header";
+  }
   if (h.isa > best_isa()) return "the weight was packed for an instruction set that this CPU lacks";
+  const PackedHeader expected = header_for(h.d_out, h.d_in, h.rank, h.nnz, h.dtype, h.isa);
+  if (std::memcmp(&h, &expected, sizeof h)) return "the packed buffer has a damaged header";
+  if (h.bytes != bytes) return "the packed buffer has been truncated or extended";
   return nullptr;
 }
 

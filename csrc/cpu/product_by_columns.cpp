@@ -171,13 +171,13 @@ struct Panel {
     Cutter memory(scratch + part * scratch_bytes);
     const Scratch mine = cut_scratch(memory);
     prepare(w->groups * part / parts, w->groups * (part + 1) / parts);
-#pragma omp barrier
+    wait_for_all(parts);
     if (w->rank) {
       const int64_t end = w->rank_strips * (part + 1) / parts;
       for (int64_t s = w->rank_strips * part / parts; s < end; s += block_strips) {
         low_rank_inputs(s, std::min(end, s + block_strips), mine);
       }
-#pragma omp barrier
+      wait_for_all(parts);
     }
     const int64_t begin = strip_boundary(w, part, parts), end = strip_boundary(w, part + 1, parts);
     for (int64_t s = begin; s < end; s += block_strips) block(s, std::min(end, s + block_strips), mine);

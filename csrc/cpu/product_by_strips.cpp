@@ -133,14 +133,12 @@ struct Tile {
   void run_part(int part, int parts) const {
     if (!direct) {
       prepare(w->groups * part / parts, w->groups * (part + 1) / parts);
-#pragma omp barrier
+      wait_for_all(parts);
     }
     const int64_t begin = strip_boundary(w, part, parts), end = strip_boundary(w, part + 1, parts);
     low_rank_inputs(w->rank_strips * part / parts, w->rank_strips * (part + 1) / parts);
     sparse(begin, end);
-    if (w->rank) {
-#pragma omp barrier
-    }
+    if (w->rank) wait_for_all(parts);
     finish(begin, end);
   }
 };

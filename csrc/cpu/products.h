@@ -75,6 +75,14 @@ class Cutter {
   size_t used_ = 0;
 };
 
+// A barrier for the parts of one call. A call with one part may stand inside a parallel region of its caller,
+// whose threads must not be waited for.
+inline void wait_for_all(int parts) {
+  if (parts > 1) {
+#pragma omp barrier
+  }
+}
+
 // The strip where part `i` of `n` begins, so that each part has the same number of bytes to read.
 int64_t strip_boundary(const PackedHeader* w, int i, int n);
 

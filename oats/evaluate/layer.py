@@ -17,7 +17,8 @@ from oats.budget import nnz_per_layer, nnz_per_row, rank_for
 from oats.config import OatsConfig, parse_n_m
 from oats.errors import ConfigError, OatsError
 from oats.evaluate.spread import Spread
-from oats.format import DTYPES, decode, encode_mask
+from oats.bitmask import decode, encode_mask
+from oats.format import DTYPES
 from oats.nn import SparseLowRankLinear
 
 # Weights are cycled through this much memory at least, and through 4 times the last-level cache, so that

@@ -63,7 +63,7 @@ size_t packed_bytes(int64_t d_out, int64_t d_in, int64_t rank, int64_t nnz, Dtyp
 
 // Lays `weight` out for `isa`. `out` is 64-byte aligned and has packed_bytes(...) bytes. The
 // mask's population must be `nnz` (mask_population).
-void pack(const CanonicalWeight& weight, Isa isa, void* out);
+void pack(const CanonicalWeight& weight, Isa isa, void* out, int threads);
 
 // Why `packed` cannot be used on this machine, or nullptr where it can.
 const char* packed_problem(const void* packed, size_t bytes);

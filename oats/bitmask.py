@@ -1,0 +1,58 @@
+"""A sparse matrix as one bit an element and the kept values (docs/format.md)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def mask_columns(d_in: int) -> int:
+    """Bytes of one row of the mask."""
+    return (d_in + 7) // 8
+
+
+def encode_mask(kept: Tensor) -> Tensor:
+    """The mask of the elements that are kept.
+
+    Args:
+        kept: (d_out, d_in), bool.
+
+    >>> encode_mask(torch.tensor([[False, True, True]])).tolist()
+    [[6]]
+    """
+    d_out, d_in = kept.shape
+    bits = torch.zeros(d_out, mask_columns(d_in) * 8, dtype=torch.uint8)
+    bits[:, :d_in] = kept
+    return (bits.view(d_out, -1, 8) * 2 ** torch.arange(8, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
+
+
+def encode(sparse: Tensor) -> tuple[Tensor, Tensor]:
+    """Split a sparse matrix into its mask and its kept values.
+
+    Args:
+        sparse: (d_out, d_in), zeros where nothing is kept.
+
+    Returns:
+        mask (uint8) and values (dtype of `sparse`), as in the table above.
+
+    >>> mask, values = encode(torch.tensor([[0.0, 2.0, 3.0], [4.0, 0.0, 0.0]]))
+    >>> mask.tolist(), values.tolist()
+    ([[6], [1]], [2.0, 3.0, 4.0])
+    """
+    kept = sparse != 0
+    return encode_mask(kept), sparse[kept]
+
+
+def decode(mask: Tensor, values: Tensor, d_in: int) -> Tensor:
+    """The inverse of :func:`encode`.
+
+    Returns:
+        (d_out, d_in), dtype of `values`.
+
+    >>> decode(torch.tensor([[6], [1]], dtype=torch.uint8), torch.tensor([2.0, 3.0, 4.0]), 3)
+    tensor([[0., 2., 3.],
+            [4., 0., 0.]])
+    """
+    bits = mask.unsqueeze(-1).bitwise_right_shift(torch.arange(8, dtype=torch.uint8)).bitwise_and(1)
+    kept = bits.view(mask.shape[0], -1)[:, :d_in].bool()
+    return torch.zeros(kept.shape, dtype=values.dtype).masked_scatter_(kept, values)
