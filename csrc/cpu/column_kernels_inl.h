@@ -6,6 +6,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "column_kernels.h"
 #include "strip_kernels_inl.h"
@@ -24,6 +25,10 @@ struct ColumnLoops {
   // Two rows of sums at once, see sparse_rows.
   static constexpr int kMaxVectors = Traits::registers >= 16 ? 8 : 6;
 
+  // The bits of one square in a row's mask.
+  static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__);
+  using Piece = std::conditional_t<kLanes == 16, uint16_t, uint8_t>;
+
   static void gather(const PackedHeader* weight, int64_t strip, uint32_t* const* units, uint64_t* masks,
                      int64_t mask_stride) {
     const char* base = reinterpret_cast<const char*>(weight);
@@ -32,6 +37,7 @@ struct ColumnLoops {
     const Value* values = reinterpret_cast<const Value*>(base + weight->values_at) + starts[strip];
     uint32_t* next[kLanes];
     std::memcpy(next, units, sizeof next);
+    std::memset(masks + (weight->groups - 1) / kGroupsPerWord * mask_stride, 0, kLanes * sizeof(uint64_t));
     for (int64_t g = 0; g < weight->groups; g += kLanes) {
       Weights cells[kLanes];
       for (int i = 0; i < kLanes; ++i) {
@@ -42,11 +48,11 @@ struct ColumnLoops {
       }
       Traits::transpose(cells);
       uint64_t* word = masks + g / kGroupsPerWord * mask_stride;
-      const int shift = static_cast<int>(g % kGroupsPerWord);
+      const int64_t piece = g % kGroupsPerWord / kLanes;
       for (int row = 0; row < kLanes; ++row) {
         const uint32_t used = Traits::compress(next[row], cells[row]);
         next[row] += __builtin_popcount(used);
-        word[row] = (shift ? word[row] : 0) | static_cast<uint64_t>(used) << shift;
+        reinterpret_cast<Piece*>(word + row)[piece] = static_cast<Piece>(used);
       }
     }
   }
