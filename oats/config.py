@@ -47,7 +47,7 @@ class OatsConfig:
             means 0.9 for ``fast``, 0 for ``exact``.
         dtype: how the kept values and the factors are stored, ``"bf16"`` or ``"fp32"``; None means
             the weight's own dtype (bf16 for an fp16 weight).
-        skip: glob patterns of layer names that stay dense, e.g. ``("*.down_proj",)``.
+        skip: glob patterns of layer names that stay dense, e.g. ``("*.down_proj",)``; one may be a str.
         seed: of the random start of the fast low-rank step.
 
     Raises:
@@ -86,7 +86,7 @@ class OatsConfig:
         )
         _require(self.svd in DEFAULT_ITERATIONS, 'svd must be "fast" or "exact"', self.svd)
         _require(
-            self.iterations is None or (isinstance(self.iterations, int) and self.iterations >= 1),
+            self.iterations is None or _is_whole(self.iterations, 1),
             "iterations must be a whole number of at least 1",
             self.iterations,
         )
@@ -101,7 +101,14 @@ class OatsConfig:
             'pattern must be "row", "layer" or "N:M" with 0 < N <= M (such as "2:4")',
             self.pattern,
         )
-        object.__setattr__(self, "skip", tuple(self.skip))
+        _require(_is_whole(self.seed, 0), "seed must be a whole number of at least 0", self.seed)
+        patterns = (self.skip,) if isinstance(self.skip, str) else self.skip
+        _require(
+            isinstance(patterns, (tuple, list)) and all(isinstance(p, str) for p in patterns),
+            "skip must be a glob pattern or a list of them",
+            self.skip,
+        )
+        object.__setattr__(self, "skip", tuple(patterns))
 
     @property
     def resolved_iterations(self) -> int:
@@ -125,6 +132,10 @@ class OatsConfig:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_whole(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def _is_n_m(pattern: str) -> bool:

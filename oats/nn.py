@@ -285,7 +285,7 @@ class SparseLowRankLinear(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.packed is not None:
             destination.update({prefix + name: tensor for name, tensor in self.canonical().items()})
-            destination[prefix + "weight"] = fmt.MARKER
+            destination[prefix + "weight"] = fmt.MARKER.clone()  # transformers refuses shared tensors
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         marker = state_dict.get(prefix + "weight")

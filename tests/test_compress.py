@@ -1,11 +1,22 @@
 from __future__ import annotations
 
+import warnings
 import weakref
 
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, BertConfig, GPT2Config, LlamaConfig, OPTConfig
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    BartConfig,
+    BartModel,
+    BatchEncoding,
+    BertConfig,
+    GPT2Config,
+    LlamaConfig,
+    OPTConfig,
+)
 
 import oats
 from oats.calibrate import BlockRunner, as_batches, second_moments
@@ -22,6 +33,40 @@ def llama(**changes) -> nn.Module:
 
 
 TOKENS = torch.randint(0, 61, (6, 24), generator=torch.Generator().manual_seed(1))
+
+
+def opt() -> nn.Module:
+    sizes = dict(vocab_size=61, hidden_size=48, ffn_dim=80, num_hidden_layers=2, num_attention_heads=4)
+    return AutoModelForCausalLM.from_config(OPTConfig(**sizes, word_embed_proj_dim=48)).eval()
+
+
+class Chain(nn.Module):
+    """Three blocks, each called by `step(block, x, norm)`."""
+
+    def __init__(self, step=lambda block, x, norm: block(x), block=None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        make = block or (lambda: nn.Sequential(nn.Linear(32, 32), nn.Tanh()))
+        self.stem, self.norm, self.head = nn.Linear(10, 32), nn.LayerNorm(32), nn.Linear(32, 4)
+        self.layers = nn.ModuleList(make() for _ in range(3))
+        self.step = step
+
+    def forward(self, x):
+        x = self.stem(x)
+        for block in self.layers:
+            x = self.step(block, x, self.norm)
+        return self.head(x)
+
+
+ROWS = torch.randn(64, 10, generator=torch.Generator().manual_seed(2))
+
+
+def is_as_it_was(model: nn.Module) -> bool:
+    return (
+        not any(isinstance(m, SparseLowRankLinear) for m in model.modules())
+        and {p.dtype for p in model.parameters()} == {torch.float32}
+        and not getattr(model, "is_quantized", False)
+    )
 
 
 def test_every_linear_in_the_blocks_and_nothing_else() -> None:
@@ -64,21 +109,123 @@ def test_moments_come_from_the_compressed_blocks_before() -> None:
             runner.advance(index)
 
 
-def test_attention_mask_excludes_tokens() -> None:
-    model = llama()
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [(llama, "model.layers.0.self_attn.q_proj"), (opt, "model.decoder.layers.0.fc1")],
+    ids=["llama", "flattened by OPT"],
+)
+def test_attention_mask_excludes_tokens(model, name) -> None:
+    model = model()
+    linear = model.get_submodule(name)
     mask = torch.ones_like(TOKENS)
     mask[:, 20:] = 0
     garbage = TOKENS.clone()
     garbage[:, 20:] = 7
     results = []
     for ids in (TOKENS, garbage):
-        runner = BlockRunner(
-            model, list(model.model.layers), as_batches(model, [{"input_ids": ids, "attention_mask": mask}])
-        )
-        linear = model.model.layers[0].self_attn.q_proj
+        batches = as_batches(model, [{"input_ids": ids, "attention_mask": mask}])
+        runner = BlockRunner(model, list(find_blocks(model)[1]), batches)
         with torch.no_grad():
-            results.append(second_moments(runner, 0, {"q": linear})["q"])
+            results.append(second_moments(runner, 0, {"layer": linear})["layer"])
     torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("left", [0, 15])
+def test_masked_tokens_do_not_count(left) -> None:
+    mask = torch.zeros_like(TOKENS)
+    mask[0, :left] = 1
+    with pytest.raises(CalibrationError, match=f"{left} tokens, at least 16"):
+        oats.compress_(llama(), {"input_ids": TOKENS, "attention_mask": mask})
+
+
+def add_in_place(block, x, norm):
+    x = block(x)
+    x += 1
+    return x
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        lambda block, x, norm: norm(block(x)),
+        lambda block, x, norm: block(x).double().clone().view(-1, 4, 8).float().reshape(-1, 32),
+        lambda block, x, norm: block(x=x) if isinstance(block, Named) else block(x),
+        add_in_place,
+        lambda block, x, norm: block(x.add_(1)),
+    ],
+    ids=["norm", "cast, copy and view", "keyword", "in place", "in place before"],
+)
+def test_what_the_model_does_between_blocks_happens(step) -> None:
+    model = Chain(step, Named).eval()
+    expected: dict[int, torch.Tensor] = {}
+    handles = [
+        block.linear.register_forward_pre_hook(
+            lambda _, args, i=i: expected.update({i: args[0].square().sum(0)})
+        )
+        for i, block in enumerate(model.layers)
+    ]
+    with torch.no_grad():
+        model(ROWS)
+        for handle in handles:
+            handle.remove()
+        runner = BlockRunner(model, list(model.layers), as_batches(model, [ROWS]))
+        for i, block in enumerate(model.layers):
+            torch.testing.assert_close(second_moments(runner, i, {"": block.linear})[""], expected[i])
+            runner.advance(i)
+
+
+class Named(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(32, 32)
+
+    def forward(self, x):
+        return self.linear(x).tanh()
+
+
+def test_what_a_block_passes_on_beside_its_hidden_states_arrives() -> None:
+    """T5's blocks hand a position bias from one to the next."""
+
+    class Pair(Named):
+        def forward(self, x):
+            x, bias = x if isinstance(x, tuple) else (x, 3.0 + x.mean())
+            return super().forward(x + bias), bias
+
+    def step(block, x, norm):
+        x = block(x)
+        return x if block is not model.layers[2] else x[0]
+
+    model = Chain(step, Pair)
+    seen: list[torch.Tensor] = []
+    with torch.no_grad():
+        handle = model.layers[2].linear.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        model(ROWS)
+        handle.remove()
+        runner = BlockRunner(model, list(model.layers), as_batches(model, [ROWS]))
+        runner.advance(0)
+        runner.advance(1)
+        moments = second_moments(runner, 2, {"": model.layers[2].linear})[""]
+    torch.testing.assert_close(moments, seen[0].square().sum(0))
+
+
+def test_a_residual_stream_outside_the_blocks_is_refused() -> None:
+    model = Chain(lambda block, x, norm: x + block(x))
+    with pytest.raises(CalibrationError, match=r"block 2 receives what blocks before block 1 returned"):
+        oats.compress_(model, [ROWS])
+    assert is_as_it_was(model)
+
+
+def test_overflowing_activations_are_not_taken_for_a_residual_stream() -> None:
+    model = Chain(lambda block, x, norm: norm(block(x) * 1e30 * 1e30))
+    with pytest.raises(WeightError, match=r"layers\.1\.0: .*second_moment"):
+        oats.compress_(model, [ROWS])
+
+
+def test_blocks_that_run_in_another_order_are_refused() -> None:
+    model = Chain(lambda block, x, norm: block(block(x)))
+    with pytest.raises(CalibrationError, match=r"runs the blocks \[0, 0\] before block 1"):
+        oats.compress_(model, [ROWS])
+    assert is_as_it_was(model)
 
 
 def test_only_one_block_of_hidden_states_is_held() -> None:
@@ -115,16 +262,7 @@ def test_only_one_block_of_hidden_states_is_held() -> None:
     [
         lambda: AutoModel.from_config(LlamaConfig(**SMALL, num_key_value_heads=2)),
         lambda: AutoModel.from_config(BertConfig(**SMALL)),
-        lambda: AutoModelForCausalLM.from_config(
-            OPTConfig(
-                vocab_size=61,
-                hidden_size=48,
-                ffn_dim=80,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                word_embed_proj_dim=48,
-            )
-        ),
+        opt,
     ],
     ids=["llama base", "bert", "opt"],
 )
@@ -171,30 +309,188 @@ def test_what_is_not_compressed_is_said() -> None:
     assert len(report.left_dense) == 4
 
 
-def test_bad_calibration() -> None:
-    model = llama()
-    for calibration, message in [
+@pytest.mark.parametrize(
+    ("calibration", "message"),
+    [
         (torch.empty(0, 8, dtype=torch.long), "empty"),
         ([], "empty"),
+        ({}, "an empty dict"),
+        ([{}], "batch 0 is an empty dict"),
         (TOKENS[0], "unsqueeze"),
         (TOKENS[:1, :8], "8 tokens, at least 16"),
         (TOKENS + 50, "vocabulary has 61"),
+        (TOKENS - 30, "from -"),
         (TOKENS.float(), "float32"),
+        (TOKENS.bool(), r"torch\.bool"),
+        (TOKENS.view(2, 3, 24), r"shape \(2, 3, 24\)"),
+        ({"input_ids": TOKENS[0]}, r"shape \(24,\)"),
+        ({"input_ids": TOKENS.tolist()}, "input_ids is of type list"),
+        ({"input_ids": TOKENS, "attention_mask": torch.ones(6, 5)}, r"\(6, 5\), but input_ids \(6, 24\)"),
         ("some text", "tokenizer"),
+        (["some text"], "type str.*tokenizer"),
+        (None, "type NoneType"),
+        (128, "type int"),
+        (TOKENS.tolist(), "type list"),
+        (TOKENS.numpy(), "type ndarray"),
+        ([(TOKENS, torch.ones_like(TOKENS))], "type tuple.*dicts of keyword"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_bad_calibration(calibration, message) -> None:
+    with pytest.raises(CalibrationError, match=message):
+        as_batches(llama(num_hidden_layers=1), calibration)
+
+
+@pytest.mark.parametrize(
+    "calibration",
+    [
+        {"input_ids": TOKENS},
+        BatchEncoding({"input_ids": TOKENS, "attention_mask": torch.ones_like(TOKENS)}),
+        list(TOKENS),
+        (ids for ids in TOKENS.split(4)),
+    ],
+    ids=["dict", "BatchEncoding", "sequences", "generator"],
+)
+def test_calibration_that_is_taken(calibration) -> None:
+    batches = as_batches(llama(num_hidden_layers=1), calibration)
+    assert torch.equal(torch.cat([batch["input_ids"] for batch in batches]), TOKENS)
+
+
+def test_calibration_by_the_keyword_of_a_plain_module() -> None:
+    class Two(Chain):
+        def forward(self, y, x):
+            return super().forward(x)
+
+    assert oats.compress_(Two(), {"x": ROWS, "y": None}).layers
+
+
+def test_calibration_that_does_not_fit_leaves_the_model_as_it_was() -> None:
+    images = torch.randn(1, 3, 8, 8)
+    for calibration, message in [
+        (
+            {"pixel_values": images},
+            r"batch 0: LlamaForCausalLM could not run on it up to block 0: ValueError",
+        ),
+        ({"input_ids": TOKENS, "position_ids": TOKENS[:, :3]}, r"block 0: IndexError: "),
     ]:
+        model = llama()
         with pytest.raises(CalibrationError, match=message):
-            oats.compress_(model, calibration)
-    assert not any(isinstance(m, SparseLowRankLinear) for m in model.modules())
+            oats.compress_(model, calibration, oats.OatsConfig(dtype="bf16"))
+        assert is_as_it_was(model) and model.config.use_cache
+    model = Chain()
+    with pytest.raises(CalibrationError, match=r"block 0: TypeError.*'z'"):
+        oats.compress_(model, {"z": ROWS}, oats.OatsConfig(dtype="bf16"))
+    assert is_as_it_was(model)
 
 
 def test_bad_weight_is_named_before_anything_changes() -> None:
+    for name, parameter in [("up_proj", "weight"), ("down_proj", "bias")]:
+        model = llama(mlp_bias=True)
+        getattr(model.model.layers[2].mlp.get_submodule(name), parameter).data[3] = float("nan")
+        with pytest.raises(WeightError, match=rf"model\.layers\.2\.mlp\.{name}: the {parameter} has NaN"):
+            oats.compress_(model, TOKENS)
+        assert is_as_it_was(model)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (oats.OatsConfig(compression=0.7, pattern="2:4"), "2:4"),
+        (oats.OatsConfig(pattern="2:48"), r"model\.layers\.0\.mlp\.down_proj.*multiple of 48.*has 80"),
+        ({"compression": 0.5}, r"oats\.OatsConfig\("),
+        ({}, r"oats\.OatsConfig\("),
+        (0.5, r"oats\.OatsConfig\("),
+    ],
+    ids=str,
+)
+def test_bad_config_is_said_before_anything_changes(config, message) -> None:
     model = llama()
-    model.model.layers[2].mlp.up_proj.weight.data[3, 4] = float("nan")
-    with pytest.raises(WeightError, match=r"model\.layers\.2\.mlp\.up_proj.*NaN"):
-        oats.compress_(model, TOKENS)
-    with pytest.raises(ConfigError, match="2:4"):
-        oats.compress_(llama(), TOKENS, oats.OatsConfig(compression=0.7, pattern="2:4"))
-    assert not any(isinstance(m, SparseLowRankLinear) for m in model.modules())
+    with pytest.raises(ConfigError, match=message):
+        oats.compress_(model, TOKENS, config)
+    assert is_as_it_was(model)
+
+
+def test_an_interrupted_walk_is_saved_as_what_it_is(tmp_path) -> None:
+    def interrupt(done, *_) -> None:
+        if done == 3:
+            raise KeyboardInterrupt
+
+    model = llama().eval()
+    with pytest.raises(KeyboardInterrupt):
+        oats.compress_(model, TOKENS, progress=interrupt)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert sum(isinstance(m, SparseLowRankLinear) for m in loaded.modules()) == 3
+    assert torch.equal(loaded(TOKENS).logits, model(TOKENS).logits)
+
+
+def test_images_follow_the_dtype_of_the_model() -> None:
+    model = Chain()
+    oats.compress_(model, [ROWS], oats.OatsConfig(dtype="bf16"))
+    assert model(ROWS.bfloat16()).dtype == torch.bfloat16
+
+
+def test_a_layer_under_two_names_stays_one() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = self.second = nn.Linear(32, 32)
+
+        def forward(self, x):
+            return self.second(self.first(x))
+
+    model = Chain(block=Tied)
+    model.layers[2].first = model.layers[1].first
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report = oats.compress_(model, [ROWS])
+    assert [layer.name for layer in report.layers] == ["layers.0.first", "layers.1.first", "layers.2.second"]
+    assert type(model.layers[0].first) is SparseLowRankLinear
+    assert model.layers[0].first is model.layers[0].second
+    assert model.layers[1].first is model.layers[1].second is model.layers[2].first
+
+
+def test_a_block_in_two_places_is_refused() -> None:
+    model = Chain()
+    model.layers[2] = model.layers[0]
+    with pytest.raises(UnsupportedModelError, match="layers holds the same block more than once"):
+        oats.compress_(model, [ROWS])
+    assert is_as_it_was(model)
+
+
+def test_layers_that_torch_does_not_call_stay_dense() -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention, self.mlp = nn.MultiheadAttention(32, 4), nn.Linear(32, 32)
+
+        def forward(self, x):
+            return self.mlp(self.attention(x, x, x)[0])
+
+    model = Chain(block=lambda: nn.TransformerEncoderLayer(32, 4, 48, batch_first=True))
+    with pytest.raises(UnsupportedModelError, match="TransformerEncoderLayer reads its weight and does not"):
+        oats.compress_(model, [ROWS])
+    assert is_as_it_was(model)
+    with pytest.warns(UserWarning, match="left dense"):
+        report = oats.compress_(Chain(block=Attention), [ROWS])
+    assert [layer.name for layer in report.layers] == [f"layers.{i}.mlp" for i in range(3)]
+    assert report.left_dense["layers.0.attention.out_proj"].startswith("MultiheadAttention reads its weight")
+
+
+def test_the_encoder_beside_the_decoder_is_said() -> None:
+    sizes = {
+        f"{side}_{what}": n
+        for side in ("encoder", "decoder")
+        for what, n in [("layers", 1), ("attention_heads", 4), ("ffn_dim", 64)]
+    }
+    model = BartModel(BartConfig(vocab_size=61, d_model=32, **sizes)).eval()
+    with pytest.warns(UserWarning, match=r"encoder\.layers\.0\.\S+ \(only the blocks in decoder\.layers are"):
+        report = oats.compress_(model, TOKENS)
+    assert len(report.layers) == 10 and len(report.left_dense) == 6
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = BartModel(BartConfig(vocab_size=61, d_model=32, **sizes)).eval()
+        oats.compress_(model, TOKENS, oats.OatsConfig(skip="encoder.*"))
 
 
 @pytest.mark.parametrize(

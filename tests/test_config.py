@@ -29,8 +29,10 @@ def test_explicit_values_win_over_defaults():
         *[("rank_ratio", v) for v in (-0.1, 1.01, float("nan"), "0.25", None)],
         *[("pattern", v) for v in ("rows", "4:2", "0:4", "2:4:8", "", None, 2)],
         *[("svd", v) for v in ("full", "", None)],
-        *[("iterations", v) for v in (0, -1, 2.5, "40")],
+        *[("iterations", v) for v in (0, -1, 2.5, "40", True)],
         *[("momentum", v) for v in (-0.1, 1, float("nan"), "0.9")],
+        *[("seed", v) for v in (-1, 0.5, "0", None, True)],
+        *[("skip", v) for v in (None, 3, [3])],
         *[("dtype", v) for v in ("fp16", "float32", "")],
     ],
 )
@@ -57,6 +59,10 @@ def test_to_dict_is_json_and_rebuilds_the_config():
     config = OatsConfig(compression=0.4, skip=["*.down_proj"], pattern="2:4", seed=3)
     assert config.skip == ("*.down_proj",)
     assert OatsConfig(**json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_one_pattern_to_skip():
+    assert OatsConfig(skip="*.down_proj").skip == ("*.down_proj",)
 
 
 def test_config_errors_are_value_errors():

@@ -192,8 +192,14 @@ def test_layer_latency(monkeypatch, pattern, dtype):
     assert result.dense_bytes == 96 * 200 * (4 if dtype == "fp32" else 2)
     assert result.dense_copies * result.dense_bytes >= 1_000_000
     assert result.compressed_copies * result.compressed_bytes >= 1_000_000
-    assert result.compressed_ms.median > 0 and result.speedup > 0
+    assert result.compressed_ms.median > 0 and result.speedup > 0 and result.read_gb_per_s > 0
     assert result.to_dict()["compressed_ms"]["median"] == result.compressed_ms.median
+
+
+def test_layer_latency_makes_few_copies_of_a_small_layer(monkeypatch):
+    monkeypatch.setattr(layer, "_MOST_COPIES", 20)
+    result = layer_latency(4, 4, repetitions=2)
+    assert (result.compressed_copies, result.dense_copies) == (20, 20)
 
 
 def test_layer_latency_does_not_time_a_wrong_result(monkeypatch):
@@ -209,7 +215,10 @@ def test_layer_latency_refuses_bad_settings():
         layer_latency(64, 64, batch=0)
     with pytest.raises(ConfigError, match="compression"):
         layer_latency(64, 64, compression=1.0)
+    with pytest.raises(ConfigError, match="pattern 2:4 needs d_in to be a multiple of 4, got 66"):
+        layer_latency(64, 66, pattern="2:4")
 
 
 def test_spread():
     assert Spread.of([5.0]) == Spread(5.0, 5.0, 5.0)
+    assert Spread(1.0, 0.9, 1.6).is_wide and not Spread(1.0, 0.1, 1.4).is_wide

@@ -159,6 +159,7 @@ def test_opcheck(dtype: torch.dtype) -> None:
     torch.library.opcheck(torch.ops.oats.to_dense, (layer.packed, 40, 56, dtype))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 def test_the_operator_is_taken_where_a_kernel_call_would_not_be_seen() -> None:
     layer, x = make(bias=False), torch.randn(3, 56)
     with torch.no_grad():

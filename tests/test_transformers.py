@@ -1,7 +1,9 @@
 """Saving and loading compressed models with transformers."""
 
+import copy
 import json
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -17,7 +19,6 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
-    GgufConfig,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaModel,
@@ -25,8 +26,14 @@ from transformers import (
 )
 from transformers.quantizers.auto import AutoHfQuantizer
 
+try:
+    from transformers import GgufConfig
+except ImportError:  # an earlier 5.x
+    GgufConfig = None
+
 from oats import ConfigError, FormatError, OatsConfig, SparseLowRankLinear, compress_
-from oats.integrations.transformers import OatsQuantizationConfig, attach
+from oats.integrations.stored_model import read_stored_model
+from oats.integrations.transformers import OatsQuantizationConfig, OatsQuantizer, attach
 
 SETTINGS = OatsConfig(iterations=2)
 IDS = torch.tensor([[1, 2, 3, 4, 5]])
@@ -34,12 +41,16 @@ LAYER = "model.layers.1.mlp.down_proj"
 BIASED = "model.layers.1.self_attn.q_proj"
 
 
-def compress(model: PreTrainedModel, settings: OatsConfig = SETTINGS) -> PreTrainedModel:
+def replace_layers(model: PreTrainedModel, within: str = "layers.") -> PreTrainedModel:
     for name, linear in list(model.named_modules()):
-        if isinstance(linear, nn.Linear) and "layers." in name:
+        if isinstance(linear, nn.Linear) and within in name:
             moments = torch.ones(linear.in_features)
-            model.set_submodule(name, SparseLowRankLinear.from_linear(linear, moments, settings))
-    attach(model, settings)
+            model.set_submodule(name, SparseLowRankLinear.from_linear(linear, moments, SETTINGS))
+    return model
+
+
+def compress(model: PreTrainedModel) -> PreTrainedModel:
+    attach(replace_layers(model), SETTINGS)
     return model
 
 
@@ -244,6 +255,82 @@ def test_the_layer_table_is_current_when_saved(tmp_path: Path) -> None:
     assert torch.equal(logits(load(tmp_path)), logits(model))
 
 
+def test_attach_before_the_first_layer_is_replaced(tmp_path: Path) -> None:
+    model = dense_llama()
+    attach(model, SETTINGS)
+    replace_layers(model, "layers.0.")
+    model.save_pretrained(tmp_path)
+    assert len(quantization_config(tmp_path)["layers"]) == 7
+    assert torch.equal(logits(load(tmp_path)), logits(model))
+
+
+def test_without_a_compressed_layer_the_model_is_saved_as_a_dense_one(tmp_path: Path) -> None:
+    model = dense_llama(dtype=torch.float16)
+    attach(model, SETTINGS)
+    model.save_pretrained(tmp_path / "none")
+    assert "quantization_config" not in json.loads((tmp_path / "none" / "config.json").read_text())
+    assert load(tmp_path / "none").dtype == torch.float16
+
+    model = dense_llama()
+    attach(model, SETTINGS)
+    model.save_pretrained(tmp_path / "none")
+    assert torch.equal(logits(load(tmp_path / "none")), logits(model))
+    replace_layers(model).save_pretrained(tmp_path / "all")
+    assert torch.equal(logits(load(tmp_path / "all")), logits(model))
+
+
+@pytest.mark.parametrize("attach_first", [False, True])
+def test_a_base_model_is_compressed_and_the_whole_is_saved(tmp_path: Path, attach_first: bool) -> None:
+    model = dense_llama()
+    if attach_first:
+        attach(model.model, SETTINGS)
+        replace_layers(model.model)
+    else:
+        compress(model.model)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(load(tmp_path)), logits(model))
+    stored = read_stored_model(tmp_path)
+    assert len(stored.layers) == 14 and stored.layers[0].name.startswith("model.layers.0.")
+    assert_unreadable_without_the_package(tmp_path)
+
+
+def test_layers_replaced_by_hand_do_not_become_random_ones(tmp_path: Path) -> None:
+    replace_layers(dense_llama()).save_pretrained(tmp_path)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def assert_unreadable_without_the_package(directory: Path) -> None:
+    code = "import sys; from transformers import AutoModelForCausalLM as A; A.from_pretrained(sys.argv[1])"
+    result = python(code, str(directory), TORCH_DEVICE_BACKEND_AUTOLOAD="0")
+    assert "RuntimeError" in result.stderr and "ignore_mismatched_sizes" in result.stderr, result.stderr
+
+
+def test_a_copy_of_a_model_is_saved_with_its_own_layers(tmp_path: Path) -> None:
+    model = llama()
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert len(copied.config.quantization_config.layers) == 14
+        copied.set_submodule(LAYER, nn.Linear(92, 64, bias=False))
+        copied.save_pretrained(tmp_path)
+        assert len(quantization_config(tmp_path)["layers"]) == 13
+        assert torch.equal(logits(load(tmp_path)), logits(copied))
+    assert len(model.config.to_dict()["quantization_config"]["layers"]) == 14
+
+
+@pytest.mark.parametrize("ignored", [None, ["a"], {"a"}])
+def test_the_names_to_ignore_keep_their_type(saved: Path, ignored: Any) -> None:
+    # transformers 5.0 adds lists to it, later releases sets.
+    model = dense_llama().to("meta")
+    model._keys_to_ignore_on_load_unexpected = ignored
+    config = AutoConfig.from_pretrained(saved).quantization_config
+    quantizer = OatsQuantizer(OatsQuantizationConfig.from_dict(config), pre_quantized=True)
+    quantizer._process_model_before_weight_loading(model, [str(saved / "model.safetensors")])
+    assert type(model._keys_to_ignore_on_load_unexpected) is (set if ignored == {"a"} else list)
+    assert ("a" in model._keys_to_ignore_on_load_unexpected) == (ignored is not None)
+
+
+@pytest.mark.skipif(GgufConfig is None, reason="this transformers has no quantizer for GGUF")
 def test_attach_replaces_the_quantizer_of_a_gguf_file(tmp_path: Path) -> None:
     model = dense_llama()
     model.config.quantization_config = GgufConfig(gguf_file="model.gguf")
@@ -423,6 +510,15 @@ DAMAGE: dict[str, tuple[Callable[[Tensors, dict[str, Any]], None], str]] = {
     "bad setting": (set_config(compression=2), r"compression must be in \[0, 1\), got 2"),
     "bad table": (set_config(layers=[LAYER]), r"layers is \['model"),
     "bad sizes": (set_layer(LAYER, {"rank": -1, "nnz": 3}), rf"layers\['{LAYER}'\] is .*whole number"),
+    "absurd rank": (
+        set_layer(LAYER, {"rank": 2**62, "nnz": 1}),
+        rf"layers\['{LAYER}'\] has rank {2**62} and 1 non-zeros, more than a 64 x 92 layer can have",
+    ),
+    "absurd number of non-zeros": (
+        set_layer(LAYER, {"rank": 1, "nnz": 64 * 92 + 1}),
+        rf"layers\['{LAYER}'\] has rank 1 and 5889 non-zeros, more than a 64 x 92 layer can have",
+    ),
+    "absurd setting": (set_config(rank_ratio=10**400), "quantization_config: int too large"),
     "other rank": (
         lambda tensors, config: config["layers"][LAYER].update(rank=3),
         rf"{LAYER}: low_rank_u has shape \(64, 4\), but config.json says \(64, 3\)",

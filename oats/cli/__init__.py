@@ -32,11 +32,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Compress transformers to sparse plus low-rank weights, and run them fast on CPUs.",
 )
-app.command("compress")(compress.compress)
-app.command("eval")(eval.evaluate)
-app.command("generate")(generate.generate)
-app.command("bench")(bench.bench)
-app.command("info")(info.info)
+app.command("compress", epilog="Example: oats compress google/gemma-3-270m small")(compress.compress)
+app.command("eval", epilog="Example: oats eval small --text book.txt")(eval.evaluate)
+app.command("generate", epilog='Example: oats generate small "Once upon a time"')(generate.generate)
+app.command("bench", epilog="Example: oats bench --d-out 4096 --d-in 11008 --threads 2")(bench.bench)
+app.command("info", epilog="Example: oats info small")(info.info)
 
 
 def _print_version(value: bool) -> None:

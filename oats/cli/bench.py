@@ -94,5 +94,8 @@ def bench(
         f"{repetitions} calls of each in turn.\n"
         f"compression {compression:g}, rank ratio {rank_ratio:g}, pattern {pattern}: rank {result.rank}, "
         f"density {result.nnz / (d_out * d_in):.3f}\n"
-        f"largest error against float64, relative to Σ|w||x|: {result.error:.1e}"
+        f"largest error against float64, relative to Σ|w||x|: {result.error:.1e}\n"
+        f"memory, read by torch's sum with the same threads: {result.read_gb_per_s:.1f} GB/s"
     )
+    if result.compressed_ms.is_wide or result.dense_ms.is_wide:
+        console.print("note: p90 is more than 1.5 x the median, so the machine was busy; run it again")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Annotated
 
 import typer
@@ -17,6 +18,10 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 100,
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token each time.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    as_json: Annotated[
+        bool,
+        typer.Option("--json", help="Print the prompt, the whole text and the settings as JSON, at the end."),
+    ] = False,
 ) -> None:
     """Continue a prompt, printing the text as it is made."""
     if max_new_tokens < 1:
@@ -27,20 +32,37 @@ def generate(
     import torch
     from transformers import TextStreamer
 
-    from oats.cli.console import status
+    from oats.cli.console import print_json, status
     from oats.integrations.checkpoint import load_model
 
     with status(f"Loading {directory}"):
         model, tokenizer = load_model(directory)
     inputs = tokenizer(prompt, return_tensors="pt")
-    if inputs.input_ids.numel() == 0:
+    given = inputs.input_ids.numel()
+    if given == 0:
         raise ConfigError("the prompt is empty and this model has no BOS token; give some text to continue")
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     torch.manual_seed(seed)
-    model.generate(
+    started = time.perf_counter()
+    output = model.generate(
         input_ids=inputs.input_ids,
         attention_mask=inputs.attention_mask,
         max_new_tokens=max_new_tokens,
-        streamer=TextStreamer(tokenizer, skip_special_tokens=True),
+        streamer=None if as_json else TextStreamer(tokenizer, skip_special_tokens=True),
         **sampling,
     )
+    if as_json:
+        print_json(
+            {
+                "model": directory,
+                "prompt": prompt,
+                "text": tokenizer.decode(output[0], skip_special_tokens=True),
+                "tokens": output.shape[1] - given,
+                "seconds": time.perf_counter() - started,
+                "max_new_tokens": max_new_tokens,
+                "temperature": temperature,
+                "seed": seed,
+                "dtype": str(model.dtype).removeprefix("torch."),
+                "threads": torch.get_num_threads(),
+            }
+        )

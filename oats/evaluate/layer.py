@@ -6,6 +6,7 @@ import copy
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,23 @@ import torch
 from torch import Tensor, nn
 
 from oats import ops
+from oats.bitmask import decode, encode_mask
 from oats.budget import nnz_per_layer, nnz_per_row, rank_for
 from oats.config import OatsConfig, parse_n_m
 from oats.errors import ConfigError, OatsError
 from oats.evaluate.spread import Spread
-from oats.bitmask import decode, encode_mask
 from oats.format import DTYPES
 from oats.nn import SparseLowRankLinear
 
 # Weights are cycled through this much memory at least, and through 4 times the last-level cache, so that
 # no cache holds them: a model's layers do not find theirs in a cache either.
 _CYCLED_BYTES = 200_000_000
+
+# Of one weight: a copy is a module, and small weights would need millions.
+_MOST_COPIES = 1000
+
+# Read in one piece to measure the bandwidth: far more than what starting the threads costs.
+_READ_BYTES = 32_000_000
 
 # Largest error of an output, relative to Σ|w||x| (the sum that rounding errors are proportional to), in
 # units of the dtype's rounding. bf16 rounds V x, and the output; fp32 sums up to d_in products.
@@ -39,7 +46,9 @@ class LayerLatency:
         dense_ms: of one call of `torch.nn.Linear`, same dtype and threads.
         compressed_bytes: of the packed weight.
         dense_bytes: of the dense weight.
-        compressed_copies: weights cycled through; dense_copies alike.
+        compressed_copies: weights cycled through, at most 1000; dense_copies alike. So small layers
+            (200 kB and less) stay in a cache.
+        read_gb_per_s: of torch's sum of 32 MB of fp32 with the same threads, timed in between.
         error: largest error against float64, relative to Σ|w||x|.
     """
 
@@ -61,6 +70,7 @@ class LayerLatency:
     dense_bytes: int
     compressed_ms: Spread
     dense_ms: Spread
+    read_gb_per_s: float
     error: float
 
     @property
@@ -122,6 +132,9 @@ def layer_latency(
             "d_out, d_in, batch and repetitions must be at least 1, got "
             f"{d_out}, {d_in}, {batch} and {repetitions}"
         )
+    n_m = parse_n_m(pattern)
+    if n_m is not None and d_in % n_m[1]:
+        raise ConfigError(f"pattern {pattern} needs d_in to be a multiple of {n_m[1]}, got {d_in}")
     generator = torch.Generator().manual_seed(seed)
     tensors = _random_layer(d_out, d_in, config, DTYPES[dtype], generator)
     compressed = SparseLowRankLinear.from_canonical(tensors, d_in)
@@ -139,15 +152,20 @@ def layer_latency(
 
     dense = nn.Linear(d_in, d_out, bias=False, dtype=DTYPES[dtype])
     compressed_bytes, dense_bytes = compressed.packed.numel(), dense.weight.nbytes
-    layers = [_copies(compressed, compressed_bytes), _copies(dense, dense_bytes)]
-    times: list[list[float]] = [[], []]
-    warm_up = max(len(copies) for copies in layers)
+    read = torch.ones(_cycled_bytes() // 4).split(_READ_BYTES // 4)
+    calls: list[list[Callable[[], Tensor]]] = [
+        [partial(layer, x) for layer in _copies(compressed, compressed_bytes)],
+        [partial(layer, x) for layer in _copies(dense, dense_bytes)],
+        [part.sum for part in read],
+    ]
+    times: list[list[float]] = [[] for _ in calls]
+    warm_up = max(len(copies) for copies in calls)
     with torch.inference_mode():
         for call in range(warm_up + repetitions):
-            for copies, taken in zip(layers, times, strict=True):
-                layer = copies[call % len(copies)]
+            for copies, taken in zip(calls, times, strict=True):
+                function = copies[call % len(copies)]
                 start = time.perf_counter()
-                layer(x)
+                function()
                 seconds = time.perf_counter() - start
                 if call >= warm_up:
                     taken.append(1e3 * seconds)
@@ -166,12 +184,13 @@ def layer_latency(
         threads=torch.get_num_threads(),
         isa=ops.packed_isa(compressed.packed),
         repetitions=repetitions,
-        compressed_copies=len(layers[0]),
-        dense_copies=len(layers[1]),
+        compressed_copies=len(calls[0]),
+        dense_copies=len(calls[1]),
         compressed_bytes=compressed_bytes,
         dense_bytes=dense_bytes,
         compressed_ms=Spread.of(times[0]),
         dense_ms=Spread.of(times[1]),
+        read_gb_per_s=read[0].nbytes / Spread.of(times[2]).median / 1e6,
         error=error,
     )
 
@@ -195,12 +214,9 @@ def _random_support(d_out: int, d_in: int, config: OatsConfig, generator: torch.
     n_m = parse_n_m(config.pattern)
     if n_m is not None:
         n, m = n_m
-        groups = -(-d_in // m)
-        keys = torch.rand(d_out, groups, m, generator=generator)
-        keys.view(d_out, -1)[:, d_in:] = -1
+        keys = torch.rand(d_out, d_in // m, m, generator=generator)
         chosen = keys.topk(n, dim=2).indices
-        kept = torch.zeros(keys.shape, dtype=torch.bool).scatter_(2, chosen, True)
-        return kept.view(d_out, -1)[:, :d_in]
+        return torch.zeros(keys.shape, dtype=torch.bool).scatter_(2, chosen, True).view(d_out, d_in)
     if config.pattern == "layer":
         rows, k = 1, nnz_per_layer(d_out, d_in, config.compression, config.rank_ratio)
     else:
@@ -223,8 +239,12 @@ def _relative_error(y: Tensor, x: Tensor, tensors: Mapping[str, Tensor]) -> floa
 
 
 def _copies(layer: nn.Module, weight_bytes: int) -> list[nn.Module]:
-    wanted = max(_CYCLED_BYTES, 4 * _last_level_cache_bytes())
-    return [layer] + [copy.deepcopy(layer) for _ in range(-(-wanted // weight_bytes) - 1)]
+    number = min(-(-_cycled_bytes() // weight_bytes), _MOST_COPIES)
+    return [layer] + [copy.deepcopy(layer) for _ in range(number - 1)]
+
+
+def _cycled_bytes() -> int:
+    return max(_CYCLED_BYTES, 4 * _last_level_cache_bytes())
 
 
 def _last_level_cache_bytes() -> int:

@@ -20,6 +20,11 @@ class Spread:
     p10: float
     p90: float
 
+    @property
+    def is_wide(self) -> bool:
+        """Whether something else kept the machine busy, as far as the spread tells."""
+        return self.p90 > 1.5 * self.median
+
     @classmethod
     def of(cls, values: list[float]) -> Spread:
         """Summarise measurements.

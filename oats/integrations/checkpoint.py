@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from oats.errors import CheckpointError, OatsError, OutputExistsError
+from oats.errors import CheckpointError, ConfigError, OatsError, OutputExistsError
 
 
 def load_model(model: str | Path, dtype: str | None = None) -> tuple[Any, Any]:
@@ -26,14 +26,22 @@ def load_model(model: str | Path, dtype: str | None = None) -> tuple[Any, Any]:
 
     Raises:
         CheckpointError: there is no model of that name, or it cannot be loaded.
+        ConfigError: another dtype.
+        FormatError: the model is a compressed one, or its config.json, and damaged.
     """
+    names = {None: "auto", "bf16": "bfloat16", "fp32": "float32"}
+    if dtype not in names:
+        raise ConfigError(f'dtype must be "bf16" or "fp32", got {dtype!r}')
+
     import transformers
     from safetensors import SafetensorError
 
+    from oats.integrations.stored_model import read_config
+
     source, gguf_file = _locate(model)
-    options: dict[str, Any] = {
-        "dtype": {None: "auto", "bf16": "bfloat16", "fp32": "float32"}.get(dtype, dtype)
-    }
+    if Path(source).is_dir() and not gguf_file:
+        read_config(Path(source) / "config.json")  # transformers takes what is in there for granted
+    options: dict[str, Any] = {"dtype": names[dtype]}
     if gguf_file:
         options |= {"gguf_file": gguf_file, "dtype": "bfloat16" if dtype is None else options["dtype"]}
         # Releases of transformers that have GgufConfig may leave the weights in GGUF blocks.
@@ -136,7 +144,9 @@ def save_model(model: Any, tokenizer: Any, out: str | Path, *, overwrite: bool =
     """Save a model and its tokenizer as a Hugging Face directory, all or nothing.
 
     The files are written to a hidden directory beside `out` and flushed to disk, which then gets the name.
-    A run that is killed leaves `out` as it was.
+    A run that is killed leaves `out` as it was, with one exception: to overwrite takes two renames, and
+    between them the old model is at ``.OUT.replaced-<pid>`` and nothing at `out`. What a killed run left
+    of its own files is removed by the next one with the same `out`.
 
     Args:
         overwrite: replace a model that is already at `out`.
@@ -165,7 +175,7 @@ def _new_directory(out: Path, overwrite: bool) -> Iterator[Path]:
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
     aside = out.with_name(f".{out.name}.replaced-{os.getpid()}")
     out.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(partial, ignore_errors=True)
+    _remove_partial(out)
     partial.mkdir()
     try:
         yield partial
@@ -183,6 +193,27 @@ def _new_directory(out: Path, overwrite: bool) -> Iterator[Path]:
             aside.rename(out)
         raise
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def _remove_partial(out: Path) -> None:
+    """Remove what runs that are no longer alive, or this process, left unfinished beside `out`."""
+    prefix = f".{out.name}.partial-"
+    for path in out.parent.iterdir():
+        pid = path.name.removeprefix(prefix)
+        if path.name.startswith(prefix) and pid.isdecimal() and not _is_another_process(int(pid)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_another_process(pid: int) -> bool:
+    if pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass  # somebody else's
+    return True
 
 
 def _flush(path: Path) -> None:

@@ -1,20 +1,193 @@
-"""What a model directory holds, read from its config and the headers of its safetensors files."""
+"""What a model directory says of itself: its config, and the headers of its safetensors files.
+
+Loading and ``oats info`` share these checks, which read no weight.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from oats.errors import CheckpointError, FormatError
+import torch
+from safetensors import SafetensorError, safe_open
+
+from oats import __version__
+from oats.bitmask import mask_columns
+from oats.config import OatsConfig
+from oats.errors import CheckpointError, ConfigError, FormatError
 from oats.format import FORMAT_VERSION, TENSORS
+
+_SETTINGS = frozenset(field.name for field in fields(OatsConfig))
+_DTYPE_NAMES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "U8": torch.uint8}
+RETRY = "download the checkpoint or compress the model again"
+"""How every error about a damaged checkpoint ends."""
 
 
 def directory_bytes(directory: str | Path) -> int:
     """Size of all files of a directory, in bytes."""
     return sum(path.stat().st_size for path in Path(directory).rglob("*") if path.is_file())
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """Read a ``config.json``.
+
+    Raises:
+        FormatError: it is not JSON, or not an object, or its ``quantization_config`` is none.
+    """
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise FormatError(f"{file} is not valid JSON ({error}); {RETRY}") from error
+    quantization = config.get("quantization_config") if isinstance(config, dict) else None
+    for what, value in (("", config), ("quantization_config ", {} if quantization is None else quantization)):
+        if not isinstance(value, dict):
+            raise FormatError(f"{file}: {what}is {_shortened(value)}, expected a JSON object; {RETRY}")
+    return config  # type: ignore[no-any-return]
+
+
+def parse_quantization_config(
+    quantization: Mapping[str, Any], origin: str = "config.json"
+) -> tuple[OatsConfig, dict[str, dict[str, int]]]:
+    """Read the ``quantization_config`` of a compressed model.
+
+    Args:
+        quantization: the JSON object.
+        origin: the file it is from, for error messages.
+
+    Returns:
+        The settings, and name of each compressed layer → its ``rank`` and ``nnz``.
+
+    Raises:
+        FormatError: another format version, a key that is unknown or missing, or a bad value.
+    """
+    origin += ": quantization_config"
+    given = dict(quantization)
+    given.pop("quant_method", None)
+    version = given.pop("format_version", None)
+    if type(version) is not int or version != FORMAT_VERSION:
+        raise FormatError(
+            f"{origin}.format_version is {_shortened(version)}, but oats-torch {__version__} reads version "
+            f"{FORMAT_VERSION} only; for a newer version upgrade with `pip install -U oats-torch`"
+        )
+    expected = _SETTINGS | {"layers"}
+    for problem, keys in (("unknown", given.keys() - expected), ("missing", expected - given.keys())):
+        if keys:
+            raise FormatError(
+                f"{origin} has {problem} keys {sorted(keys)}; the file was edited or damaged, {RETRY}"
+            )
+    layers = given.pop("layers")
+    if not isinstance(layers, dict):
+        raise FormatError(f"{origin}.layers is {_shortened(layers)}, expected an object; {RETRY}")
+    for name, sizes in layers.items():
+        if (
+            not isinstance(sizes, dict)
+            or sizes.keys() != {"rank", "nnz"}
+            or any(type(size) is not int or size < 0 for size in sizes.values())
+        ):
+            raise FormatError(
+                f"{origin}.layers[{name!r}] is {_shortened(sizes)}, expected "
+                f'{{"rank": a whole number, "nnz": a whole number}}; {RETRY}'
+            )
+    try:
+        return OatsConfig(**given), layers
+    except (ConfigError, TypeError, OverflowError) as error:
+        raise FormatError(f"{origin}: {error}; {RETRY}") from error
+
+
+def check_sizes(name: str, d_out: int, d_in: int, *, rank: int, nnz: int) -> None:
+    """Check the sizes that ``config.json`` gives against the shape of the layer.
+
+    Raises:
+        FormatError: no such layer can have them.
+    """
+    if rank > min(d_out, d_in) or nnz > d_out * d_in:
+        raise FormatError(
+            f"config.json: quantization_config.layers[{name!r}] has rank {rank} and {nnz} non-zeros, more "
+            f"than a {d_out} x {d_in} layer can have; {RETRY}"
+        )
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor in a safetensors file, by its header."""
+
+    path: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+def read_header(path: str | Path) -> dict[str, StoredTensor]:
+    """Name → what the header of a safetensors file says of the tensor.
+
+    Raises:
+        FormatError: the file is not one, or is truncated.
+    """
+    try:
+        with safe_open(path, framework="pt"):
+            pass  # checks dtypes, shapes and offsets against the size of the file
+        with open(path, "rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    except (SafetensorError, OSError) as error:
+        raise FormatError(
+            f"{path}: cannot be read as safetensors ({error}); the file is truncated or damaged, {RETRY}"
+        ) from error
+    header.pop("__metadata__", None)
+    return {
+        name: StoredTensor(
+            str(path),
+            tensor["dtype"],
+            tuple(tensor["shape"]),
+            tensor["data_offsets"][1] - tensor["data_offsets"][0],
+        )
+        for name, tensor in header.items()
+    }
+
+
+def check_tensors(
+    name: str, shapes: Mapping[str, tuple[int, ...]], found: Mapping[str, StoredTensor], origin: str
+) -> None:
+    """Check that the tensors of a layer are stored, with their shapes and dtypes.
+
+    Args:
+        name: of the layer.
+        shapes: name of each tensor → the shape it must have.
+        found: name → what is stored, for those that are.
+        origin: where they were looked for.
+
+    Raises:
+        FormatError: one is missing or is another one.
+    """
+    for part in shapes:
+        if part not in found:
+            raise FormatError(
+                f"{origin}: {name}: {part} is missing; the file does not match its config.json, {RETRY}"
+            )
+    for part, shape in shapes.items():
+        tensor = found[part]
+        if tensor.shape != shape:
+            raise FormatError(
+                f"{tensor.path}: {name}: {part} has shape {tensor.shape}, but config.json says {shape}; "
+                f"{RETRY}"
+            )
+        if part == "mask":
+            allowed: tuple[str, ...] = ("U8",)
+        elif part == "bias":
+            allowed = ("F32", "BF16", "F16")
+        else:
+            allowed = ("F32", "BF16")
+            if part != "values" and found["values"].dtype in allowed:
+                allowed = (found["values"].dtype,)
+        if tensor.dtype not in allowed:
+            expected = " or ".join(str(_DTYPE_NAMES[dtype]) for dtype in allowed)
+            raise FormatError(
+                f"{tensor.path}: {name}: {part} is {_DTYPE_NAMES.get(tensor.dtype, tensor.dtype)}, "
+                f"expected {expected}; {RETRY}"
+            )
 
 
 @dataclass(frozen=True)
@@ -69,15 +242,10 @@ def read_stored_model(directory: str | Path) -> StoredModel:
     config_file = directory / "config.json"
     if not config_file.is_file():
         raise CheckpointError(f"{directory} is no model directory: it has no config.json; check the path")
-    try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise FormatError(
-            f"{config_file} is not valid JSON ({error}); download or compress the model again"
-        ) from error
-    tensors: dict[str, dict[str, Any]] = {}
+    config = read_config(config_file)
+    tensors: dict[str, StoredTensor] = {}
     for file in sorted(directory.glob("*.safetensors")):
-        tensors.update(_read_header(file))
+        tensors.update(read_header(file))
     if not tensors:
         raise CheckpointError(f"{directory} has no .safetensors file; there is nothing to describe")
 
@@ -85,69 +253,66 @@ def read_stored_model(directory: str | Path) -> StoredModel:
     is_oats = quantization.get("quant_method") == "oats"
     layers = []
     if is_oats:
-        if quantization.get("format_version") != FORMAT_VERSION:
-            raise FormatError(
-                f"{directory} has format version {quantization.get('format_version')}, this release reads "
-                f"{FORMAT_VERSION}; install a newer oats, or compress the model again"
-            )
-        names = sorted(quantization.get("layers", {}), key=_natural)
-        layers = [_stored_layer(directory, name, tensors) for name in names]
+        _, table = parse_quantization_config(quantization, str(config_file))
+        layers = [
+            _stored_layer(directory, name, table[name], tensors) for name in sorted(table, key=_natural)
+        ]
     return StoredModel(
         directory=str(directory),
         model_type=str(config.get("model_type", "unknown")),
         config=quantization if is_oats else None,
         layers=tuple(layers),
-        parameters_elsewhere=sum(math.prod(tensor["shape"]) for tensor in tensors.values()),
-        bytes_elsewhere=sum(_nbytes(tensor) for tensor in tensors.values()),
+        parameters_elsewhere=sum(math.prod(tensor.shape) for tensor in tensors.values()),
+        bytes_elsewhere=sum(tensor.nbytes for tensor in tensors.values()),
         disk_bytes=directory_bytes(directory),
     )
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
     """Sort key by which layer 2 comes before layer 10; config.json is sorted by text."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]
 
 
-def _stored_layer(directory: Path, name: str, tensors: dict[str, dict[str, Any]]) -> StoredLayer:
+def _stored_layer(
+    directory: Path, name: str, sizes: Mapping[str, int], tensors: dict[str, StoredTensor]
+) -> StoredLayer:
     """The layer of that name; its tensors are taken out of `tensors`."""
-    parts = {}
-    for part in TENSORS:
-        if f"{name}.{part}" not in tensors:
+    stored_name = name
+    if f"{name}.mask" not in tensors:
+        # A base model was compressed, and saved as a part of a model with a head.
+        longer = [key.removesuffix(".mask") for key in tensors if key.endswith(f".{name}.mask")]
+        stored_name = longer[0] if len(longer) == 1 else name
+    tensors.pop(f"{stored_name}.weight", None)  # the marker
+    parts = {part: tensors.pop(f"{stored_name}.{part}", None) for part in TENSORS}
+    found = {part: tensor for part, tensor in parts.items() if tensor is not None}
+    for part, tensor in found.items():
+        if part != "values" and (len(tensor.shape) != 2 or (part == "mask" and 0 in tensor.shape)):
             raise FormatError(
-                f"{name}: {directory} has no tensor {name}.{part}; the checkpoint is incomplete, download or "
-                "compress it again"
+                f"{tensor.path}: {name}: {part} has shape {tensor.shape}, expected a matrix; {RETRY}"
             )
-        parts[part] = tensors.pop(f"{name}.{part}")
-    d_out, rank = parts["low_rank_u"]["shape"]
+    # The factors give the layer's shape, which loading takes from the model's own configuration.
+    d_out = found["low_rank_u"].shape[0] if "low_rank_u" in found else 0
+    d_in = found["low_rank_v"].shape[1] if "low_rank_v" in found else 0
+    rank, nnz = sizes["rank"], sizes["nnz"]
+    shapes = {
+        "mask": (d_out, mask_columns(d_in)),
+        "values": (nnz,),
+        "low_rank_u": (d_out, rank),
+        "low_rank_v": (rank, d_in),
+    }
+    check_tensors(name, shapes, found, str(directory))
+    check_sizes(name, d_out, d_in, rank=rank, nnz=nnz)
     return StoredLayer(
-        name=name,
+        name=stored_name,
         d_out=d_out,
-        d_in=parts["low_rank_v"]["shape"][1],
+        d_in=d_in,
         rank=rank,
-        nnz=math.prod(parts["values"]["shape"]),
-        dtype={"BF16": "bf16", "F32": "fp32"}.get(parts["values"]["dtype"], parts["values"]["dtype"]),
-        stored_bytes=sum(_nbytes(part) for part in parts.values()),
+        nnz=nnz,
+        dtype={"BF16": "bf16", "F32": "fp32"}[found["values"].dtype],
+        stored_bytes=sum(tensor.nbytes for tensor in found.values()),
     )
 
 
-def _nbytes(tensor: dict[str, Any]) -> int:
-    start, end = tensor["data_offsets"]
-    return int(end) - int(start)
-
-
-def _read_header(file: Path) -> dict[str, dict[str, Any]]:
-    """Tensor name → dtype, shape and offsets. The format is one length, one JSON object, and the data."""
-    size = file.stat().st_size
-    try:
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if not 2 <= length <= size - 8:
-                raise ValueError(f"a header of {length} bytes in a file of {size}")
-            header: dict[str, dict[str, Any]] = json.loads(stream.read(length))
-        header.pop("__metadata__", None)
-        end = max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
-        if 8 + length + end != size:
-            raise ValueError(f"{size} bytes, expected {8 + length + end}")
-    except (ValueError, KeyError, TypeError) as error:
-        raise FormatError(f"{file} is damaged ({error}); download or compress the model again") from error
-    return header
+def _shortened(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}…"

@@ -6,8 +6,8 @@ loaded like any other, and its dense weights are never built.
 
 Where this package is not installed, transformers does not know the method: it logs ``Unknown
 quantization type, got oats … we will skip the quantization`` and builds dense layers, which it would fill
-with random values. To make that fail, a checkpoint also holds one *marker*: a one-element tensor under the
-name that the dense weight of a compressed layer would have. transformers refuses a tensor of the wrong shape,
+with random values. To make that fail, each layer also has a *marker*: a one-element tensor under the
+name that its dense weight would have. transformers refuses a tensor of the wrong shape,
 so that ``from_pretrained`` raises instead of returning a random model (unless
 ``ignore_mismatched_sizes=True`` asks for that). With this package, the marker is ignored.
 
@@ -23,21 +23,28 @@ On loading:
 from __future__ import annotations
 
 import re
+import weakref
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-import oats
 from oats import format as fmt
 from oats.config import OatsConfig
 from oats.errors import ConfigError, FormatError
+from oats.integrations.stored_model import (
+    RETRY,
+    StoredTensor,
+    check_sizes,
+    check_tensors,
+    parse_quantization_config,
+    read_header,
+)
 from oats.nn import SparseLowRankLinear
 
 if TYPE_CHECKING:
@@ -45,10 +52,6 @@ if TYPE_CHECKING:
 
 QUANT_METHOD = "oats"
 """``quantization_config.quant_method`` in config.json."""
-
-_SETTINGS = frozenset(field.name for field in fields(OatsConfig))
-_DTYPE_NAMES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "U8": torch.uint8}
-_RETRY = "download the checkpoint or compress the model again"
 
 
 @dataclass(kw_only=True, repr=False)
@@ -65,6 +68,7 @@ class OatsQuantizationConfig(QuantizationConfigMixin):
     layers: dict[str, dict[str, int]]
     format_version: int = fmt.FORMAT_VERSION
     quant_method: str = QUANT_METHOD  # type: ignore[assignment]  # an enum of the methods transformers has
+    _model: weakref.ref[nn.Module] | None = field(default=None, init=False, compare=False)
 
     @classmethod
     def from_dict(
@@ -75,33 +79,30 @@ class OatsQuantizationConfig(QuantizationConfigMixin):
         Raises:
             FormatError: another format version, a key that is unknown or missing, or a bad value.
         """
-        given = dict(config_dict)
-        given.pop("quant_method", None)
-        version = given.pop("format_version", None)
-        if type(version) is not int or version != fmt.FORMAT_VERSION:
-            raise FormatError(
-                f"config.json: quantization_config.format_version is {version!r}, but oats-torch "
-                f"{oats.__version__} reads version {fmt.FORMAT_VERSION} only; for a newer version upgrade "
-                "with `pip install -U oats-torch`"
-            )
-        expected = _SETTINGS | {"layers"}
-        for problem, keys in (("unknown", given.keys() - expected), ("missing", expected - given.keys())):
-            if keys:
-                raise FormatError(
-                    f"config.json: quantization_config has {problem} keys {sorted(keys)}; the file was "
-                    f"edited or damaged, {_RETRY}"
-                )
-        layers = given.pop("layers")
-        _check_layer_table(layers)
-        try:
-            settings = OatsConfig(**given)
-        except (ConfigError, TypeError) as error:
-            raise FormatError(f"config.json: quantization_config: {error}") from error
+        settings, layers = parse_quantization_config(config_dict)
         config = cls(settings=settings, layers=layers)
         return (config, kwargs) if return_unused_kwargs else config
 
+    def follow(self, model: nn.Module) -> None:
+        """From now on `layers` are those that `model` has when the configuration is written.
+
+        A model that holds this one shares the configuration, and saves it without asking the quantizer.
+        """
+        self._model = weakref.ref(model)
+
+    def _update(self) -> None:
+        model = self._model() if self._model is not None else None
+        if model is not None:
+            self.layers = _layer_table(model)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The state without the model: a copy belongs to another one, and pickle takes no weak reference."""
+        self._update()
+        return {**self.__dict__, "_model": None}
+
     def to_dict(self) -> dict[str, Any]:
         """The same as plain JSON values."""
+        self._update()
         return {
             "quant_method": self.quant_method,
             "format_version": self.format_version,
@@ -173,6 +174,7 @@ class OatsQuantizer(HfQuantizer):
         markers = set()
         for saved_name, sizes in self.quantization_config.layers.items():
             name, linear = _find_linear(model, saved_name)
+            check_sizes(saved_name, linear.out_features, linear.in_features, **sizes)
             markers |= {f"{re.escape(known)}\\.weight$" for known in (saved_name, name)}
             layers[name] = SparseLowRankLinear(
                 linear.in_features,
@@ -185,8 +187,10 @@ class OatsQuantizer(HfQuantizer):
             )
         for name, layer in layers.items():
             model.set_submodule(name, layer)
-        ignored = model._keys_to_ignore_on_load_unexpected or ()
-        model._keys_to_ignore_on_load_unexpected = {*ignored, *markers}
+        ignored = model._keys_to_ignore_on_load_unexpected
+        # A list in transformers 5.0, which adds lists of its own; a set in later releases.
+        kind = set if isinstance(ignored, set) else list
+        model._keys_to_ignore_on_load_unexpected = kind([*(ignored or ()), *markers])
         self._origin = _check_headers(model, layers, checkpoint_files)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -194,6 +198,7 @@ class OatsQuantizer(HfQuantizer):
             layer.pack_(f"{self._origin[name]}: {name}")
             if layer.bias is not None:
                 layer.bias.requires_grad_(False)  # transformers turns it on
+        self.quantization_config.follow(model)
         return model
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -208,18 +213,24 @@ class OatsQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(
         self, model: PreTrainedModel
     ) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
-        """What ``save_pretrained`` writes; brings ``layers`` of the configuration up to date first."""
+        """What ``save_pretrained`` writes, by the layers that the model has now."""
         if getattr(model, "_hf_peft_config_loaded", False):
             return None, {}  # only the adapters are saved
-        self.quantization_config.layers = _layer_table(model)
+        layers = _layer_table(model)
+        if not layers:
+            # Nothing to say: a reader without this package shall load it as the dense model that it is.
+            if hasattr(model.config, "quantization_config"):
+                del model.config.quantization_config
+            return None, {}
+        self.quantization_config.follow(model)
         model.config.quantization_config = self.quantization_config
         state_dict: dict[str, Tensor] = model.state_dict()
-        marker = torch.zeros(1, dtype=torch.uint8)
-        for name in self.quantization_config.layers:
-            key = f"{name}.weight"
-            if _saved_as_it_is(model, key, marker):
-                state_dict[key] = marker
-                break
+        for name in layers:
+            # A marker that would be fused with other weights is in the way.
+            if _saved_as_it_is(model, f"{name}.weight", fmt.MARKER):
+                state_dict[f"{name}.weight"] = fmt.MARKER.clone()  # safetensors takes no tensor twice
+            else:
+                state_dict.pop(f"{name}.weight", None)
         return state_dict, {}
 
     def is_serializable(self) -> bool:
@@ -242,11 +253,14 @@ def attach(model: Any, config: OatsConfig) -> None:
 
     A quantizer that the model was loaded with (GGUF) is replaced: its layers are gone.
 
+    Its layers may be replaced before or after: what is written is what the model has when it is saved.
+
     Args:
-        model: a ``PreTrainedModel`` with its linear layers replaced.
-        config: the settings they were compressed with.
+        model: a ``PreTrainedModel``.
+        config: the settings that its layers are compressed with.
     """
     quantizer = OatsQuantizer(OatsQuantizationConfig(settings=config, layers=_layer_table(model)))
+    quantizer.quantization_config.follow(model)
     model.hf_quantizer = quantizer
     model.is_quantized = True
     model.quantization_method = QUANT_METHOD
@@ -261,23 +275,6 @@ def _layer_table(model: nn.Module) -> dict[str, dict[str, int]]:
     return {name: {"rank": layer.rank, "nnz": layer.nnz} for name, layer in _layers(model).items()}
 
 
-def _check_layer_table(layers: Any) -> None:
-    if not isinstance(layers, dict):
-        raise FormatError(
-            f"config.json: quantization_config.layers is {layers!r}, expected an object; {_RETRY}"
-        )
-    for name, sizes in layers.items():
-        if (
-            not isinstance(sizes, dict)
-            or sizes.keys() != {"rank", "nnz"}
-            or any(type(size) is not int or size < 0 for size in sizes.values())
-        ):
-            raise FormatError(
-                f"config.json: quantization_config.layers[{name!r}] is {sizes!r}, expected "
-                f'{{"rank": a whole number, "nnz": a whole number}}; {_RETRY}'
-            )
-
-
 def _find_linear(model: PreTrainedModel, saved_name: str) -> tuple[str, nn.Linear]:
     # As transformers does for tensors: a model with a head and its base model load each other's checkpoints.
     prefix = f"{model.base_model_prefix}."
@@ -290,21 +287,12 @@ def _find_linear(model: PreTrainedModel, saved_name: str) -> tuple[str, nn.Linea
             return name, module
         raise FormatError(
             f"config.json: quantization_config.layers names {saved_name!r}, which is a "
-            f"{type(module).__name__} in {type(model).__name__}, not a linear layer; {_RETRY}"
+            f"{type(module).__name__} in {type(model).__name__}, not a linear layer; {RETRY}"
         )
     raise FormatError(
         f"config.json: quantization_config.layers names {saved_name!r}, which is not in "
-        f"{type(model).__name__}; load the checkpoint with the class it was saved from, or {_RETRY}"
+        f"{type(model).__name__}; load the checkpoint with the class it was saved from, or {RETRY}"
     )
-
-
-@dataclass(frozen=True)
-class _Stored:
-    """One tensor in a safetensors file, by its header."""
-
-    path: str
-    dtype: str
-    shape: tuple[int, ...]
 
 
 def _check_headers(
@@ -325,45 +313,16 @@ def _check_headers(
         if tensor_name in ("low_rank_u", "low_rank_v") and name not in layers:
             raise FormatError(
                 f"{tensor.path}: {key} belongs to a layer that config.json (quantization_config.layers) does "
-                f"not list for {type(model).__name__}; the files do not belong together, {_RETRY}"
+                f"not list for {type(model).__name__}; the files do not belong together, {RETRY}"
             )
-    origin = {}
     for name, layer in layers.items():
-        for tensor_name, expected in layer.state_dict().items():
-            found = stored.get(f"{name}.{tensor_name}")
-            if found is None:
-                raise FormatError(
-                    f"{', '.join(checkpoint_files)}: {name}: {tensor_name} is missing; the file does not "
-                    f"match its config.json, {_RETRY}"
-                )
-            if found.shape != tuple(expected.shape):
-                raise FormatError(
-                    f"{found.path}: {name}: {tensor_name} has shape {found.shape}, but config.json says "
-                    f"{tuple(expected.shape)}; {_RETRY}"
-                )
-            _check_dtype(name, tensor_name, found, stored.get(f"{name}.values"))
-        origin[name] = stored[f"{name}.mask"].path
-    return origin
+        shapes = {part: tuple(tensor.shape) for part, tensor in layer.state_dict().items()}
+        found = {part: stored[f"{name}.{part}"] for part in shapes if f"{name}.{part}" in stored}
+        check_tensors(name, shapes, found, ", ".join(checkpoint_files))
+    return {name: stored[f"{name}.mask"].path for name in layers}
 
 
-def _check_dtype(name: str, tensor_name: str, tensor: _Stored, values: _Stored | None) -> None:
-    if tensor_name == "mask":
-        allowed: tuple[str, ...] = ("U8",)
-    elif tensor_name == "bias":
-        allowed = ("F32", "BF16", "F16")
-    else:
-        allowed = ("F32", "BF16")
-        if values is not None and values.dtype in allowed:
-            allowed = (values.dtype,)
-    if tensor.dtype not in allowed:
-        expected = " or ".join(str(_DTYPE_NAMES[dtype]) for dtype in allowed)
-        raise FormatError(
-            f"{tensor.path}: {name}: {tensor_name} is {_DTYPE_NAMES.get(tensor.dtype, tensor.dtype)}, "
-            f"expected {expected}; {_RETRY}"
-        )
-
-
-def _stored_tensors(model: PreTrainedModel, checkpoint_files: list[str]) -> dict[str, _Stored]:
+def _stored_tensors(model: PreTrainedModel, checkpoint_files: list[str]) -> dict[str, StoredTensor]:
     """Every tensor of the checkpoint, by the name that transformers will load it under."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key
@@ -372,27 +331,12 @@ def _stored_tensors(model: PreTrainedModel, checkpoint_files: list[str]) -> dict
     state_dict = model.state_dict()
     stored = {}
     for path in checkpoint_files:
-        for key, tensor in _read_header(path).items():
+        for key, tensor in read_header(path).items():
             name, _ = rename_source_key(key, renamings, [], model.base_model_prefix, state_dict)
             if name not in state_dict and key in state_dict:
                 name = key
             stored[name] = tensor
     return stored
-
-
-def _read_header(path: str) -> dict[str, _Stored]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
-            return {
-                key: _Stored(path, slice_.get_dtype(), tuple(slice_.get_shape()))
-                for key, slice_ in slices.items()
-            }
-    except (SafetensorError, OSError) as error:
-        raise FormatError(
-            f"{path}: cannot be read as safetensors ({error}); the file is truncated or damaged, download "
-            "or save it again"
-        ) from error
 
 
 def _saved_as_it_is(model: PreTrainedModel, key: str, tensor: Tensor) -> bool:

@@ -20,7 +20,7 @@ BLOCK_PATHS = {
     "language_model.layers": "multimodal models without a head",
     "decoder.layers": "OPT without a head",
     "encoder.layer": "BERT, MiniLM, RoBERTa, ViT and DINOv2 without a head",
-    "encoder.layers": "torch.nn.TransformerEncoder and others",
+    "encoder.layers": "Wav2Vec2 without a head, and torchvision's vision transformers",
     "layers": "Llama, Phi-3, Qwen, Gemma, Mistral and ViT without a head",
     "h": "GPT-2 without a head",
     "blocks": "timm's vision transformers",
@@ -39,7 +39,8 @@ def find_blocks(model: nn.Module, path: str | None = None) -> tuple[str, nn.Modu
         The path and the list.
 
     Raises:
-        UnsupportedModelError: there is no list of modules at `path`, or at any known path.
+        UnsupportedModelError: there is no list of modules at `path`, or at any known path, or it holds the
+            same block twice.
 
     >>> model = nn.Module()
     >>> model.layers = nn.ModuleList([nn.Linear(2, 2)])
@@ -52,6 +53,11 @@ def find_blocks(model: nn.Module, path: str | None = None) -> tuple[str, nn.Modu
         except AttributeError:
             continue
         if isinstance(blocks, (nn.ModuleList, nn.Sequential)) and len(blocks):
+            if len(set(blocks)) < len(blocks):
+                raise UnsupportedModelError(
+                    f"{type(model).__name__}: {candidate} holds the same block more than once; a block is "
+                    "compressed on the inputs of one place, so that each must be a module of its own"
+                )
             return candidate, blocks
     lists = [
         name
