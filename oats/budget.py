@@ -62,3 +62,19 @@ def nnz_per_layer(d_out: int, d_in: int, compression: float, rank_ratio: float) 
     """
     density = (1 - _exact(rank_ratio)) * (1 - _exact(compression))
     return math.floor(density * d_out * d_in)
+
+
+def check_inputs(d_in: int, pattern: str, layer: str) -> None:
+    """Refuse a pattern that does not divide the inputs of a layer.
+
+    Raises:
+        ConfigError: the pattern is N:M and d_in is not a multiple of M; the message names `layer`.
+
+    >>> check_inputs(12, "2:4", "q_proj")
+    """
+    n_m = parse_n_m(pattern)
+    if n_m is not None and d_in % n_m[1]:
+        raise ConfigError(
+            f"{layer}: pattern {pattern} needs a multiple of {n_m[1]} inputs, and the layer has {d_in}; "
+            f'use pattern="row" or skip this layer'
+        )

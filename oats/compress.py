@@ -14,7 +14,7 @@ from torch import nn
 
 from oats import budget
 from oats.calibrate import BlockRunner, Calibration, as_batches, rehearse, second_moments
-from oats.config import OatsConfig, parse_n_m
+from oats.config import OatsConfig
 from oats.decomposition import decompose
 from oats.errors import ConfigError, UnsupportedModelError, WeightError
 from oats.format import DTYPES, storage_dtype
@@ -232,15 +232,10 @@ def _note_other_blocks(
 
 def _check_before_start(linears: list[dict[str, nn.Linear]], config: OatsConfig) -> None:
     """Find what would stop the walk before anything has been changed."""
-    n_m = parse_n_m(config.pattern)
     for layers in linears:
         for name, linear in layers.items():
             d_out, d_in = linear.out_features, linear.in_features
-            if n_m is not None and d_in % n_m[1]:
-                raise ConfigError(
-                    f"{name}: pattern {config.pattern} needs a multiple of {n_m[1]} inputs, and the layer "
-                    f'has {d_in}; use pattern="row", or skip this layer'
-                )
+            budget.check_inputs(d_in, config.pattern, name)
             budget.rank_for(d_out, d_in, config.compression, config.rank_ratio, config.pattern)
             for kind, parameter in linear.named_parameters():
                 if not torch.isfinite(parameter).all():

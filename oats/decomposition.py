@@ -10,9 +10,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from oats.budget import nnz_per_layer, nnz_per_row, rank_for
+from oats.budget import check_inputs, nnz_per_layer, nnz_per_row, rank_for
 from oats.config import OatsConfig, Pattern, parse_n_m
-from oats.errors import ConfigError, WeightError
+from oats.errors import WeightError
 from oats.selection import keep_largest
 from oats.svd import OVERSAMPLING, WarmSubspace, exact_low_rank
 
@@ -144,12 +144,7 @@ def decompose(
     _check_weight(weight, layer)
     _check_second_moment(second_moment, weight.shape[1], layer)
     d_out, d_in = weight.shape
-    n_m = parse_n_m(config.pattern)
-    if n_m is not None and d_in % n_m[1]:
-        raise ConfigError(
-            f"{layer}: pattern {config.pattern} needs a multiple of {n_m[1]} inputs, and the layer has "
-            f'{d_in}; use pattern="row" or skip this layer'
-        )
+    check_inputs(d_in, config.pattern, layer)
     rank = rank_for(d_out, d_in, config.compression, config.rank_ratio, config.pattern)
     count = _count(d_out, d_in, config)
 
