@@ -10,14 +10,7 @@ from oats.errors import ConfigError, WeightError
 from oats.selection import keep_largest
 from tests import reference
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Matrices this small lose more to the threads' barriers than they gain."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def normal(*shape, seed=0):

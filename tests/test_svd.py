@@ -5,14 +5,7 @@ import torch
 from oats.svd import OVERSAMPLING, WarmSubspace, exact_low_rank
 from tests.reference import truncated_svd
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Matrices this small lose more to the threads' barriers than they gain."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def normal(*shape, seed=0):

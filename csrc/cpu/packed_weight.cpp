@@ -19,9 +19,6 @@ constexpr int kMaxLanes = 16;
 uint64_t aligned(uint64_t bytes) {
   return (bytes + 63) / 64 * 64;
 }
-int64_t divide_up(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
 int64_t mask_row_bytes(int64_t d_in) {
   return divide_up(d_in, 8);
 }

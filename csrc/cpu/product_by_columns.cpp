@@ -24,10 +24,6 @@ constexpr int64_t kPanelColumns = 512;
 constexpr int64_t kBlockUnits = 140 << 10;
 constexpr int64_t kMaxBlockRows = 128;
 
-int64_t divide_up(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
-
 // Columns that go through the kernels together.
 struct Tile {
   int64_t first;  // column of the panel

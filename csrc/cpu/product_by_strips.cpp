@@ -41,7 +41,7 @@ struct Tile {
   Tile(const Call& call, int64_t first, Workspace& workspace)
       : call(call), w(call.w), kernels(strip_kernels(w->isa, w->dtype)), first(first) {
     columns = std::min(call.batch - first, kTileColumns);
-    chunks = (columns + kernels.max_columns - 1) / kernels.max_columns;
+    chunks = divide_up(columns, kernels.max_columns);
     // One row of whole groups of 4 bytes is already [groups][1].
     direct = columns == 1 && call.value_bytes() * w->layout.group == 4 && w->d_in % w->layout.group == 0;
     Cutter size(nullptr);

@@ -227,9 +227,7 @@ class OatsQuantizer(HfQuantizer):
         state_dict: dict[str, Tensor] = model.state_dict()
         for name in layers:
             # A marker that would be fused with other weights is in the way.
-            if _saved_as_it_is(model, f"{name}.weight", fmt.MARKER):
-                state_dict[f"{name}.weight"] = fmt.MARKER.clone()  # safetensors takes no tensor twice
-            else:
+            if not _saved_as_it_is(model, f"{name}.weight", fmt.MARKER):
                 state_dict.pop(f"{name}.weight", None)
         return state_dict, {}
 

@@ -20,6 +20,10 @@ inline size_t dtype_bytes(Dtype dtype) {
   return dtype == Dtype::fp32 ? 4 : 2;
 }
 
+inline int64_t divide_up(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
 // What a file holds: docs/format.md.
 struct CanonicalWeight {
   int64_t d_out, d_in, rank, nnz;
