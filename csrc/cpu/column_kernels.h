@@ -3,7 +3,7 @@
 // A strip's vectors hold sixteen outputs, so nearly none is zero. Here a vector holds sixteen columns of the
 // batch, and a *unit* of one row of S (one fp32 weight, or a bf16 pair) meets it as a broadcast: a unit that
 // is zero is skipped. At 37.5 % density 61 % of the pairs are left. The units of a row are gathered from the
-// strips once for all columns.
+// cells once for all columns.
 //
 // Activations are [groups][columns] units, as in strip_kernels.h; sums are float, [row][columns]; `columns`
 // is vectors * lanes.
@@ -22,20 +22,23 @@ struct ColumnKernels {
   int max_vectors;      // of columns, in one tile
   int64_t min_columns;  // fewer are faster by strips
 
-  // Non-zero units of a strip, row by row: units[lane] receives them in order (and up to `lanes` units of
-  // anything behind them), bit g % 64 of masks[(g / 64) * mask_stride + lane] says whether group g has one.
-  void (*gather)(const PackedHeader* weight, int64_t strip, uint32_t* const* units, uint64_t* masks,
-                 int64_t mask_stride);
+  // Non-zero units of a block, groups [begin, end), row by row: units[row * unit_stride] and on receive them
+  // in order (and up to `lanes` units of anything behind them), bit g % 64 of masks[(g / 64) * mask_stride +
+  // row] says whether group begin + g has one. `values` are the block's at group `begin`, a multiple of 64;
+  // returns those at `end`.
+  const void* (*gather)(const PackedHeader* weight, int64_t block, int64_t begin, int64_t end,
+                        const void* values, uint32_t* units, int64_t unit_stride, uint64_t* masks,
+                        int64_t mask_stride);
 
   // sums += S x over one word of groups, for `rows` rows (an even number); next[row] moves behind the units
   // used.
   void (*sparse)(const uint64_t* masks, const uint32_t** next, int rows, const uint32_t* activations,
                  int vectors, float* sums);
 
-  // sums += D x over groups [begin, end), for the `lanes` rows of one strip of a dense factor of `groups`
-  // groups. `activations` are those of group `begin`.
-  void (*dense)(const void* strip, int64_t begin, int64_t end, const uint32_t* activations, int vectors,
-                float* sums);
+  // sums += D x over groups [begin, end), for the `lanes` rows of one strip of a dense factor. `strip` is its
+  // first cell, of a block of `strips`. `activations` are those of group `begin`.
+  void (*dense)(const void* strip, int strips, int64_t begin, int64_t end, const uint32_t* activations,
+                int vectors, float* sums);
 
   // Sums of `lanes` rows of V x → activations of U.
   void (*sums_to_activations)(const float* sums, int vectors, uint32_t* activations);

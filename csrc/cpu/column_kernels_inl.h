@@ -29,32 +29,36 @@ struct ColumnLoops {
   static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__);
   using Piece = std::conditional_t<kLanes == 16, uint16_t, uint8_t>;
 
-  static void gather(const PackedHeader* weight, int64_t strip, uint32_t* const* units, uint64_t* masks,
-                     int64_t mask_stride) {
-    const char* base = reinterpret_cast<const char*>(weight);
-    const auto* starts = reinterpret_cast<const uint64_t*>(base + weight->starts_at);
-    const Mask* mask = reinterpret_cast<const Mask*>(base + weight->masks_at) + strip * weight->groups;
-    const Value* values = reinterpret_cast<const Value*>(base + weight->values_at) + starts[strip];
-    uint32_t* next[kLanes];
-    std::memcpy(next, units, sizeof next);
-    std::memset(masks + (weight->groups - 1) / kGroupsPerWord * mask_stride, 0, kLanes * sizeof(uint64_t));
-    for (int64_t g = 0; g < weight->groups; g += kLanes) {
-      Weights cells[kLanes];
-      for (int i = 0; i < kLanes; ++i) {
-        const Mask m = g + i < weight->groups ? mask[g + i] : Mask{0};
-        cells[i] = Traits::expand(values, m);
-        __builtin_prefetch(reinterpret_cast<const char*>(values) + kPrefetchBytes);
-        values += __builtin_popcount(m);
-      }
-      Traits::transpose(cells);
-      uint64_t* word = masks + g / kGroupsPerWord * mask_stride;
+  static const void* gather(const PackedHeader* weight, int64_t block, int64_t begin, int64_t end,
+                            const void* values, uint32_t* units, int64_t unit_stride, uint64_t* masks,
+                            int64_t mask_stride) {
+    const int strips = strips_of_block(weight->strips, block), rows = strips * kLanes;
+    typename StripLoops<Traits>::Kept source = StripLoops<Traits>::kept(weight, block);
+    source.mask += begin * strips;
+    source.values = static_cast<const Value*>(values);
+    uint32_t* next[kStripsPerBlock * kLanes];
+    for (int row = 0; row < rows; ++row) next[row] = units + row * unit_stride;
+    std::memset(masks + (end - begin - 1) / kGroupsPerWord * mask_stride, 0, rows * sizeof(uint64_t));
+    for (int64_t g = begin; g < end; g += kLanes) {
+      alignas(64) uint32_t cells[kLanes * kStripsPerBlock * kLanes];
+      const int64_t groups = std::min<int64_t>(end - g, kLanes);
+      for (int i = 0; i < groups * strips; ++i) Traits::store_units(cells + i * kLanes, source.next());
+      std::fill_n(cells + groups * rows, (kLanes - groups) * rows, 0u);
+      uint64_t* word = masks + (g - begin) / kGroupsPerWord * mask_stride;
       const int64_t piece = g % kGroupsPerWord / kLanes;
-      for (int row = 0; row < kLanes; ++row) {
-        const uint32_t used = Traits::compress(next[row], cells[row]);
-        next[row] += __builtin_popcount(used);
-        reinterpret_cast<Piece*>(word + row)[piece] = static_cast<Piece>(used);
+      for (int strip = 0; strip < strips; ++strip) {
+        Weights square[kLanes];
+        for (int i = 0; i < kLanes; ++i) square[i] = Traits::load_units(cells + i * rows + strip * kLanes);
+        Traits::transpose(square);
+        for (int lane = 0; lane < kLanes; ++lane) {
+          const int row = strip * kLanes + lane;
+          const uint32_t used = Traits::compress(next[row], square[lane]);
+          next[row] += __builtin_popcount(used);
+          reinterpret_cast<Piece*>(word + row)[piece] = static_cast<Piece>(used);
+        }
       }
     }
+    return source.values;
   }
 
   template <int Vectors>
@@ -121,8 +125,8 @@ struct ColumnLoops {
 
   // Rows of a dense factor that share the loads of the activations.
   template <int Vectors, int Rows>
-  static void dense_rows(const Value* strip, int64_t begin, int64_t end, const uint32_t* activations,
-                         float* sums) {
+  static void dense_rows(const Value* strip, int strips, int64_t begin, int64_t end,
+                         const uint32_t* activations, float* sums) {
     constexpr int kColumns = Vectors * kLanes;
     for (int first = 0; first < kLanes; first += Rows) {
       Vector sum[Rows][Vectors];
@@ -131,7 +135,7 @@ struct ColumnLoops {
           sum[r][i] = Traits::load(sums + (first + r) * kColumns + i * kLanes);
       }
       for (int64_t g = begin; g < end; ++g) {
-        const Value* weights = strip + (g * kLanes + first) * kGroup;
+        const Value* weights = strip + (g * strips * kLanes + first) * kGroup;
         const uint32_t* x = activations + (g - begin) * kColumns;
 #pragma GCC unroll 8
         for (int r = 0; r < Rows; ++r) {
@@ -178,12 +182,14 @@ struct ColumnLoops {
 
   struct Dense {
     const Value* strip;
+    int strips;
     int64_t begin, end;
     const uint32_t* activations;
     float* sums;
     template <int Vectors>
     void run() const {
-      dense_rows<Vectors, Vectors * 4 <= Traits::registers ? 4 : 2>(strip, begin, end, activations, sums);
+      dense_rows<Vectors, Vectors * 4 <= Traits::registers ? 4 : 2>(strip, strips, begin, end, activations,
+                                                                    sums);
     }
   };
 
@@ -192,9 +198,9 @@ struct ColumnLoops {
     with_vectors(vectors, Sparse{masks, next, rows, activations, sums});
   }
 
-  static void dense(const void* strip, int64_t begin, int64_t end, const uint32_t* activations, int vectors,
-                    float* sums) {
-    with_vectors(vectors, Dense{static_cast<const Value*>(strip), begin, end, activations, sums});
+  static void dense(const void* strip, int strips, int64_t begin, int64_t end, const uint32_t* activations,
+                    int vectors, float* sums) {
+    with_vectors(vectors, Dense{static_cast<const Value*>(strip), strips, begin, end, activations, sums});
   }
 
   static void sums_to_activations(const float* sums, int vectors, uint32_t* activations) {
@@ -222,7 +228,7 @@ struct ColumnLoops {
         square[row] = Traits::load(sums + row * vectors * kLanes + first);
       Traits::transpose_sums(square);
       for (int c = 0; c < kLanes; ++c) Traits::store(turned + c * kLanes, square[c]);
-      StripLoops<Traits>::store(turned, std::min(columns - first, kLanes), bias, valid,
+      StripLoops<Traits>::store(turned, 1, std::min(columns - first, kLanes), bias, valid,
                                 static_cast<Value*>(y) + first * y_stride, y_stride);
     }
   }

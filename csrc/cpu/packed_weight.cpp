@@ -1,5 +1,6 @@
 #include "oats/packed_weight.h"
 
+#include <algorithm>
 #include <cstring>
 #include <vector>
 
@@ -9,7 +10,7 @@ namespace oats {
 
 namespace {
 
-constexpr uint64_t kMagic = 0x31305354414f;  // "OATS01", little endian
+constexpr uint64_t kMagic = 0x32305354414f;  // "OATS02", little endian
 
 // Kernels load and prefetch past the last value of the last strip.
 constexpr uint64_t kTail = 128;
@@ -45,7 +46,7 @@ PackedHeader header_for(int64_t d_out, int64_t d_in, int64_t rank, int64_t nnz, 
   h.rank_strips = divide_up(rank, layout.lanes);
   h.rank_groups = divide_up(rank, layout.group);
   h.starts_at = aligned(sizeof(PackedHeader));
-  h.masks_at = h.starts_at + aligned((h.strips + 1) * sizeof(uint64_t));
+  h.masks_at = h.starts_at + aligned((h.blocks() + 1) * sizeof(uint64_t));
   h.values_at = h.masks_at + aligned(h.strips * h.groups * cell / 8);
   h.v_at = h.values_at + aligned(nnz * value_bytes);
   h.u_at = h.v_at + aligned(h.rank_strips * h.groups * cell * value_bytes);
@@ -58,29 +59,37 @@ void with_value_type(Dtype dtype, const F& f) {
   dtype == Dtype::fp32 ? f(uint32_t{}) : f(uint16_t{});
 }
 
-// Calls f(strip cell index, element index) for each element of a rows x columns factor.
+// Index of the cell of a strip and a group in a matrix of `strips` x `groups`.
+int64_t cell_index(int64_t strips, int64_t groups, int64_t strip, int64_t group) {
+  const int64_t block = strip / kStripsPerBlock;
+  return block * kStripsPerBlock * groups + group * strips_of_block(strips, block) + strip % kStripsPerBlock;
+}
+
+// Calls f(packed index, element index) for each element of a rows x columns factor.
 template <class F>
 void over_factor(const StripLayout& layout, int64_t rows, int64_t columns, const F& f) {
-  const int64_t groups = divide_up(columns, layout.group);
+  const int64_t strips = divide_up(rows, layout.lanes), groups = divide_up(columns, layout.group);
   for (int64_t row = 0; row < rows; ++row) {
     const int64_t strip = row / layout.lanes, lane = row % layout.lanes;
     for (int64_t column = 0; column < columns; ++column) {
-      const int64_t cell = strip * groups + column / layout.group;
+      const int64_t cell = cell_index(strips, groups, strip, column / layout.group);
       f((cell * layout.lanes + lane) * layout.group + column % layout.group, row * columns + column);
     }
   }
 }
 
-// Calls f(mask word index, bit, row, column) for each place of one strip, in packed order.
+// Calls f(mask word index, bit, row, column) for each place of one block, in packed order.
 template <class F>
-void over_strip(const PackedHeader& h, int64_t strip, const F& f) {
+void over_block(const PackedHeader& h, int64_t block, const F& f) {
+  const int64_t first = block * kStripsPerBlock, last = first + strips_of_block(h.strips, block);
+  int64_t word = first * h.groups;
   for (int64_t g = 0; g < h.groups; ++g) {
-    for (int lane = 0; lane < h.layout.lanes; ++lane) {
-      const int64_t row = strip * h.layout.lanes + lane;
-      for (int i = 0; i < h.layout.group; ++i) {
-        const int64_t column = g * h.layout.group + i;
-        if (row < h.d_out && column < h.d_in) {
-          f(strip * h.groups + g, lane * h.layout.group + i, row, column);
+    for (int64_t strip = first; strip < last; ++strip, ++word) {
+      for (int lane = 0; lane < h.layout.lanes; ++lane) {
+        const int64_t row = strip * h.layout.lanes + lane;
+        for (int i = 0; i < h.layout.group; ++i) {
+          const int64_t column = g * h.layout.group + i;
+          if (row < h.d_out && column < h.d_in) f(word, lane * h.layout.group + i, row, column);
         }
       }
     }
@@ -126,11 +135,9 @@ void pack(const CanonicalWeight& w, Isa isa, void* out, int threads) {
   std::memcpy(out, &h, sizeof h);
 
   const std::vector<int64_t> rows = row_starts(w.mask, w.d_out, w.d_in);
+  const int64_t block_rows = kStripsPerBlock * h.layout.lanes;
   auto* starts = reinterpret_cast<uint64_t*>(base + h.starts_at);
-  for (int64_t s = 0; s <= h.strips; ++s) {
-    const int64_t row = s * h.layout.lanes;
-    starts[s] = rows[row < w.d_out ? row : w.d_out];
-  }
+  for (int64_t b = 0; b <= h.blocks(); ++b) starts[b] = rows[std::min(b * block_rows, w.d_out)];
   const int64_t word_bytes = h.layout.lanes * h.layout.group / 8;
   auto* masks = reinterpret_cast<uint8_t*>(base + h.masks_at);
   with_value_type(w.dtype, [&](auto type) {
@@ -138,17 +145,14 @@ void pack(const CanonicalWeight& w, Isa isa, void* out, int threads) {
     const auto* from = static_cast<const Value*>(w.values);
     auto* to = reinterpret_cast<Value*>(base + h.values_at);
 #pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t s = 0; s < h.strips; ++s) {
-      uint64_t next = starts[s];
-      int64_t cursor[kMaxLanes];
-      for (int lane = 0; lane < h.layout.lanes; ++lane) {
-        const int64_t row = s * h.layout.lanes + lane;
-        cursor[lane] = row < w.d_out ? rows[row] : 0;
-      }
-      over_strip(h, s, [&](int64_t word, int place, int64_t row, int64_t column) {
+    for (int64_t b = 0; b < h.blocks(); ++b) {
+      uint64_t next = starts[b];
+      int64_t cursor[kStripsPerBlock * kMaxLanes];
+      for (int64_t i = 0; i < block_rows; ++i) cursor[i] = rows[std::min(b * block_rows + i, w.d_out)];
+      over_block(h, b, [&](int64_t word, int place, int64_t row, int64_t column) {
         if (!bit(w.mask + row * mask_row_bytes(w.d_in), column)) return;
         masks[word * word_bytes + place / 8] |= static_cast<uint8_t>(1u << place % 8);
-        to[next++] = from[cursor[row % h.layout.lanes]++];
+        to[next++] = from[cursor[row % block_rows]++];
       });
     }
     const auto* u = static_cast<const Value*>(w.low_rank_u);
@@ -186,8 +190,8 @@ void unpack(const void* packed, uint8_t* mask, void* values, void* low_rank_u, v
   const auto* masks = reinterpret_cast<const uint8_t*>(base + h.masks_at);
   const auto* starts = reinterpret_cast<const uint64_t*>(base + h.starts_at);
   std::memset(mask, 0, h.d_out * row_bytes);
-  for (int64_t s = 0; s < h.strips; ++s) {
-    over_strip(h, s, [&](int64_t word, int place, int64_t row, int64_t column) {
+  for (int64_t b = 0; b < h.blocks(); ++b) {
+    over_block(h, b, [&](int64_t word, int place, int64_t row, int64_t column) {
       if (masks[word * word_bytes + place / 8] >> place % 8 & 1) {
         mask[row * row_bytes + column / 8] |= static_cast<uint8_t>(1u << column % 8);
       }
@@ -199,9 +203,9 @@ void unpack(const void* packed, uint8_t* mask, void* values, void* low_rank_u, v
     const auto* from = reinterpret_cast<const Value*>(base + h.values_at);
     auto* to = static_cast<Value*>(values);
     std::vector<int64_t> cursor(rows.begin(), rows.end());
-    for (int64_t s = 0; s < h.strips; ++s) {
-      uint64_t next = starts[s];
-      over_strip(h, s, [&](int64_t, int, int64_t row, int64_t column) {
+    for (int64_t b = 0; b < h.blocks(); ++b) {
+      uint64_t next = starts[b];
+      over_block(h, b, [&](int64_t, int, int64_t row, int64_t column) {
         if (bit(mask + row * row_bytes, column)) to[cursor[row]++] = from[next++];
       });
     }

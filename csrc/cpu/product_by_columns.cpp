@@ -1,10 +1,12 @@
 //   every thread:  its share of the activations; barrier
 //   every thread:  its share of V x, for all tiles of columns; barrier
-//   every thread:  for a block of its strips: gather the non-zero units of S once, then for each tile
-//                  U (V x) + S x, word of groups by word of groups, and the outputs
+//   every thread:  for some rows: U (V x); then for a range of groups: gather the non-zero units of S once,
+//   and
+//                  multiply them for each tile, word of groups by word of groups; then the outputs
 //
-// The activations of a word of groups stay in L1 while all rows of the block pass; the units of the block
-// stay in L2 while all tiles pass.
+// The activations of a word of groups stay in L1 while all rows pass; units and sums stay in L2. What comes
+// from further away is the activations once for `kBlockRows` rows and the sums once for `kRangeGroups`
+// groups.
 #include <omp.h>
 
 #include <algorithm>
@@ -20,9 +22,9 @@ namespace {
 // Columns whose activations are held at once; units are gathered again for the next ones.
 constexpr int64_t kPanelColumns = 512;
 
-// A block's units: at 37.5 % density 0.6 of this is used, beside sums and activations in a 1 MB L2.
-constexpr int64_t kBlockUnits = 140 << 10;
-constexpr int64_t kMaxBlockRows = 128;
+// At 37.5 % density the units of a range take 320 KB, beside 128 KB of sums of a tile, in a 1 MB L2.
+constexpr int64_t kBlockRows = 256;
+constexpr int64_t kRangeGroups = 512;
 
 // Columns that go through the kernels together.
 struct Tile {
@@ -38,15 +40,15 @@ struct Panel {
   const ColumnKernels& kernels;
   int64_t first, columns;  // of the batch
   int64_t lanes, vectors, tiles;
-  int64_t block_strips, words, rank_units;
+  int64_t block_rows, range_groups, range_words, rank_units;
   uint32_t* activations;  // [tile][groups][columns of the tile]
   uint32_t* low_rank;     // [tile][rank units][columns of the tile]
 
   struct Scratch {
-    uint32_t* units;        // [row][groups + lanes]
+    uint32_t* units;        // [row][range_groups + lanes]
     uint64_t* masks;        // [word][row]
     const uint32_t** next;  // [row]
-    float* sums;            // [row][columns of the tile]
+    float* sums;            // [tile][row][columns of the tile]
   };
   char* scratch;
   size_t scratch_bytes;
@@ -61,9 +63,9 @@ struct Panel {
         lanes(w->layout.lanes),
         vectors(divide_up(columns, lanes)),
         tiles(divide_up(vectors, kernels.max_vectors)),
-        block_strips(
-            std::clamp<int64_t>(kBlockUnits / (lanes * (w->groups + lanes)), 1, kMaxBlockRows / lanes)),
-        words(divide_up(w->groups, kGroupsPerWord)),
+        block_rows(std::min(kBlockRows, w->blocks() * kStripsPerBlock * lanes)),
+        range_groups(std::min(kRangeGroups, w->groups)),
+        range_words(divide_up(range_groups, kGroupsPerWord)),
         rank_units(w->rank_strips * lanes / w->layout.group) {
     Cutter one(nullptr);
     cut_scratch(one);
@@ -81,12 +83,11 @@ struct Panel {
   }
 
   Scratch cut_scratch(Cutter& memory) const {
-    const int64_t rows = block_strips * lanes, tile_columns = kernels.max_vectors * lanes;
     Scratch s;
-    s.units = memory.take<uint32_t>(rows * (w->groups + lanes));
-    s.masks = memory.take<uint64_t>(words * rows);
-    s.next = memory.take<const uint32_t*>(rows);
-    s.sums = memory.take<float>(rows * tile_columns);
+    s.units = memory.take<uint32_t>(block_rows * (range_groups + lanes));
+    s.masks = memory.take<uint64_t>(range_words * block_rows);
+    s.next = memory.take<const uint32_t*>(block_rows);
+    s.sums = memory.take<float>(block_rows * vectors * lanes);
     return s;
   }
 
@@ -105,60 +106,83 @@ struct Panel {
     }
   }
 
-  // sums [row][columns of the tile] += a strip's rows of a factor times `inputs`, `step` groups at a time so
-  // that their activations stay in L1 for all strips.
-  void dense(const char* factor, int64_t groups, int64_t begin, int64_t end, const uint32_t* inputs,
-             const Tile& t, float* sums) const {
-    const int64_t strip_bytes = groups * lanes * w->layout.group * call.value_bytes();
+  // sums [row][columns of the tile] += the rows of blocks [begin, end) of a factor times `inputs`,
+  // `kGroupsPerWord` groups at a time so that their activations stay in L1 for all strips.
+  void dense(uint64_t factor_at, int64_t factor_strips, int64_t groups, int64_t begin, int64_t end,
+             const uint32_t* inputs, const Tile& t, float* sums) const {
+    const char* factor = reinterpret_cast<const char*>(w) + factor_at;
+    const int64_t cell = lanes * w->layout.group * call.value_bytes();
     const int64_t width = t.vectors * lanes;
     for (int64_t g = 0; g < groups; g += kGroupsPerWord) {
-      for (int64_t s = begin; s < end; ++s) {
-        kernels.dense(factor + s * strip_bytes, g, std::min(groups, g + kGroupsPerWord), inputs + g * width,
-                      t.vectors, sums + (s - begin) * lanes * width);
+      for (int64_t b = begin; b < end; ++b) {
+        const int count = strips_of_block(factor_strips, b);
+        for (int s = 0; s < count; ++s) {
+          kernels.dense(factor + (b * kStripsPerBlock * groups + s) * cell, count, g,
+                        std::min(groups, g + kGroupsPerWord), inputs + g * width, t.vectors,
+                        sums + ((b - begin) * kStripsPerBlock + s) * lanes * width);
+        }
       }
     }
   }
 
-  // `begin` and `end` are at most a block apart.
-  void low_rank_inputs(int64_t begin, int64_t end, const Scratch& scratch) const {
-    const char* v = reinterpret_cast<const char*>(w) + w->v_at;
-    for (int64_t i = 0; i < tiles; ++i) {
-      const Tile t = tile(i);
-      const int64_t width = t.vectors * lanes;
-      std::fill_n(scratch.sums, (end - begin) * lanes * width, 0.f);
-      dense(v, w->groups, begin, end, activations + t.first * w->groups, t, scratch.sums);
-      for (int64_t s = begin; s < end; ++s) {
-        kernels.sums_to_activations(scratch.sums + (s - begin) * lanes * width, t.vectors,
-                                    low_rank + t.first * rank_units + s * lanes / w->layout.group * width);
-      }
-    }
-  }
-
-  void block(int64_t begin, int64_t end, const Scratch& scratch) const {
-    const char* u = reinterpret_cast<const char*>(w) + w->u_at;
-    const int64_t rows = (end - begin) * lanes, unit_stride = w->groups + lanes;
-    for (int64_t s = begin; s < end; ++s) {
-      uint32_t* units[16];
-      const int64_t row = (s - begin) * lanes;
-      for (int64_t lane = 0; lane < lanes; ++lane) units[lane] = scratch.units + (row + lane) * unit_stride;
-      kernels.gather(w, s, units, scratch.masks + row, rows);
-    }
+  void low_rank_inputs(int64_t block, const Scratch& scratch) const {
+    const int64_t rows = strips_of_block(w->rank_strips, block) * lanes;
     for (int64_t i = 0; i < tiles; ++i) {
       const Tile t = tile(i);
       const int64_t width = t.vectors * lanes;
       std::fill_n(scratch.sums, rows * width, 0.f);
-      for (int64_t row = 0; row < rows; ++row) scratch.next[row] = scratch.units + row * unit_stride;
-      dense(u, w->rank_groups, begin, end, low_rank + t.first * rank_units, t, scratch.sums);
-      for (int64_t word = 0; word < words; ++word) {
-        kernels.sparse(scratch.masks + word * rows, scratch.next, static_cast<int>(rows),
-                       activations + t.first * w->groups + word * kGroupsPerWord * width, t.vectors,
-                       scratch.sums);
+      dense(w->v_at, w->rank_strips, w->groups, block, block + 1, activations + t.first * w->groups, t,
+            scratch.sums);
+      for (int64_t row = 0; row < rows; row += lanes) {
+        const int64_t unit = (block * kStripsPerBlock * lanes + row) / w->layout.group;
+        kernels.sums_to_activations(scratch.sums + row * width, t.vectors,
+                                    low_rank + t.first * rank_units + unit * width);
       }
-      for (int64_t s = begin; s < end; ++s) {
-        const int64_t row = s * lanes;
-        kernels.store(scratch.sums + (s - begin) * lanes * width, t.vectors, t.columns, call.bias_of(row),
-                      static_cast<int>(std::min(lanes, w->d_out - row)), call.output(first + t.first, row),
-                      call.y_stride);
+    }
+  }
+
+  // Blocks [begin, end), at most block_rows of rows.
+  void outputs(int64_t begin, int64_t end, const Scratch& scratch) const {
+    const auto* starts = reinterpret_cast<const uint64_t*>(reinterpret_cast<const char*>(w) + w->starts_at);
+    const int64_t packed_rows = kStripsPerBlock * lanes, unit_stride = range_groups + lanes;
+    const int64_t first_row = begin * packed_rows;
+    const int64_t rows = std::min(end * kStripsPerBlock, w->strips) * lanes - first_row;
+    const void* values[kBlockRows];
+    for (int64_t b = begin; b < end; ++b) {
+      values[b - begin] = reinterpret_cast<const char*>(w) + w->values_at + starts[b] * call.value_bytes();
+    }
+    for (int64_t i = 0; i < tiles; ++i) {
+      const Tile t = tile(i);
+      float* sums = scratch.sums + t.first * rows;
+      std::fill_n(sums, rows * t.vectors * lanes, 0.f);
+      dense(w->u_at, w->strips, w->rank_groups, begin, end, low_rank + t.first * rank_units, t, sums);
+    }
+    for (int64_t g = 0; g < w->groups; g += range_groups) {
+      const int64_t range_end = std::min(w->groups, g + range_groups);
+      for (int64_t b = begin; b < end; ++b) {
+        const int64_t row = (b - begin) * packed_rows;
+        values[b - begin] =
+            kernels.gather(w, b, g, range_end, values[b - begin], scratch.units + row * unit_stride,
+                           unit_stride, scratch.masks + row, rows);
+      }
+      for (int64_t i = 0; i < tiles; ++i) {
+        const Tile t = tile(i);
+        const int64_t width = t.vectors * lanes;
+        for (int64_t row = 0; row < rows; ++row) scratch.next[row] = scratch.units + row * unit_stride;
+        for (int64_t word = 0; word < divide_up(range_end - g, kGroupsPerWord); ++word) {
+          kernels.sparse(scratch.masks + word * rows, scratch.next, static_cast<int>(rows),
+                         activations + t.first * w->groups + (g + word * kGroupsPerWord) * width, t.vectors,
+                         scratch.sums + t.first * rows);
+        }
+      }
+    }
+    for (int64_t i = 0; i < tiles; ++i) {
+      const Tile t = tile(i);
+      for (int64_t row = 0; row < rows; row += lanes) {
+        const int64_t feature = first_row + row;
+        kernels.store(scratch.sums + (t.first * rows + row * t.vectors * lanes), t.vectors, t.columns,
+                      call.bias_of(feature), static_cast<int>(std::min(lanes, w->d_out - feature)),
+                      call.output(first + t.first, feature), call.y_stride);
       }
     }
   }
@@ -169,14 +193,16 @@ struct Panel {
     prepare(w->groups * part / parts, w->groups * (part + 1) / parts);
     wait_for_all(parts);
     if (w->rank) {
-      const int64_t end = w->rank_strips * (part + 1) / parts;
-      for (int64_t s = w->rank_strips * part / parts; s < end; s += block_strips) {
-        low_rank_inputs(s, std::min(end, s + block_strips), mine);
-      }
+      const int64_t blocks = w->rank_blocks();
+      for (int64_t b = blocks * part / parts; b < blocks * (part + 1) / parts; ++b) low_rank_inputs(b, mine);
       wait_for_all(parts);
     }
-    const int64_t begin = strip_boundary(w, part, parts), end = strip_boundary(w, part + 1, parts);
-    for (int64_t s = begin; s < end; s += block_strips) block(s, std::min(end, s + block_strips), mine);
+    const int64_t begin = block_boundary(w, part, parts, false),
+                  end = block_boundary(w, part + 1, parts, false);
+    const int64_t steps = divide_up((end - begin) * kStripsPerBlock * lanes, block_rows);
+    for (int64_t i = 0; i < steps; ++i) {
+      outputs(begin + (end - begin) * i / steps, begin + (end - begin) * (i + 1) / steps, mine);
+    }
   }
 };
 

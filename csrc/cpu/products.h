@@ -83,10 +83,11 @@ inline void wait_for_all(int parts) {
   }
 }
 
-// The strip where part `i` of `n` begins, so that each part has the same number of bytes to read.
-int64_t strip_boundary(const PackedHeader* w, int i, int n);
+// The block of S where part `i` of `n` begins, so that each has the same number of bytes to read: of S and U,
+// or of S and of an even share of the blocks of V.
+int64_t block_boundary(const PackedHeader* w, int i, int n, bool with_v);
 
-// Lanes are outputs: an expansion of the weights serves up to sixteen columns. Bound by memory.
+// Lanes are outputs: an expansion of the weights serves all columns. Bound by memory where they are few.
 void product_by_strips(const Call& call, Workspace& workspace);
 
 // Lanes are columns: zero units are skipped. Bound by arithmetic.

@@ -13,165 +13,184 @@
 //   store_units(units, weights)     `lanes` units
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
+#include <utility>
 
 #include "strip_kernels.h"
 
 namespace oats {
 namespace {
 
-// How far ahead of the values the prefetch runs: far enough to hide memory, near enough to stay in
-// L1 with eight strips in flight.
-constexpr int kPrefetchBytes = 512;
+// How far ahead of the values the prefetch runs: past the chunk that is being multiplied, so that the next
+// one is in L1 when its expansion begins.
+constexpr int kPrefetchBytes = 4096;
+
+// Groups whose cells, once expanded for the first columns, wait in L1 for the others.
+constexpr int64_t kGroupsPerChunk = 32;
+
+template <int N>
+using Constant = std::integral_constant<int, N>;
 
 template <class Traits>
 struct StripLoops {
   using Value = typename Traits::Value;
   using Mask = typename Traits::Mask;
   using Vector = typename Traits::Vector;
+  using Weights = typename Traits::Weights;
   static constexpr int kLanes = Traits::lanes;
   static constexpr int kGroup = Traits::group;
   static constexpr int kCell = kLanes * kGroup;
-  // Beyond sixteen columns an expansion is already a small part of the arithmetic.
-  static constexpr int kMaxColumns = Traits::registers >= 16 ? 16 : 8;
+  // Columns whose sums, for all strips of a block, fit into registers.
+  static constexpr int kMaxColumns = Traits::registers / kStripsPerBlock;
 
-  static int padded_columns(int columns) {
-    if (columns <= 8) return columns;
-    return columns <= 12 ? 12 : 16;
-  }
+  // Where the cells of a product come from, one by one. Passed by value: that keeps them in registers.
+  struct Kept {
+    const Mask* mask;
+    const Value* values;
+    Weights next() {
+      const Mask m = *mask++;
+      const Weights cell = Traits::expand(values, m);
+      __builtin_prefetch(reinterpret_cast<const char*>(values) + kPrefetchBytes);
+      values += __builtin_popcount(m);
+      return cell;
+    }
+  };
+  // The same, and leaves them expanded.
+  struct Expanding {
+    Kept kept;
+    uint32_t* cells;
+    Weights next() {
+      const Weights cell = kept.next();
+      Traits::store_units(std::exchange(cells, cells + kLanes), cell);
+      return cell;
+    }
+  };
+  struct Expanded {
+    const uint32_t* cells;
+    Weights next() { return Traits::load_units(std::exchange(cells, cells + kLanes)); }
+  };
+  struct Factor {
+    const Value* cells;
+    Weights next() { return Traits::weights(std::exchange(cells, cells + kCell)); }
+  };
 
-  // Strips that go together: each has `Columns` independent sums, and all of them stay in registers.
-  template <int Columns>
-  static constexpr int strips_together() {
-    int strips = 8;
-    while (strips > 1 && strips * Columns > Traits::registers) strips /= 2;
-    return strips;
-  }
-
-  template <int Strips, int Columns>
-  static void sparse_block(const PackedHeader* weight, int64_t strip, const uint32_t* activations,
-                           float* sums) {
+  static Kept kept(const PackedHeader* weight, int64_t block) {
     const char* base = reinterpret_cast<const char*>(weight);
-    const int64_t groups = weight->groups;
-    const auto* starts = reinterpret_cast<const uint64_t*>(base + weight->starts_at) + strip;
-    const Mask* masks[Strips];
-    const Value* values[Strips];
-    Vector sum[Strips][Columns];
-    for (int s = 0; s < Strips; ++s) {
-      masks[s] = reinterpret_cast<const Mask*>(base + weight->masks_at) + (strip + s) * groups;
-      values[s] = reinterpret_cast<const Value*>(base + weight->values_at) + starts[s];
-      for (int c = 0; c < Columns; ++c) sum[s][c] = Traits::zero();
-    }
-    for (int64_t g = 0; g < groups; ++g) {
-#pragma GCC unroll 8
-      for (int s = 0; s < Strips; ++s) {
-        const Mask mask = masks[s][g];
-        const auto w = Traits::expand(values[s], mask);
-        __builtin_prefetch(reinterpret_cast<const char*>(values[s]) + kPrefetchBytes);
-        values[s] += __builtin_popcount(mask);
-#pragma GCC unroll 16
-        for (int c = 0; c < Columns; ++c) {
-          sum[s][c] = Traits::multiply_add(sum[s][c], w, activations[g * Columns + c]);
-        }
-      }
-    }
-    for (int s = 0; s < Strips; ++s) {
-      for (int c = 0; c < Columns; ++c) Traits::store(sums + (s * Columns + c) * kLanes, sum[s][c]);
-    }
+    return {reinterpret_cast<const Mask*>(base + weight->masks_at) + block * kStripsPerBlock * weight->groups,
+            reinterpret_cast<const Value*>(base + weight->values_at) +
+                reinterpret_cast<const uint64_t*>(base + weight->starts_at)[block]};
   }
 
-  template <int Strips, int Columns>
-  static void dense_block(const Value* factor, int64_t groups, const uint32_t* activations, bool accumulate,
-                          float* sums) {
-    Vector sum[Strips][Columns];
-    for (int s = 0; s < Strips; ++s) {
+  // sums (+)= cells times `Columns` columns, whose units are `stride` apart from group to group. Returns the
+  // source behind the cells used.
+  template <int Strips, int Columns, class Source>
+  static Source multiply(Source source, int64_t groups, const uint32_t* activations, int64_t stride,
+                         bool accumulate, float* sums) {
+    Vector sum[Columns][Strips];
+    for (int c = 0; c < Columns; ++c) {
+      for (int s = 0; s < Strips; ++s) {
+        sum[c][s] = accumulate ? Traits::load(sums + (c * Strips + s) * kLanes) : Traits::zero();
+      }
+    }
+    for (int64_t g = 0; g < groups; ++g) {
+      Weights cells[Strips];
+#pragma GCC unroll 8
+      for (int s = 0; s < Strips; ++s) cells[s] = source.next();
+#pragma GCC unroll 8
       for (int c = 0; c < Columns; ++c) {
-        sum[s][c] = accumulate ? Traits::load(sums + (s * Columns + c) * kLanes) : Traits::zero();
-      }
-    }
-    for (int64_t g = 0; g < groups; ++g) {
 #pragma GCC unroll 8
-      for (int s = 0; s < Strips; ++s) {
-        const auto w = Traits::weights(factor + (s * groups + g) * kCell);
-#pragma GCC unroll 16
-        for (int c = 0; c < Columns; ++c) {
-          sum[s][c] = Traits::multiply_add(sum[s][c], w, activations[g * Columns + c]);
+        for (int s = 0; s < Strips; ++s) {
+          sum[c][s] = Traits::multiply_add(sum[c][s], cells[s], activations[g * stride + c]);
         }
       }
     }
-    for (int s = 0; s < Strips; ++s) {
-      for (int c = 0; c < Columns; ++c) Traits::store(sums + (s * Columns + c) * kLanes, sum[s][c]);
+    for (int c = 0; c < Columns; ++c) {
+      for (int s = 0; s < Strips; ++s) Traits::store(sums + (c * Strips + s) * kLanes, sum[c][s]);
+    }
+    return source;
+  }
+
+  // Calls f(Constant<Strips>).
+  template <class F>
+  static void with_strips(int strips, const F& f) {
+    switch (strips) {
+      case 1:
+        return f(Constant<1>{});
+      case 2:
+        return f(Constant<2>{});
+      case 3:
+        return f(Constant<3>{});
+      case 4:
+        return f(Constant<4>{});
     }
   }
 
-  // Calls block(integral_constant<Strips>, strip) over [begin, end), in the widest steps that fit.
-  template <int Strips, int Columns, class Block>
-  static void over_strips(int64_t begin, int64_t end, const Block& block) {
-    int64_t strip = begin;
-    for (; strip + Strips <= end; strip += Strips) block.template run<Strips, Columns>(strip);
-    if constexpr (Strips > 1) {
-      if (strip < end) over_strips<Strips / 2, Columns>(strip, end, block);
-    }
-  }
-
-  template <class Block>
-  static void over_columns(int columns, int64_t begin, int64_t end, const Block& block) {
-    switch (columns) {
-#define OATS_COLUMNS(n)                                        \
-  case n:                                                      \
-    if constexpr (n <= kMaxColumns) {                          \
-      over_strips<strips_together<n>(), n>(begin, end, block); \
-    }                                                          \
+  // Calls f(Constant<Columns>, first column) over `columns`, in steps as even as can be: a narrow last one
+  // would run with too few sums in flight.
+  template <class F>
+  static void over_columns(int columns, const F& f) {
+    const int steps = (columns + kMaxColumns - 1) / kMaxColumns;
+    for (int i = 0; i < steps; ++i) {
+      const int first = columns * i / steps;
+      switch (columns * (i + 1) / steps - first) {
+        case 1:
+          f(Constant<1>{}, first);
+          break;
+        case 2:
+          f(Constant<2>{}, first);
+          break;
+#define OATS_COLUMNS(n)                                      \
+  case n:                                                    \
+    if constexpr (n <= kMaxColumns) f(Constant<n>{}, first); \
     break;
-      OATS_COLUMNS(1)
-      OATS_COLUMNS(2)
-      OATS_COLUMNS(3)
-      OATS_COLUMNS(4)
-      OATS_COLUMNS(5)
-      OATS_COLUMNS(6)
-      OATS_COLUMNS(7)
-      OATS_COLUMNS(8)
-      OATS_COLUMNS(12)
-      OATS_COLUMNS(16)
+          OATS_COLUMNS(3)
+          OATS_COLUMNS(4)
+          OATS_COLUMNS(5)
+          OATS_COLUMNS(6)
 #undef OATS_COLUMNS
+      }
     }
   }
 
-  struct SparseBlock {
-    const PackedHeader* weight;
-    const uint32_t* activations;
-    int64_t begin;
-    float* sums;
-    template <int Strips, int Columns>
-    void run(int64_t strip) const {
-      sparse_block<Strips, Columns>(weight, strip, activations, sums + (strip - begin) * Columns * kLanes);
-    }
-  };
-
-  struct DenseBlock {
-    const Value* factor;
-    int64_t groups;
-    const uint32_t* activations;
-    int64_t begin;
-    bool accumulate;
-    float* sums;
-    template <int Strips, int Columns>
-    void run(int64_t strip) const {
-      dense_block<Strips, Columns>(factor + strip * groups * kCell, groups, activations, accumulate,
-                                   sums + (strip - begin) * Columns * kLanes);
-    }
-  };
-
-  static void sparse(const PackedHeader* weight, int64_t begin, int64_t end, const uint32_t* activations,
-                     int columns, float* sums) {
-    over_columns(columns, begin, end, SparseBlock{weight, activations, begin, sums});
+  static void sparse(const PackedHeader* weight, int64_t block, const uint32_t* activations, int columns,
+                     float* sums) {
+    const int64_t groups = weight->groups;
+    with_strips(strips_of_block(weight->strips, block), [&](auto strips) {
+      Kept source = kept(weight, block);
+      if (columns <= kMaxColumns) {
+        over_columns(columns, [&](auto width, int) {
+          multiply<strips, width>(source, groups, activations, columns, false, sums);
+        });
+        return;
+      }
+      alignas(64) uint32_t cells[kGroupsPerChunk * kStripsPerBlock * kLanes];
+      for (int64_t g = 0; g < groups; g += kGroupsPerChunk) {
+        const int64_t count = std::min(kGroupsPerChunk, groups - g);
+        over_columns(columns, [&](auto width, int first) {
+          const uint32_t* units = activations + g * columns + first;
+          float* out = sums + first * strips * kLanes;
+          if (first == 0) {
+            source =
+                multiply<strips, width>(Expanding{source, cells}, count, units, columns, g > 0, out).kept;
+          } else {
+            multiply<strips, width>(Expanded{cells}, count, units, columns, g > 0, out);
+          }
+        });
+      }
+    });
   }
 
-  static void dense(const void* factor, int64_t groups, int64_t begin, int64_t end,
-                    const uint32_t* activations, int columns, bool accumulate, float* sums) {
-    over_columns(columns, begin, end,
-                 DenseBlock{static_cast<const Value*>(factor), groups, activations, begin, accumulate, sums});
+  static void dense(const void* factor, int strips, int64_t groups, const uint32_t* activations, int columns,
+                    bool accumulate, float* sums) {
+    with_strips(strips, [&](auto strips) {
+      over_columns(columns, [&](auto width, int first) {
+        multiply<strips, width>(Factor{static_cast<const Value*>(factor)}, groups, activations + first,
+                                columns, accumulate, sums + first * strips * kLanes);
+      });
+    });
   }
 
   static uint32_t unit(const Value* x, int64_t available) {
@@ -217,10 +236,11 @@ struct StripLoops {
     }
   }
 
-  static void sums_to_activations(const float* sums, int columns, uint32_t* activations) {
+  static void sums_to_activations(const float* sums, int strips, int columns, uint32_t* activations) {
+    const int groups = strips * kLanes / kGroup;
     for (int c = 0; c < columns; ++c) {
-      for (int g = 0; g < kLanes / kGroup; ++g) {
-        const float* lane = sums + c * kLanes + g * kGroup;
+      for (int g = 0; g < groups; ++g) {
+        const float* lane = sums + (c * groups + g) * kGroup;
         if constexpr (kGroup == 1) {
           std::memcpy(activations + g * columns + c, lane, 4);
         } else {
@@ -231,11 +251,12 @@ struct StripLoops {
     }
   }
 
-  static void store(const float* sums, int columns, const void* bias, int valid, void* y, int64_t y_stride) {
+  static void store(const float* sums, int strips, int columns, const void* bias, int valid, void* y,
+                    int64_t y_stride) {
     const auto* b = static_cast<const Value*>(bias);
     for (int c = 0; c < columns; ++c) {
       Value* out = static_cast<Value*>(y) + c * y_stride;
-      const float* sum = sums + c * kLanes;
+      const float* sum = sums + c * strips * kLanes;
       for (int i = 0; i < valid; ++i) {
         out[i] = Traits::from_float(b ? sum[i] + Traits::to_float(b[i]) : sum[i]);
       }
@@ -243,8 +264,7 @@ struct StripLoops {
   }
 
   static const StripKernels& table() {
-    static const StripKernels kernels{{kLanes, kGroup}, kMaxColumns, padded_columns,      prepare,
-                                      sparse,           dense,       sums_to_activations, store};
+    static const StripKernels kernels{{kLanes, kGroup}, prepare, sparse, dense, sums_to_activations, store};
     return kernels;
   }
 };

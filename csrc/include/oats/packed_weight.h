@@ -1,10 +1,12 @@
 // A layer W = S + U V, on disk (canonical) and in memory (packed for one ISA).
 //
-// Packed, S is cut into strips of `lanes` outputs. A strip walks the inputs in groups of `group`; each
-// group has one mask word of lanes * group bits (bit lane * group + i is output `lane`, input `i` of
-// the group), and the strip's kept values follow in that order. So one expansion fills a vector whose
-// lanes are outputs: the input is a broadcast, there is no horizontal sum, and the same expansion
-// serves every column of a batch. U and V are cut into the same strips, without masks.
+// Packed, S is cut into strips of `lanes` outputs, and the inputs into groups of `group`. A *cell* is where
+// a strip meets a group: it has one mask word of lanes * group bits (bit lane * group + i is output `lane`,
+// input `i` of the group) and its kept values in that order. So one expansion fills a vector whose lanes are
+// outputs: the input is a broadcast, there is no horizontal sum, and the same expansion serves every column
+// of a batch. Four strips are a block, whose cells follow each other group by group: however many sums are
+// in flight, a thread reads one stream of masks and one of values. U and V are cut into the same blocks,
+// without masks.
 #pragma once
 
 #include <cstddef>
@@ -34,6 +36,9 @@ struct CanonicalWeight {
   const void* low_rank_v;  // rank x d_in
 };
 
+// Strips in a block; the last block has what is left.
+constexpr int64_t kStripsPerBlock = 4;
+
 // How a strip is laid out; the kernels of an ISA and dtype name theirs.
 struct StripLayout {
   int32_t lanes;  // outputs side by side in a vector
@@ -52,12 +57,21 @@ struct PackedHeader {
   int64_t groups;       // ceil(d_in / group)
   int64_t rank_strips;  // ceil(rank / lanes)
   int64_t rank_groups;  // ceil(rank / group)
-  uint64_t starts_at;   // uint64[strips + 1]: index of each strip's first value
-  uint64_t masks_at;    // [strips][groups] mask words
+  uint64_t starts_at;   // uint64[blocks + 1]: index of each block's first value
+  uint64_t masks_at;    // [block][group][strip of the block] mask words
   uint64_t values_at;
-  uint64_t v_at;  // [rank_strips][groups][lanes][group]
-  uint64_t u_at;  // [strips][rank_groups][lanes][group]
+  uint64_t v_at;  // [block of rank_strips][group][strip of the block][lanes][group]
+  uint64_t u_at;  // [block of strips][rank_group][strip of the block][lanes][group]
+
+  int64_t blocks() const { return divide_up(strips, kStripsPerBlock); }
+  int64_t rank_blocks() const { return divide_up(rank_strips, kStripsPerBlock); }
 };
+
+// Strips of block `block` of a matrix that has `strips`.
+inline int strips_of_block(int64_t strips, int64_t block) {
+  const int64_t left = strips - block * kStripsPerBlock;
+  return static_cast<int>(left < kStripsPerBlock ? left : kStripsPerBlock);
+}
 
 // Number of ones in the mask. Returns -1 where a padding bit is set.
 int64_t mask_population(const uint8_t* mask, int64_t d_out, int64_t d_in);
