@@ -29,6 +29,10 @@ struct ColumnLoops {
   static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__);
   using Piece = std::conditional_t<kLanes == 16, uint16_t, uint8_t>;
 
+  // Cache lines of one word's activations.
+  template <int Vectors>
+  static constexpr int kWordLines = kGroupsPerWord * Vectors * kLanes / 16;
+
   static const void* gather(const PackedHeader* weight, int64_t block, int64_t begin, int64_t end,
                             const void* values, uint32_t* units, int64_t unit_stride, uint64_t* masks,
                             int64_t mask_stride) {
@@ -89,6 +93,20 @@ struct ColumnLoops {
       for (int i = 0; i < Vectors; ++i) {
         sum0[i] = Traits::load(sums + i * kLanes);
         sum1[i] = Traits::load(sums + kColumns + i * kLanes);
+      }
+      // The next rows' units and sums, from L2.
+      if (row + 2 < rows) {
+        for (int i = 0; i < 3; ++i) {
+          __builtin_prefetch(next[row + 2] + i * kLanes);
+          __builtin_prefetch(next[row + 3] + i * kLanes);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < 2 * Vectors; ++i) __builtin_prefetch(sums + 2 * kColumns + i * kLanes, 1);
+      }
+      // The next word's activations, from L3 to L2, spread over the rows.
+      const uint32_t* next_word = activations + kGroupsPerWord * kColumns;
+      for (int i = row * kWordLines<Vectors> / rows; i < (row + 2) * kWordLines<Vectors> / rows; ++i) {
+        __builtin_prefetch(next_word + i * 16, 0, 2);
       }
       for (uint64_t both = mask0 & mask1; both; both &= both - 1) {
         const int group = __builtin_ctzll(both);

@@ -40,7 +40,7 @@ const StripKernels& strip_kernels_avx512_bf16(Dtype dtype) {
 }
 
 const ColumnKernels& column_kernels_avx512_bf16(Dtype dtype) {
-  return dtype == Dtype::fp32 ? column_kernels_avx512(dtype) : ColumnLoops<Avx512Bf16>::table(80);
+  return dtype == Dtype::fp32 ? column_kernels_avx512(dtype) : ColumnLoops<Avx512Bf16>::table(88);
 }
 
 }  // namespace oats

@@ -32,8 +32,8 @@ bool bit(const uint8_t* row, int64_t i) {
   return row[i / 8] >> (i % 8) & 1;
 }
 
-// Asks for pages of 2 MB where a buffer spans some; only memory that was not touched before gets them. A thread
-// then reads 10 % more a second (docs/kernels.md).
+// Asks for pages of 2 MB where a buffer spans some; only memory that was not touched before gets them. A
+// thread then reads 10 % more a second (docs/kernels.md).
 void prefer_huge_pages(void* memory, size_t bytes) {
 #ifdef MADV_HUGEPAGE
   constexpr uintptr_t kPage = 4096;
