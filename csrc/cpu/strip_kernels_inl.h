@@ -26,10 +26,10 @@ namespace {
 
 // How far ahead of the values the prefetch runs: past the chunk that is being multiplied, so that the next
 // one is in L1 when its expansion begins.
-constexpr int kPrefetchBytes = 4096;
+constexpr int kPrefetchBytes = 6144;
 
 // Groups whose cells, once expanded for the first columns, wait in L1 for the others.
-constexpr int64_t kGroupsPerChunk = 32;
+constexpr int64_t kGroupsPerChunk = 48;
 
 template <int N>
 using Constant = std::integral_constant<int, N>;
@@ -134,8 +134,8 @@ struct StripLoops {
   static void over_columns(int columns, const F& f) {
     const int steps = (columns + kMaxColumns - 1) / kMaxColumns;
     for (int i = 0; i < steps; ++i) {
-      const int first = columns * i / steps;
-      switch (columns * (i + 1) / steps - first) {
+      const int first = (columns * i + steps - 1) / steps;
+      switch ((columns * (i + 1) + steps - 1) / steps - first) {
         case 1:
           f(Constant<1>{}, first);
           break;
