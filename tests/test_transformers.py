@@ -222,6 +222,40 @@ def test_tied_and_sharded(tmp_path: Path) -> None:
     assert torch.equal(tokens(loaded), tokens(model))
 
 
+@pytest.mark.parametrize("shared_when_loaded", [True, False])
+def test_a_layer_under_two_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared_when_loaded: bool
+) -> None:
+    original = LlamaForCausalLM.__init__
+
+    def share(model: PreTrainedModel) -> None:
+        first, second = (layer.self_attn for layer in model.model.layers)
+        second.q_proj = first.q_proj
+        first.v_proj = first.k_proj
+
+    def init(self: PreTrainedModel, config: LlamaConfig) -> None:
+        original(self, config)
+        share(self)
+
+    model = dense_llama()
+    share(model)
+    compress_(model, torch.arange(36).view(3, 12), SETTINGS)
+    model.save_pretrained(tmp_path / "saved")
+    assert len(quantization_config(tmp_path / "saved")["layers"]) == 14
+    if shared_when_loaded:
+        monkeypatch.setattr(LlamaForCausalLM, "__init__", init)
+    loaded = load(tmp_path / "saved")
+    first, second = (layer.self_attn for layer in loaded.model.layers)
+    assert (second.q_proj is first.q_proj and first.v_proj is first.k_proj) == shared_when_loaded
+    assert torch.equal(logits(loaded), logits(model))
+    loaded.save_pretrained(tmp_path / "again")
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "saved" / name).read_bytes()
+    loaded.dequantize()
+    assert (loaded.model.layers[1].self_attn.q_proj is first.q_proj) == shared_when_loaded
+    torch.testing.assert_close(logits(loaded), logits(model))
+
+
 def test_base_model_prefix_in_both_directions(saved: Path, tmp_path: Path) -> None:
     whole = load(saved)
     bare, info = AutoModel.from_pretrained(saved, output_loading_info=True)

@@ -171,20 +171,24 @@ class OatsQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         layers: dict[str, SparseLowRankLinear] = {}
+        made: dict[nn.Linear, SparseLowRankLinear] = {}
         markers = set()
         for saved_name, sizes in self.quantization_config.layers.items():
             name, linear = _find_linear(model, saved_name)
             check_sizes(saved_name, linear.out_features, linear.in_features, **sizes)
             markers |= {f"{re.escape(known)}\\.weight$" for known in (saved_name, name)}
-            layers[name] = SparseLowRankLinear(
-                linear.in_features,
-                linear.out_features,
-                sizes["rank"],
-                sizes["nnz"],
-                bias=linear.bias is not None,
-                dtype=linear.weight.dtype,
-                device="meta",
-            )
+            # A layer that the model has under several names is stored under each, and stays one layer.
+            if linear not in made:
+                made[linear] = SparseLowRankLinear(
+                    linear.in_features,
+                    linear.out_features,
+                    sizes["rank"],
+                    sizes["nnz"],
+                    bias=linear.bias is not None,
+                    dtype=linear.weight.dtype,
+                    device="meta",
+                )
+            layers[name] = made[linear]
         for name, layer in layers.items():
             model.set_submodule(name, layer)
         ignored = model._keys_to_ignore_on_load_unexpected
@@ -201,13 +205,14 @@ class OatsQuantizer(HfQuantizer):
         self.quantization_config.follow(model)
         return model
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+        # A name is what save_pretrained leaves in the model's configuration.
+        wanted: torch.dtype | None = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        made: dict[SparseLowRankLinear, nn.Linear] = {}
         for name, layer in _layers(model).items():
-            linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-            linear.weight = nn.Parameter(layer.to_dense().to(dtype or layer.dtype))
-            if layer.bias is not None:
-                linear.bias = nn.Parameter(layer.bias.detach().to(linear.weight.dtype))
-            model.set_submodule(name, linear)
+            if layer not in made:
+                made[layer] = _dense(layer, wanted or layer.dtype)
+            model.set_submodule(name, made[layer])
         return model
 
     def get_state_dict_and_metadata(
@@ -226,6 +231,10 @@ class OatsQuantizer(HfQuantizer):
         model.config.quantization_config = self.quantization_config
         state_dict: dict[str, Tensor] = model.state_dict()
         for name in layers:
+            # save_pretrained writes a tensor once, but each name of a shared layer needs all of its
+            # tensors: only so can a model that has two layers there load them.
+            if f"{name}.bias" in state_dict:
+                state_dict[f"{name}.bias"] = state_dict[f"{name}.bias"].clone()
             # A marker that would be fused with other weights is in the way.
             if not _saved_as_it_is(model, f"{name}.weight", fmt.MARKER):
                 state_dict.pop(f"{name}.weight", None)
@@ -266,11 +275,21 @@ def attach(model: Any, config: OatsConfig) -> None:
 
 
 def _layers(model: nn.Module) -> dict[str, SparseLowRankLinear]:
-    return {name: m for name, m in model.named_modules() if isinstance(m, SparseLowRankLinear)}
+    """Every name of every layer: one that the model has in several places has several."""
+    modules = model.named_modules(remove_duplicate=False)
+    return {name: module for name, module in modules if isinstance(module, SparseLowRankLinear)}
 
 
 def _layer_table(model: nn.Module) -> dict[str, dict[str, int]]:
     return {name: {"rank": layer.rank, "nnz": layer.nnz} for name, layer in _layers(model).items()}
+
+
+def _dense(layer: SparseLowRankLinear, dtype: torch.dtype) -> nn.Linear:
+    linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+    linear.weight = nn.Parameter(layer.to_dense().to(dtype))
+    if layer.bias is not None:
+        linear.bias = nn.Parameter(layer.bias.detach().to(dtype))
+    return linear
 
 
 def _find_linear(model: PreTrainedModel, saved_name: str) -> tuple[str, nn.Linear]:
