@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
@@ -28,7 +29,7 @@ class SparseLowRankLinear(nn.Module):
     The weight has two forms. *Canonical* are the buffers ``mask``, ``values``, ``low_rank_u`` and
     ``low_rank_v`` (docs/format.md): what a checkpoint holds. *Packed* is the layout of this
     machine's kernels. :meth:`pack_` goes from the first to the second and drops the first, so that a
-    layer is held once; `state_dict`, `pickle` and `copy.deepcopy` always give the canonical form.
+    layer is held once; `state_dict` and `pickle` always give the canonical form.
 
     The constructor makes an uninitialised canonical layer for a checkpoint loader to fill in; to make
     one from a weight use :meth:`from_linear` or :meth:`from_decomposition`.
@@ -311,6 +312,16 @@ class SparseLowRankLinear(nn.Module):
             with contextlib.suppress(FormatError):  # to_empty leaves nothing that can be packed
                 self.pack_()
         return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SparseLowRankLinear:
+        """A copy for this process, in the form that the layer is in."""
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        if self.packed is not None:
+            packed = ops._aligned(self.packed.numel()).copy_(self.packed)  # as kernels need it
+            memo[id(self.packed)] = packed
+        copied.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return copied
 
     def __getstate__(self) -> dict[str, Any]:
         """The state with canonical tensors, which another machine can read."""

@@ -6,6 +6,7 @@ holds more than the compressed model and one unpacked layer.
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,7 @@ from oats import budget, ops
 from oats.bitmask import encode
 from oats.config import OatsConfig, parse_n_m
 from oats.models import find_blocks
+from oats.models.linear import weight_of
 from oats.nn import SparseLowRankLinear, SplitLinear
 from oats.selection import keep_largest
 from oats.targets import Target, find_targets
@@ -22,9 +24,10 @@ from oats.targets import Target, find_targets
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-# A layer's rows are drawn from this many: to a kernel that is as random as if all were distinct, and takes a
-# fraction of the time.
+# Random numbers are drawn once and repeated, and layers of one shape are copies: distinct ones would take
+# minutes, and these are as good to a kernel.
 _DISTINCT_ROWS = 512
+_DISTINCT_VALUES = 1_000_003  # a prime, so that the rows of a matrix differ
 
 
 @torch.no_grad()
@@ -62,9 +65,15 @@ def random_model(
         torch.manual_seed(seed)
         if config is not None:
             path, blocks = find_blocks(model)
+            made: dict[tuple[object, ...], nn.Module] = {}
             for targets in find_targets(model, path, blocks, config).blocks:
                 for name, target in targets.items():
-                    model.set_submodule(name, _random_replacement(name, target, config))
+                    shape = (*weight_of(target.module).shape, target.module.bias is None, *target.outputs)
+                    if shape in made:
+                        layer = copy.deepcopy(made[shape])
+                    else:
+                        layer = made[shape] = _random_replacement(name, target, config)
+                    model.set_submodule(name, layer)
         others = [module for module in model.modules() if not isinstance(module, SparseLowRankLinear)]
         for module in others:
             module.to_empty(device="cpu", recurse=False)
@@ -76,13 +85,17 @@ def random_model(
 
 def _fill(model: Any, module: nn.Module) -> None:
     if isinstance(module, (nn.Linear, nn.Embedding)):
-        # By rows: torch draws bf16 numbers in fp32 first.
-        for rows in module.weight.split(1024):
-            rows.normal_(std=0.02)
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
-    else:
-        model._init_weights(module)  # norms, and the buffers of rotary embeddings
+        _draw_(module.weight, 0.02)
+        module.weight._is_hf_initialized = True  # type: ignore[attr-defined]  # so that it is not drawn again
+    model._init_weights(module)  # norms, biases, and buffers such as rotary frequencies
+
+
+def _draw_(tensor: Tensor, std: float) -> Tensor:
+    """Fill with normal numbers of mean 0."""
+    drawn = tensor.new_empty(min(tensor.numel(), _DISTINCT_VALUES)).normal_(std=std)
+    for chunk in tensor.view(-1).split(max(drawn.numel(), 1)):
+        chunk.copy_(drawn[: chunk.numel()])
+    return tensor
 
 
 def _random_replacement(name: str, target: Target, config: OatsConfig) -> nn.Module:
@@ -111,7 +124,7 @@ def _random_tensors(
     nnz = ops.mask_population(mask, d_in)
     return {
         "mask": mask,
-        "values": torch.empty(nnz, dtype=dtype).normal_(std=(d_out / max(nnz, 1)) ** 0.5),
-        "low_rank_u": torch.empty(d_out, rank, dtype=dtype).normal_(std=max(rank, 1) ** -0.5),
-        "low_rank_v": torch.empty(rank, d_in, dtype=dtype).normal_(std=d_in**-0.5),
+        "values": _draw_(torch.empty(nnz, dtype=dtype), (d_out / max(nnz, 1)) ** 0.5),
+        "low_rank_u": _draw_(torch.empty(d_out, rank, dtype=dtype), max(rank, 1) ** -0.5),
+        "low_rank_v": _draw_(torch.empty(rank, d_in, dtype=dtype), d_in**-0.5),
     }
