@@ -266,7 +266,7 @@ def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterato
             module.forward = own
 
 
-def second_moments(runner: BlockRunner, index: int, linears: Mapping[str, nn.Linear]) -> dict[str, Tensor]:
+def second_moments(runner: BlockRunner, index: int, linears: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     """Σ over tokens of x_j² at the input of each linear layer of a block (arXiv 2409.13652, section 2.2).
 
     Tokens that an attention mask (batch, length) excludes do not count.

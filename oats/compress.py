@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from fnmatch import fnmatch
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from oats import budget
 from oats.calibrate import BlockRunner, Calibration, as_batches, rehearse, second_moments
 from oats.config import OatsConfig
 from oats.decomposition import decompose
-from oats.errors import ConfigError, UnsupportedModelError, WeightError
+from oats.errors import ConfigError, UnsupportedModelError
 from oats.format import DTYPES, storage_dtype
 from oats.models import find_blocks
-from oats.nn import SparseLowRankLinear
+from oats.models.linear import FUSED
+from oats.nn import SparseLowRankLinear, SplitLinear
+from oats.targets import SKIPPED, SPLIT, Target, find_targets, reasons
 
 Progress = Callable[[int, int, str, float], None]
 """Called after each layer with: layers done, layers in all, the layer's name, its relative error."""
@@ -65,9 +65,10 @@ def compress_(
     config: OatsConfig | None = None,
     *,
     blocks: str | None = None,
+    split: Collection[str] = SPLIT,
     progress: Progress | None = None,
 ) -> CompressionReport:
-    """Compress a model in place: every `nn.Linear` in its blocks becomes a `SparseLowRankLinear`.
+    """Compress a model in place: every linear layer in its blocks becomes a `SparseLowRankLinear`.
 
     Blocks are compressed in order, each on what the compressed blocks before it make of the calibration
     data; inside a block the moments are those of its dense weights (arXiv 2409.13652, section 2.3). Only
@@ -85,6 +86,8 @@ def compress_(
             arguments for the model; or one such dict.
         config: None means the defaults.
         blocks: dotted path of the list of blocks, for a model that :mod:`oats.models` does not know.
+        split: names of fused projections whose parts are decomposed one by one: ``"qkv_proj"`` (Phi-3; what
+            the paper does), ``"gate_up_proj"`` (Phi-3, GLM).
         progress: called after each layer.
 
     Raises:
@@ -97,17 +100,13 @@ def compress_(
         config = OatsConfig()
     if not isinstance(config, OatsConfig):
         raise ConfigError(f"config is {config!r}; pass oats.OatsConfig(compression=0.5, …), or None")
+    if isinstance(split, str) or not set(split) <= set(FUSED):
+        raise ConfigError(f"split is {split!r}, expected a collection of names out of {', '.join(FUSED)}")
     path, block_list = find_blocks(model, blocks)
     batches = as_batches(model, calibration)
-    report = CompressionReport(config)
-    linears = _linears(path, block_list, config, report)
-    total = sum(map(len, linears))
-    if total == 0:
-        raise UnsupportedModelError(
-            f"{type(model).__name__}: no nn.Linear to compress inside {path}; {_why(report)}"
-        )
-    _note_other_blocks(model, path, block_list, report)
-    _check_before_start(linears, config)
+    targets = find_targets(model, path, block_list, config, split)
+    targets.check(config)
+    report = CompressionReport(config, left_dense=dict(targets.left_dense))
 
     with _evaluating(model):
         rehearse(model, list(block_list), batches)
@@ -121,130 +120,58 @@ def compress_(
         ]
         runner = BlockRunner(model, list(block_list), batches)
         done = 0
-        for index, layers in enumerate(linears):
-            moments = second_moments(runner, index, layers)
-            for name, linear in layers.items():
-                done += 1
+        for index, block in enumerate(targets.blocks):
+            moments = second_moments(runner, index, {name: target.module for name, target in block.items()})
+            for name, target in block.items():
                 if name not in moments:
+                    done += len(target.outputs) or 1
                     report.left_dense[name] = "it did not run on the calibration data"
                     continue
-                start = time.perf_counter()
-                result = decompose(linear.weight, moments.pop(name), **config.decompose_options(), name=name)
-                layer = SparseLowRankLinear.from_decomposition(result, linear.bias)
-                seconds = time.perf_counter() - start
+                layer, parts = _decompose(name, target, moments.pop(name), config)
                 if not report.layers and hasattr(model, "save_pretrained"):
                     from oats.integrations.transformers import attach
 
                     # Before the first layer is replaced: saved without it, a checkpoint would load random
                     # weights, and from here on the walk may be interrupted.
                     attach(model, config)
-                _replace(model, linear, layer)
-                report.layers.append(
-                    LayerReport(
-                        name,
-                        linear.out_features,
-                        linear.in_features,
-                        layer.rank,
-                        layer.nnz,
-                        result.relative_error,
-                        seconds,
-                    )
-                )
-                if progress is not None:
-                    progress(done, total, name, result.relative_error)
-            if index + 1 < len(linears):
+                _replace(model, target.module, layer)
+                for part in parts:
+                    done += 1
+                    report.layers.append(part)
+                    if progress is not None:
+                        progress(done, len(targets), part.name, part.relative_error)
+            if index + 1 < len(targets.blocks):
                 runner.advance(index)
     if not report.layers:
-        raise UnsupportedModelError(f"{type(model).__name__}: nothing was compressed; {_why(report)}")
-    unwanted = {name: why for name, why in report.left_dense.items() if why != _SKIPPED}
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: nothing was compressed; {reasons(report.left_dense)}"
+        )
+    unwanted = {name: why for name, why in report.left_dense.items() if why != SKIPPED}
     if unwanted:
-        warnings.warn(f"left dense: {_why(CompressionReport(config, left_dense=unwanted))}", stacklevel=2)
+        warnings.warn(f"left dense: {reasons(unwanted)}", stacklevel=2)
     return report
 
 
-_SKIPPED = "it matches OatsConfig.skip"
+def _decompose(
+    name: str, target: Target, second_moment: Tensor, config: OatsConfig
+) -> tuple[nn.Module, list[LayerReport]]:
+    """The layer that replaces the target, and what became of each of its matrices."""
+    layers: dict[str, SparseLowRankLinear] = {}
+    reports = []
+    for part, (weight, bias) in target.matrices().items():
+        part_name = f"{name}.{part}" if part else name
+        start = time.perf_counter()
+        result = decompose(weight.contiguous(), second_moment, **config.decompose_options(), name=part_name)
+        layers[part] = layer = SparseLowRankLinear.from_decomposition(result, bias)
+        seconds = time.perf_counter() - start
+        d_out, d_in = weight.shape
+        reports.append(
+            LayerReport(part_name, d_out, d_in, layer.rank, layer.nnz, result.relative_error, seconds)
+        )
+    return SplitLinear(layers) if target.outputs else layers[""], reports
 
 
-# Their forward functions read the weights of the layers inside, and never call the layers.
-_FUSED = (nn.TransformerEncoderLayer.forward, nn.MultiheadAttention.forward)
-
-
-def _linears(
-    path: str, blocks: nn.ModuleList | nn.Sequential, config: OatsConfig, report: CompressionReport
-) -> list[dict[str, nn.Linear]]:
-    """For each block, its layers to compress, by name; other matrices are noted in the report."""
-    seen: set[nn.Module] = set()
-    return [
-        _linears_of_block(f"{path}.{name}", block, config, report, seen)
-        for name, block in blocks.named_children()
-    ]
-
-
-def _linears_of_block(
-    prefix: str, block: nn.Module, config: OatsConfig, report: CompressionReport, seen: set[nn.Module]
-) -> dict[str, nn.Linear]:
-    names: dict[nn.Module, list[str]] = {}
-    fused: dict[nn.Module, str] = {}
-    for name, module in block.named_modules(prefix=prefix, remove_duplicate=False):
-        names.setdefault(module, []).append(name)
-        if type(module).forward in _FUSED:
-            fused.update(dict.fromkeys(module.modules(), type(module).__name__))
-    found: dict[str, nn.Linear] = {}
-    for module, (name, *_) in names.items():
-        if module in seen:
-            continue
-        if isinstance(module, nn.Linear):
-            if any(fnmatch(alias, pattern) for alias in names[module] for pattern in config.skip):
-                report.left_dense[name] = _SKIPPED
-            elif module in fused:
-                report.left_dense[name] = f"{fused[module]} reads its weight and does not call it"
-            elif type(module).forward is not nn.Linear.forward:
-                report.left_dense[name] = f"{type(module).__name__} computes in its own way"
-            else:
-                found[name] = module
-        elif not isinstance(module, (nn.Embedding, SparseLowRankLinear)):
-            for parameter_name, parameter in module.named_parameters(recurse=False):
-                if parameter.dim() >= 2 and min(parameter.shape[-2:]) > 1:
-                    report.left_dense[f"{name}.{parameter_name}"] = (
-                        f"{type(module).__name__} is not an nn.Linear"
-                    )
-    seen.update(names)
-    return found
-
-
-def _note_other_blocks(
-    model: nn.Module, path: str, blocks: nn.ModuleList | nn.Sequential, report: CompressionReport
-) -> None:
-    """Note the layers of lists of blocks that are not compressed, such as an encoder beside its decoder."""
-    inside = set(blocks.modules())
-    for list_name, modules in model.named_modules():
-        if not isinstance(modules, (nn.ModuleList, nn.Sequential)) or modules in inside:
-            continue
-        # A head is a list of layers, not of blocks.
-        if len({type(m) for m in modules}) != 1 or not all(any(m.children()) for m in modules):
-            continue
-        for name, module in modules.named_modules(prefix=list_name):
-            if isinstance(module, nn.Linear) and module not in inside:
-                skipped = any(fnmatch(name, pattern) for pattern in report.config.skip)
-                reason = f"only the blocks in {path} are compressed"
-                report.left_dense[name] = _SKIPPED if skipped else reason
-
-
-def _check_before_start(linears: list[dict[str, nn.Linear]], config: OatsConfig) -> None:
-    """Find what would stop the walk before anything has been changed."""
-    for layers in linears:
-        for name, linear in layers.items():
-            d_out, d_in = linear.out_features, linear.in_features
-            budget.check_inputs(d_in, config.pattern, name)
-            budget.rank_for(d_out, d_in, config.compression, config.rank_ratio, config.pattern)
-            for kind, parameter in linear.named_parameters():
-                if not torch.isfinite(parameter).all():
-                    raise WeightError(
-                        f"{name}: the {kind} has NaN or infinite entries; the checkpoint is damaged"
-                    )
-
-
-def _replace(model: nn.Module, linear: nn.Linear, layer: SparseLowRankLinear) -> None:
+def _replace(model: nn.Module, linear: nn.Module, layer: nn.Module) -> None:
     """Put `layer` wherever the model has `linear`, which may be under several names."""
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if module is linear:
@@ -264,13 +191,6 @@ def _convert(model: nn.Module, dtype: torch.dtype) -> None:
         for name, buffer in module.named_buffers(recurse=False):
             if buffer.is_floating_point() and name not in module._non_persistent_buffers_set:
                 setattr(module, name, buffer.to(dtype))
-
-
-def _why(report: CompressionReport) -> str:
-    if not report.left_dense:
-        return "they hold no matrices"
-    reasons = [f"{name} ({why})" for name, why in report.left_dense.items()]
-    return "; ".join(reasons[:3]) + (f"; and {len(reasons) - 3} more" if len(reasons) > 3 else "")
 
 
 @contextmanager

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ class SparseLowRankLinear(nn.Module):
     The weight has two forms. *Canonical* are the buffers ``mask``, ``values``, ``low_rank_u`` and
     ``low_rank_v`` (docs/format.md): what a checkpoint holds. *Packed* is the layout of this
     machine's kernels. :meth:`pack_` goes from the first to the second and drops the first, so that a
-    layer is held once; `state_dict`, `pickle` and `copy.deepcopy` always give the canonical form.
+    layer is held once; `state_dict` and `pickle` always give the canonical form.
 
     The constructor makes an uninitialised canonical layer for a checkpoint loader to fill in; to make
     one from a weight use :meth:`from_linear` or :meth:`from_decomposition`.
@@ -312,6 +313,16 @@ class SparseLowRankLinear(nn.Module):
                 self.pack_()
         return self
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> SparseLowRankLinear:
+        """A copy for this process, in the form that the layer is in."""
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        if self.packed is not None:
+            packed = ops._aligned(self.packed.numel()).copy_(self.packed)  # as kernels need it
+            memo[id(self.packed)] = packed
+        copied.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return copied
+
     def __getstate__(self) -> dict[str, Any]:
         """The state with canonical tensors, which another machine can read."""
         state = self.__dict__.copy()
@@ -324,6 +335,59 @@ class SparseLowRankLinear(nn.Module):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         if self.values is not None and self.values.device.type == "cpu":
             self.pack_()
+
+
+class SplitLinear(nn.ModuleDict):
+    """A projection that computes several at once, as its parts: their outputs, one after another.
+
+    Args:
+        parts: name → :class:`SparseLowRankLinear` of the same inputs, in the order of their outputs.
+
+    >>> from oats import OatsConfig
+    >>> q, k = (SparseLowRankLinear.from_linear(nn.Linear(8, n), torch.ones(8), OatsConfig()) for n in (4, 2))
+    >>> SplitLinear({"q": q, "k": k})(torch.zeros(3, 8)).shape
+    torch.Size([3, 6])
+    """
+
+    def __init__(self, parts: Mapping[str, SparseLowRankLinear]) -> None:
+        """Hold the parts."""
+        super().__init__(parts)
+        layers = list(parts.values())
+        self.in_features, self.out_features = layers[0].in_features, sum(p.out_features for p in layers)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, (d_out, d_in). Computed at each access: for inspection, not for speed."""
+        return torch.cat([cast(SparseLowRankLinear, part).to_dense() for part in self.values()])
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The biases of the parts, (d_out,), or None; a copy."""
+        biases = [part.bias for part in self.values()]
+        return None if None in biases else torch.cat(cast(list[Tensor], biases))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute the outputs of all parts.
+
+        Args:
+            x: (…, in_features), the dtype of the parts, on the CPU.
+
+        Returns:
+            (…, out_features), in the same dtype.
+        """
+        return torch.cat([part(x) for part in self.values()], dim=-1)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if all(part.packed is not None for part in self.values()):
+            # For readers who expect one dense weight; the markers of the parts do not stop them.
+            destination[prefix + "weight"] = fmt.MARKER.clone()
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        marker = state_dict.get(prefix + "weight")
+        if marker is not None and marker.shape == fmt.MARKER.shape:
+            del state_dict[prefix + "weight"]
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def _supported(dtype: torch.dtype) -> torch.dtype:

@@ -75,12 +75,23 @@ def test_state_dict_is_canonical_both_ways() -> None:
         other.load_state_dict(state)
 
 
-@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
-def test_copies_are_canonical(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_copy_in_this_process_is_packed_and_of_its_own() -> None:
     layer = make()
-    if how == "deepcopy":
-        other = copy.deepcopy(layer)
-    elif how == "pickle":
+    other = copy.deepcopy(layer)
+    assert torch.equal(other.packed, layer.packed) and other.packed.data_ptr() % 64 == 0
+    assert torch.equal(layer(torch.ones(56)), other(torch.ones(56)))
+    expected = layer.to_dense()
+    other.packed.zero_()
+    other.bias.data.zero_()
+    assert torch.equal(layer.to_dense(), expected) and layer.bias.abs().sum() > 0
+    twice = copy.deepcopy(nn.ModuleList([layer, layer]))
+    assert twice[0] is twice[1]
+
+
+@pytest.mark.parametrize("how", ["pickle", "torch.save"])
+def test_what_leaves_the_process_is_canonical(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = make()
+    if how == "pickle":
         data = pickle.dumps(layer)
         # A weaker machine reads what a stronger one wrote.
         monkeypatch.setenv("OATS_ISA", "scalar")

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from oats.errors import ConfigError
 from oats.evaluate.spread import Spread
+from oats.models.linear import is_linear
+from oats.nn import SparseLowRankLinear
 
 
 @dataclass(frozen=True)
@@ -69,9 +71,79 @@ def generation_speed(
     return {name: GenerationSpeed(Spread.of(decode[name]), Spread.of(prefill[name])) for name in models}
 
 
-def _timed_generate(model: Any, prompt: Tensor, new_tokens: int) -> tuple[float, list[float]]:
-    """When the call started, and when each new token came."""
+def bytes_per_token(model: Any) -> int:
+    """Bytes of weights that decoding one token reads: all of them, and one row of the input embedding.
+
+    Args:
+        model: causal language model of transformers, dense or compressed.
+    """
+    embedding = model.get_input_embeddings().weight
+    head = model.get_output_embeddings()
+    tied = head is not None and head.weight is embedding
+    packed = [
+        m.packed.nbytes
+        for m in model.modules()
+        if isinstance(m, SparseLowRankLinear) and m.packed is not None
+    ]
+    others = [p.nbytes for p in model.parameters() if p is not embedding or tied]
+    total: int = sum(packed) + sum(others)
+    return total
+
+
+@dataclass(frozen=True)
+class DecodeTime:
+    """Where the time of a decoded token goes, in seconds.
+
+    Attributes:
+        linear: in the linear layers of the blocks.
+        head: in the output embedding.
+        rest: attention, norms and activations, and all that Python does between.
+    """
+
+    linear: float
+    head: float
+    rest: float
+
+
+def decode_time(model: Any, prompt: Tensor, *, new_tokens: int = 32) -> DecodeTime:
+    """Divide the time of decoding (greedy, batch 1, KV cache); clocks around each layer add a little to it.
+
+    Args:
+        model: causal language model of transformers.
+        prompt: (n,) token ids.
+        new_tokens: generated, at least 2.
+    """
+    head = model.get_output_embeddings()
+    spent = {"linear": 0.0, "head": 0.0}
     clock = _Clock()
+    started = 0.0
+
+    def before(*_: Any) -> None:
+        nonlocal started
+        started = time.perf_counter()
+
+    def after(module: nn.Module, *_: Any) -> None:
+        if len(clock.times) > 1:  # the prompt and the first new token have come
+            spent["head" if module is head else "linear"] += time.perf_counter() - started
+
+    layers = [m for m in model.modules() if is_linear(m) or isinstance(m, SparseLowRankLinear)]
+    handles = [layer.register_forward_pre_hook(before) for layer in layers]
+    handles += [layer.register_forward_hook(after) for layer in layers]
+    try:
+        _timed_generate(model, prompt, new_tokens, clock)
+    finally:
+        for handle in handles:
+            handle.remove()
+    tokens = new_tokens - 1
+    linear, of_head = spent["linear"] / tokens, spent["head"] / tokens
+    return DecodeTime(linear, of_head, (clock.times[-1] - clock.times[1]) / tokens - linear - of_head)
+
+
+def _timed_generate(
+    model: Any, prompt: Tensor, new_tokens: int, clock: _Clock | None = None
+) -> tuple[float, list[float]]:
+    """When the call started, and when each new token came."""
+    clock = clock or _Clock()
     start = time.perf_counter()
     model.generate(
         prompt[None],

@@ -1,0 +1,250 @@
+"""Whole models, dense bf16 against compressed bf16: tokens a second, memory, and where the time goes.
+
+    python benchmarks/end_to_end.py                          # all three
+    python benchmarks/end_to_end.py phi-3-mini --json
+
+gemma-3-270m has its real weights, from ``.demo/``, where ``make demo`` leaves them. The others have the
+shapes of the published models and random weights: what they say is worth nothing, and takes as long. Each
+model has processes of its own. Its two forms are timed in turn in one process where both fit into memory,
+else one after the other; the read bandwidth is measured in between.
+
+Linux only: memory is what the kernel counts (VmHWM of /proc/self/status).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config, PretrainedConfig
+from transformers.utils import logging
+
+from oats import OatsConfig, ops
+from oats.cli.console import human_bytes
+from oats.evaluate.bandwidth import read_bandwidth
+from oats.evaluate.generation import bytes_per_token, decode_time, generation_speed
+from oats.evaluate.random_model import random_model
+from oats.evaluate.spread import Spread
+from oats.integrations.stored_model import directory_bytes
+from oats.nn import SparseLowRankLinear
+
+DEMO = Path(__file__).parent.parent / ".demo"
+REAL = {"gemma-3-270m": {"dense": "dense-bf16", "oats": "oats-50"}}
+SHAPES: dict[str, PretrainedConfig] = {
+    # Phi-3 technical report (arXiv 2404.14219) and its published configuration.
+    "phi-3-mini": Phi3Config(
+        vocab_size=32064, hidden_size=3072, intermediate_size=8192, num_hidden_layers=32,
+        num_attention_heads=32, num_key_value_heads=32, max_position_embeddings=4096,
+    ),
+    # The Llama 3 herd of models (arXiv 2407.21783), table 3.
+    "llama-3-8b": LlamaConfig(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+        num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=8192,
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0}, rms_norm_eps=1e-5,
+    ),
+}  # fmt: skip
+FORMS = ("oats", "dense")
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("models", nargs="*", metavar="MODEL", help=", ".join([*REAL, *SHAPES]))
+    parser.add_argument("--compression", type=float, default=0.5, help="of the random models (default 0.5)")
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS), help="default: both")
+    parser.add_argument("--prompt", type=int, default=128, help="tokens of the prompt (default 128)")
+    parser.add_argument("--new-tokens", type=int, default=32, help="generated tokens (default 32)")
+    parser.add_argument("--repetitions", type=int, default=5, help="timed runs of each form (default 5)")
+    parser.add_argument("--demo", type=Path, default=DEMO, help="where make demo left its models")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    models = options.models or [*REAL, *SHAPES]
+    unknown = sorted(set(models) - {*REAL, *SHAPES})
+    if unknown:
+        parser.error(f"unknown model {unknown[0]}; choose from {', '.join([*REAL, *SHAPES])}")
+    for model in set(models) & set(REAL):
+        for form in options.forms:
+            if not (options.demo / REAL[model][form]).is_dir():
+                parser.error(f"{options.demo / REAL[model][form]} is not there; run `make demo` first")
+    if options.worker:
+        print(json.dumps(measure(models[0], options.forms, options)))
+        return
+    rows = [row for model in models for row in in_processes(model, options)]
+    if options.json:
+        print(json.dumps(rows, indent=2))
+    else:
+        show(rows, options)
+
+
+def in_processes(model: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows of one model, from one process where both forms fit into memory, else from one for each."""
+    free = memory("MemAvailable", "/proc/meminfo")
+    needed = {form: expected_bytes(model, form, options) for form in options.forms}
+    groups = [list(needed)] if sum(needed.values()) < 0.9 * free else [[form] for form in needed]
+    rows: list[dict[str, Any]] = []
+    for forms in groups:
+        missing = sum(needed[form] for form in forms) - 0.95 * free
+        if missing > 0:
+            print(
+                f"{model} {forms[0]} left out: it needs {human_bytes(missing)} more memory", file=sys.stderr
+            )
+            continue
+        numbers = ("compression", "prompt", "new_tokens", "repetitions")
+        flags = [f"--{name.replace('_', '-')}={getattr(options, name)}" for name in numbers]
+        command = [
+            sys.executable,
+            __file__,
+            model,
+            *flags,
+            f"--demo={options.demo}",
+            "--worker",
+            "--forms",
+            *forms,
+        ]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        rows += json.loads(done.stdout.splitlines()[-1])
+    return rows
+
+
+def expected_bytes(model: str, form: str, options: argparse.Namespace) -> int:
+    """About what a process that holds the model takes."""
+    if model in REAL:
+        return 2 * directory_bytes(options.demo / REAL[model][form])
+    with torch.device("meta"):
+        network = AutoModelForCausalLM.from_config(SHAPES[model])
+    inside = sum(p.numel() for p in network.model.layers.parameters())
+    outside = sum(p.numel() for p in network.parameters()) - inside
+    share = 1.0 if form == "dense" else 1 - options.compression + 1 / 16  # of 16 bits, the mask takes one
+    return int(2 * (outside + share * inside)) + (1 << 30)
+
+
+def measure(model: str, forms: Sequence[str], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Make the forms of one model in this process and time them in turn."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    networks: dict[str, Any] = {}
+    made: dict[str, int] = {}
+    for form in forms:
+        before = memory("VmRSS")
+        networks[form] = make(model, form, options)
+        # Of a form that is made second the peak cannot be told.
+        made[form] = memory("VmHWM") - before if len(networks) == 1 else 0
+    vocabulary = networks[forms[0]].get_input_embeddings().num_embeddings
+    prompt = torch.randint(vocabulary, (options.prompt,), generator=torch.Generator().manual_seed(0))
+    read = read_bandwidth()
+    reads: list[float] = []
+    speeds = generation_speed(
+        networks,
+        prompt,
+        new_tokens=options.new_tokens,
+        repetitions=options.repetitions,
+        progress=lambda *_: reads.append(read()),
+    )
+    bandwidth = Spread.of(reads)
+    rows = []
+    for form, network in networks.items():
+        per_token = bytes_per_token(network)
+        decode = speeds[form].decode
+        rows.append(
+            {
+                "model": model,
+                "form": form,
+                "weights": "real" if model in REAL else "random",
+                "compression": compression_of(network, options),
+                "decode_tokens_per_s": asdict(decode),
+                "prefill_tokens_per_s": asdict(speeds[form].prefill),
+                "prompt_tokens": options.prompt,
+                "new_tokens": options.new_tokens,
+                "repetitions": options.repetitions,
+                "in_turn_with": [other for other in forms if other != form],
+                "bytes_per_token": per_token,
+                "block_bytes": per_token - network.get_output_embeddings().weight.nbytes,
+                "peak_of_making_bytes": made[form] or None,
+                "peak_of_process_bytes": memory("VmHWM") if len(forms) == 1 else None,
+                "read_bytes_per_s": asdict(bandwidth),
+                "share_of_bandwidth": per_token * decode.median / bandwidth.median,
+                "decode_seconds": asdict(decode_time(network, prompt, new_tokens=options.new_tokens)),
+                "threads": torch.get_num_threads(),
+                "isa": ops.active_isa(),
+                "torch": torch.__version__,
+            }
+        )
+    return rows
+
+
+def compression_of(network: Any, options: argparse.Namespace) -> float | None:
+    """Of a compressed model; None for a dense one."""
+    if not any(isinstance(module, SparseLowRankLinear) for module in network.modules()):
+        return None
+    stored = getattr(network.config, "quantization_config", None)
+    return float(options.compression if stored is None else stored.settings.compression)
+
+
+def make(model: str, form: str, options: argparse.Namespace) -> Any:
+    """The model in one form."""
+    if model in REAL:
+        return AutoModelForCausalLM.from_pretrained(options.demo / REAL[model][form]).eval()
+    config = None if form == "dense" else OatsConfig(compression=options.compression)
+    return random_model(SHAPES[model], config)
+
+
+def memory(field: str, file: str = "/proc/self/status") -> int:
+    """A field of a file in /proc, in bytes."""
+    lines = Path(file).read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+
+
+def show(rows: Sequence[Mapping[str, Any]], options: argparse.Namespace) -> None:
+    """Print a table."""
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in ("model", "weights"):
+        table.add_column(name, no_wrap=True)
+    for name in (
+        "in blocks",
+        "decode tokens/s",
+        "prefill tokens/s",
+        "of bandwidth",
+        "ms linear + head + rest",
+    ):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        form = "dense bf16" if row["form"] == "dense" else f"oats {row['compression']:.0%} bf16"
+        speeds = [
+            f"{s['median']:.{d}f} ({s['p10']:.{d}f}–{s['p90']:.{d}f})"
+            for s, d in ((row["decode_tokens_per_s"], 1), (row["prefill_tokens_per_s"], 0))
+        ]
+        parts = [f"{1e3 * row['decode_seconds'][part]:.1f}" for part in ("linear", "head", "rest")]
+        table.add_row(
+            row["model"], f"{form}, {row['weights']}", human_bytes(row["block_bytes"]), *speeds,
+            f"{row['share_of_bandwidth']:.0%}", " + ".join(parts),
+        )  # fmt: skip
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 130)
+    console.print(table)
+    for row in rows:
+        if row["peak_of_making_bytes"]:
+            console.print(
+                f"{row['model']} {row['form']}: a token reads {human_bytes(row['bytes_per_token'])} of "
+                f"weights; making the model took {human_bytes(row['peak_of_making_bytes'])} of memory at its "
+                f"peak. Read bandwidth {row['read_bytes_per_s']['median'] / 1e9:.1f} GB/s."
+            )
+    console.print(
+        f"Median (p10–p90) of {options.repetitions} runs, batch 1, prompt of {options.prompt} tokens, "
+        f"{options.new_tokens} new ones, greedy, with a KV cache; {rows[0]['threads']} threads, ISA "
+        f"{rows[0]['isa']}. The share of the read bandwidth is of the weights that a decoded token reads; "
+        "the parts of its time are from one more run, with clocks around the layers."
+    )
+
+
+if __name__ == "__main__":
+    main()
