@@ -19,8 +19,8 @@ OVERSAMPLING = 32
 """Columns carried beyond the rank."""
 
 START_PASSES = 8
-"""Power passes over the first matrix of a `WarmSubspace`. From a random start one pass is not enough: the
-thresholding then settles on a support that fits the error of the subspace, and later passes do not undo that."""
+"""Passes over the first matrix of a `WarmSubspace`. From a random start one is not enough: the thresholding
+then settles on a support that fits the error of the subspace, and later passes do not undo that."""
 
 BLOCK = 32
 """Columns of a Krylov block. Of 16, 32, 64 and 128, 32 is the fastest or within a tenth of it (docs/svd.md):
@@ -57,7 +57,12 @@ class TruncatedSVD(_Factors):
 
     @classmethod
     def _of(
-        cls, factors: tuple[Tensor, Tensor, Tensor], error: Tensor, residuals: Tensor, passes: int, met: Tensor
+        cls,
+        factors: tuple[Tensor, Tensor, Tensor],
+        error: Tensor,
+        residuals: Tensor,
+        passes: int,
+        met: Tensor,
     ) -> TruncatedSVD:
         result = cls(*factors)
         result.error_bound, result.residuals, result.passes, result.converged = error, residuals, passes, met
@@ -76,21 +81,22 @@ def truncated_svd(
 ) -> TruncatedSVD:
     """The `rank` largest singular triplets of a matrix, or of each of a batch.
 
-    Block Golub–Kahan–Lanczos with full reorthogonalisation and thick restarts (Golub, Luk and Overton, ACM TOMS
-    7(2), 1981; Baglama and Reichel, SIAM J. Sci. Comput. 27(1), 2005), from a random start as in randomized
-    block Krylov methods (Musco and Musco, NeurIPS 2015). Where this would cost more than the eigenvalues of the
-    Gram matrix in float64 (small matrices, ranks that are a large share of the matrix, flat spectra at a tight
-    `tol`), those are computed instead. Products are in A's dtype, small core problems in float64.
+    Block Golub–Kahan–Lanczos with full reorthogonalisation and thick restarts (Golub, Luk and Overton, ACM
+    TOMS 7(2), 1981; Baglama and Reichel, SIAM J. Sci. Comput. 27(1), 2005), from a random start as in
+    randomized block Krylov methods (Musco and Musco, NeurIPS 2015). Where this would cost more than the
+    eigenvalues of the Gram matrix in float64 (small matrices, ranks that are a large share of the matrix,
+    flat spectra at a tight `tol`), those are computed instead. Products are in A's dtype, small core problems
+    in float64. docs/svd.md has cost, accuracy and limits.
 
     Args:
-        A: (m, n) or (B, m, n), float32 or float64, finite; any strides. Not changed. On the CPU the matrices of
-            a batch are spread over torch's threads, one thread each.
+        A: (m, n) or (B, m, n), float32 or float64, finite; any strides. Not changed. On the CPU the matrices
+            of a batch are spread over torch's threads, one thread each.
         rank: 0 to min(m, n).
         warm_start: (…, k, n), rows near the leading right singular vectors, such as ``Vh`` of a similar
             matrix. None, or rows of which some are missing: filled up with random ones.
         oversample: columns of the basis beyond the rank when it is first tested, and that a restart keeps.
-        power_passes: at most so many passes after the basis has ``rank + oversample`` columns, and no change to
-            the dense solver once begun; 0 is the cheapest. None: as many as `tol` takes.
+        power_passes: None: as many passes as `tol` takes. A number: subspace iteration instead, with so many
+            power passes on a block of ``rank + oversample`` columns, whatever accuracy that gives.
         tol: stop once every ``‖A v_i − s_i u_i‖ ≤ tol · s_rank``, or is at the rounding level,
             ``64 eps s_1``. The values are far more accurate than the vectors: their error is about the square
             of it.
@@ -101,7 +107,7 @@ def truncated_svd(
         rounding level and the vectors complete the orthonormal sets.
 
     Raises:
-        WeightError: A or `warm_start` is not of a shape, dtype or device that is accepted, or A is not finite.
+        WeightError: A or `warm_start` is not of an accepted shape or dtype, or is not finite.
         ConfigError: `rank`, `oversample`, `power_passes` or `tol` is out of range.
 
     >>> a = torch.arange(1.0, 13.0).reshape(4, 3)
@@ -128,7 +134,9 @@ def truncated_svd(
     if matrix.is_cpu and min(batch, threads) > 1:
         # One thread a matrix: the eigensolvers of the core do not scale, and small products hardly do.
         try:
-            with ThreadPoolExecutor(min(batch, threads), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            with ThreadPoolExecutor(
+                min(batch, threads), initializer=torch.set_num_threads, initargs=(1,)
+            ) as pool:
                 results = list(pool.map(solve, range(batch)))
         finally:
             # Threads that are started later would inherit the 1.
@@ -164,8 +172,8 @@ def _of_one(
     if not math.isfinite(peak):  # aminmax passes NaN on
         bad = (~torch.isfinite(matrix)).nonzero()
         raise WeightError(
-            f"A: {len(bad)} of its {matrix.numel()} values are NaN or infinite, the first at {bad[0].tolist()}; "
-            "repair or drop them first"
+            f"A: {len(bad)} of its {matrix.numel()} values are NaN or infinite, the first at "
+            f"{bad[0].tolist()}; repair or drop them first"
         )
     if rank == 0 or peak == 0:
         factors = (
@@ -181,8 +189,11 @@ def _of_one(
         matrix = matrix / scale
     found = None
     passes = 0
-    if 2 * (rank + oversample) < min(m, n) and min(m, n) > 4 * BLOCK:
-        found, passes = _lanczos(matrix, rank, start, oversample, power_passes, tol, seed)
+    if power_passes is not None:
+        passes = power_passes + 1
+        found = _subspace_iteration(matrix, rank, start, min(rank + oversample, m, n), passes, seed)
+    elif 2 * (rank + oversample) < min(m, n) and min(m, n) > 4 * BLOCK:
+        found, passes = _lanczos(matrix, rank, start, oversample, tol, seed)
     if found is None:
         found, passes = _dense(matrix, rank), 0
     u, s, vh, residuals = found
@@ -197,21 +208,60 @@ _Found = tuple[Tensor, Tensor, Tensor, Tensor]
 """U, S, Vh and the residuals."""
 
 
+def _subspace_iteration(
+    matrix: Tensor, rank: int, start: Tensor | None, width: int, passes: int, seed: int
+) -> _Found:
+    """Each pass multiplies `width` columns by the matrix and its transpose (Halko et al., algorithm 4.4)."""
+    basis = _start_columns(matrix, start, width, seed)
+    for _ in range(passes - 1):
+        # Between products the columns only have to stay independent.
+        basis = _well_conditioned(matrix.mT @ _well_conditioned(matrix @ basis))
+    u, v = _rayleigh_ritz(matrix, torch.linalg.qr(matrix @ basis).Q)
+    u = u[:, :rank]
+    q, s = _unit_columns(v[:rank].mT)
+    return _sorted_with_residuals(matrix, u, s, q.mT)
+
+
+def _well_conditioned(block: Tensor) -> Tensor:
+    """The same span with columns that are orthonormal, or nearly so: shifted Cholesky-QR, in half the time of
+    Householder's (Fukaya et al., SIAM J. Sci. Comput. 42(1), 2020)."""
+    gram = block.mT @ block
+    shift = 16 * torch.finfo(block.dtype).eps * gram.diagonal().sum()
+    factor, failed = torch.linalg.cholesky_ex(gram + shift * torch.eye(len(gram)).to(gram))
+    if int(failed):  # a block of zeros
+        q: Tensor = torch.linalg.qr(block).Q
+        return q
+    solved: Tensor = torch.linalg.solve_triangular(factor, block.mT, upper=False)
+    return solved.mT
+
+
+def _rayleigh_ritz(matrix: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    """``q q^T matrix = u v``: u orthonormal, the rows of v orthogonal and of decreasing norm.
+
+    v is a projection and not ``diag(s) Vᵀ``: each of its columns is accurate to the scale of that column.
+    """
+    projected = q.mT @ matrix
+    # The Gram matrix squares the condition number, so in float64; it is small.
+    wide = projected.double()
+    rotation = torch.linalg.eigh(wide @ wide.mT).eigenvectors.flip(1).to(matrix.dtype)
+    return q @ rotation, rotation.mT @ projected
+
+
 def _lanczos(
     matrix: Tensor,
     rank: int,
     start: Tensor | None,
     oversample: int,
-    power_passes: int | None,
     tol: float,
     seed: int,
 ) -> tuple[_Found | None, int]:
     """Block Golub–Kahan–Lanczos, and its passes; None where the dense solver would be faster.
 
     Orthonormal rows ``left`` (size, m) and ``right`` (size, n) grow by one block a pass, and with ``core``
-    (size, size) satisfy ``left @ matrix = core @ right`` and ``matrix @ right.T = left.T @ core + fresh @ R E``,
-    with E the last rows of the identity. So the singular triplets of the core are approximate ones of the
-    matrix; only ``R E`` separates the right vectors from being exact, which gives the residuals for nothing.
+    (size, size) satisfy ``left @ matrix = core @ right`` and
+    ``matrix @ right.T = left.T @ core + fresh @ triangle @ E``, E being the last rows of the identity. So the
+    singular triplets of the core are those of the matrix but for the last term, which gives the residuals for
+    nothing.
     """
     m, n = matrix.shape
     keep = rank + oversample
@@ -223,7 +273,7 @@ def _lanczos(
     core = matrix.new_zeros(capacity, capacity, dtype=torch.float64)
 
     size = passes = 0
-    next_test, last_pass = keep, None
+    next_test = keep
     before: tuple[int, float] | None = None
     fresh, _, _ = _orthogonalise(matrix @ _start_columns(matrix, start, width, seed), left[:0])
     while True:
@@ -235,25 +285,22 @@ def _lanczos(
         size, passes = grown, passes + 1
         fresh, _, triangle = _orthogonalise(matrix @ new, left[:size])
 
-        if last_pass is None and size >= keep and power_passes is not None:
-            last_pass = passes + power_passes
-        if size < next_test and size + width <= capacity and passes != last_pass:
+        if size < next_test and size + width <= capacity:
             continue
         inner = core[:size, :size]
         p, s = _left_vectors(inner)
         q = (inner.mT @ p[:, :rank]) / s[:rank].clamp_min(1e-8 * float(s[0]))
         residuals = torch.linalg.vector_norm(triangle @ q[-width:], dim=0)
         excess = float(residuals.max()) / _allowed(s[:rank], rank, tol, matrix.dtype)
-        if excess <= 1 or passes == last_pass:
+        if excess <= 1:
             break
-        if power_passes is None:
-            columns = passes * width
-            if before is not None:
-                # The residuals fall at least geometrically; the floor is for a test that saw no progress yet.
-                rate = max(math.log(before[1] / excess) / (columns - before[0]), 1e-3)
-                if math.log(excess) / rate > affordable or columns > 2 * affordable:
-                    return None, passes
-            before = columns, excess
+        columns = passes * width
+        if before is not None:
+            # The residuals fall at least geometrically; the floor is for a test that saw no progress yet.
+            rate = max(math.log(before[1] / excess) / (columns - before[0]), 1e-3)
+            if math.log(excess) / rate > affordable or columns > 2 * affordable:
+                return None, passes
+        before = columns, excess
         next_test = size + max(2 * width, size // 4)
         if size + width > capacity:
             kept = min(keep, capacity - width)
@@ -266,9 +313,10 @@ def _lanczos(
 
     p = p[:, :rank]
     q, s = _right_vectors(inner, p)
-    u = left[:size].mT @ p.to(left)
-    vh = q.mT.to(right) @ right[:size]
-    return (u, s.to(matrix.dtype), vh, residuals), passes
+    order = s.argsort(descending=True, stable=True)
+    u = left[:size].mT @ p[:, order].to(left)
+    vh = q[:, order].mT.to(right) @ right[:size]
+    return (u, s[order].to(matrix.dtype), vh, residuals[order]), passes
 
 
 def _columns_of_dense(m: int, n: int) -> float:
@@ -281,7 +329,9 @@ def _start_columns(matrix: Tensor, start: Tensor | None, width: int, seed: int) 
     """(n, width), from `start` as far as it goes, then random."""
     # Drawn on the CPU: the same seed starts alike on every device.
     generator = torch.Generator(device="cpu").manual_seed(seed)
-    columns = torch.randn(matrix.shape[1], width, generator=generator, dtype=torch.float32, device="cpu").to(matrix)
+    columns = torch.randn(matrix.shape[1], width, generator=generator, dtype=torch.float32, device="cpu").to(
+        matrix
+    )
     if start is not None:
         given = start[:width].mT.to(matrix)
         columns[:, : given.shape[1]] = given
@@ -293,9 +343,9 @@ def _start_columns(matrix: Tensor, start: Tensor | None, width: int, seed: int) 
 def _orthogonalise(block: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """``block = rows.T @ coefficients + q @ triangle`` with orthonormal columns of q, also against `rows`.
 
-    Gram–Schmidt against `rows` twice, then Cholesky-QR with the Gram matrix in float64; again where the columns
-    are so dependent that dividing by the triangle magnifies what is left of `rows`. Columns that are nothing
-    but rounding are replaced by random ones, so q is complete for a matrix of any rank.
+    Gram–Schmidt against `rows` twice, then Cholesky-QR with the Gram matrix in float64; again where the
+    columns are so dependent that dividing by the triangle magnifies what is left of `rows`. Columns that are
+    nothing but rounding are replaced by random ones, so q is complete for a matrix of any rank.
 
     Args:
         block: (n, b).
@@ -309,6 +359,8 @@ def _orthogonalise(block: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]
     width = block.shape[1]
     coefficients = block.new_zeros(rows.shape[0], width, dtype=torch.float64)
     triangle = torch.eye(width, dtype=torch.float64, device=block.device)
+    # Cholesky-QR in float64 loses the square of this: nothing for float32.
+    enough = 0.1 if block.dtype == torch.float32 else 0.9
     q = block
     for attempt in range(4):
         for _ in range(2 if attempt == 0 else 1):
@@ -330,20 +382,25 @@ def _orthogonalise(block: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]
             identity = torch.eye(width, dtype=torch.float64, device=block.device)
             q = q @ torch.linalg.solve_triangular(factor.mT, identity, upper=True).to(q)
             triangle = factor.mT @ triangle
-        if left > 0.1:
+        if left > enough:
             break
     return q, coefficients, triangle
 
 
 def _left_vectors(core: Tensor) -> tuple[Tensor, Tensor]:
-    """Left singular vectors of a small float64 matrix and its values, decreasing; half the time of the SVD."""
+    """Left singular vectors and values of a small float64 matrix, decreasing; half the time of the SVD."""
     values, vectors = torch.linalg.eigh(core @ core.mT)
     return vectors.flip(1), values.flip(0).clamp_min(0).sqrt()
 
 
 def _right_vectors(core: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
     """The right singular vectors to given left ones, complete where values vanish, and the values."""
-    q, triangle = torch.linalg.qr(core.mT @ left)
+    return _unit_columns(core.mT @ left)
+
+
+def _unit_columns(columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Orthogonal columns, made orthonormal and complete where they vanish, and their norms."""
+    q, triangle = torch.linalg.qr(columns)
     diagonal = triangle.diagonal()
     return q * torch.where(diagonal < 0, -1.0, 1.0).to(q), diagonal.abs()
 
@@ -362,10 +419,14 @@ def _dense(matrix: Tensor, rank: int) -> _Found:
         # The eigenvalues have lost what is below 1e-8 of the largest; the projection has not.
         v, s = _right_vectors(matrix, u)
         vh = v.mT
+    return _sorted_with_residuals(matrix, u, s, vh)
+
+
+def _sorted_with_residuals(matrix: Tensor, u: Tensor, s: Tensor, vh: Tensor) -> _Found:
+    # Values that are equal but for rounding can have changed places.
     order = s.argsort(descending=True, stable=True)
     u, s, vh = u[:, order], s[order], vh[order]
-    residuals = torch.linalg.vector_norm(matrix @ vh.mT - u * s, dim=0, dtype=torch.float64)
-    return (u, s, vh, residuals)
+    return u, s, vh, torch.linalg.vector_norm(matrix @ vh.mT - u * s, dim=0).double()
 
 
 def _allowed(s: Tensor, rank: int, tol: float, dtype: torch.dtype) -> float:
@@ -377,7 +438,7 @@ def _error_bound(matrix: Tensor, u: Tensor, s: Tensor, vh: Tensor) -> Tensor:
     """Upper bound of ``‖matrix − u s vh‖_F``, float64."""
     eps = torch.finfo(matrix.dtype).eps
     total = _squared_norm(matrix)
-    # Pythagoras, because s vh is the projection of the matrix on u; where it would cancel, the difference itself.
+    # Pythagoras, because s vh is the projection of the matrix on u; where it would cancel, the difference.
     rest = total - s.double().square().sum()
     if float(rest) > 1e-3 * float(total):
         return (rest + 8 * eps * total).sqrt()
@@ -389,7 +450,8 @@ def _error_bound(matrix: Tensor, u: Tensor, s: Tensor, vh: Tensor) -> Tensor:
 
 def _squared_norm(matrix: Tensor) -> Tensor:
     # By row, so that float32 sums stay short.
-    return torch.linalg.vector_norm(matrix, dim=1).double().square().sum()
+    norms: Tensor = torch.linalg.vector_norm(matrix, dim=1)
+    return norms.double().square().sum()
 
 
 def _check_matrix(matrix: Tensor) -> None:
@@ -406,9 +468,7 @@ def _check_matrix(matrix: Tensor) -> None:
         )
 
 
-def _check_settings(
-    matrix: Tensor, rank: int, oversample: int, power_passes: int | None, tol: float
-) -> None:
+def _check_settings(matrix: Tensor, rank: int, oversample: int, power_passes: int | None, tol: float) -> None:
     most = min(matrix.shape[-2:])
     if not 0 <= rank <= most:
         raise ConfigError(f"rank must be from 0 to min(m, n) = {most}, got {rank}")
@@ -504,12 +564,7 @@ class WarmSubspace:
         """
         for _ in range(self._passes):
             # Householder, not Cholesky: as fast here, and it completes the basis of a rank-deficient product.
-            q = torch.linalg.qr(matrix @ self._basis).Q
-            projected = q.mT @ matrix
-            # The Gram matrix squares the condition number, so in float64; it is small.
-            wide = projected.double()
-            rotation = torch.linalg.eigh(wide @ wide.mT).eigenvectors.flip(1).to(matrix.dtype)
-            v = rotation.mT @ projected
+            u, v = _rayleigh_ritz(matrix, torch.linalg.qr(matrix @ self._basis).Q)
             self._basis = v.mT
         self._passes = 1
-        return q @ rotation[:, : self._rank], v[: self._rank]
+        return u[:, : self._rank], v[: self._rank]
