@@ -192,10 +192,10 @@ def _of_one(
     if power_passes is not None:
         passes = power_passes + 1
         found = _subspace_iteration(matrix, rank, start, min(rank + oversample, m, n), passes, seed)
-    elif 2 * (rank + oversample) < min(m, n) and min(m, n) > 4 * BLOCK:
+    elif 6 * (rank + oversample) < min(m, n) and min(m, n) > 8 * BLOCK:
         found, passes = _lanczos(matrix, rank, start, oversample, tol, seed)
     if found is None:
-        found, passes = _dense(matrix, rank), 0
+        found, passes = _dense(matrix, rank, tol), 0
     u, s, vh, residuals = found
     error = _error_bound(matrix, u, s, vh)
     # The residuals themselves are subject to rounding.
@@ -405,28 +405,41 @@ def _unit_columns(columns: Tensor) -> tuple[Tensor, Tensor]:
     return q * torch.where(diagonal < 0, -1.0, 1.0).to(q), diagonal.abs()
 
 
-def _dense(matrix: Tensor, rank: int) -> _Found:
-    """The triplets from the Gram matrix in float64, whose rounding is below that of float32 data."""
+def _dense(matrix: Tensor, rank: int, tol: float) -> _Found:
+    """The triplets from the eigenvectors of the smaller Gram matrix."""
     m, n = matrix.shape
     if matrix.dtype == torch.float64:
         u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
-        u, s, vh = u[:, :rank], s[:rank], vh[:rank]
-    elif m > n:
-        vh, s, u, _ = (part.mT if part.ndim == 2 else part for part in _dense(matrix.mT, rank))
-    else:
-        wide = matrix.double()
-        u = torch.linalg.eigh(wide @ wide.mT).eigenvectors[:, m - rank :].flip(1).to(matrix.dtype)
-        # The eigenvalues have lost what is below 1e-8 of the largest; the projection has not.
-        v, s = _right_vectors(matrix, u)
-        vh = v.mT
-    return _sorted_with_residuals(matrix, u, s, vh)
+        return _sorted_with_residuals(matrix, u[:, :rank], s[:rank], vh[:rank])
+    if m < n:
+        v, s, uh, _ = _dense(matrix.mT, rank, tol)
+        return _sorted_with_residuals(matrix, uh.mT, s, v.mT)
+    width = min(rank + OVERSAMPLING, n)
+    if 4 * width <= n:
+        # In float32 half the time; one pass over the few that are wanted makes up for what it loses, unless
+        # they are far below the largest.
+        vectors = torch.linalg.eigh(matrix.mT @ matrix).eigenvectors[:, n - width :].mT.flip(0)
+        found = _subspace_iteration(matrix, rank, vectors, width, 1, 0)
+        if _within(found, rank, tol):
+            return found
+    wide = matrix.double()
+    v = torch.linalg.eigh(wide.mT @ wide).eigenvectors[:, n - rank :].flip(1).to(matrix.dtype)
+    # Not the square roots of the eigenvalues, which have lost what is below 1e-8 of the largest.
+    u, s = _unit_columns(matrix @ v)
+    return _sorted_with_residuals(matrix, u, s, v.mT)
 
 
 def _sorted_with_residuals(matrix: Tensor, u: Tensor, s: Tensor, vh: Tensor) -> _Found:
     # Values that are equal but for rounding can have changed places.
     order = s.argsort(descending=True, stable=True)
     u, s, vh = u[:, order], s[order], vh[order]
-    return u, s, vh, torch.linalg.vector_norm(matrix @ vh.mT - u * s, dim=0).double()
+    residuals = torch.linalg.vector_norm(matrix @ vh.mT - u * s, dim=0).double()
+    return u, s, vh, residuals
+
+
+def _within(found: _Found, rank: int, tol: float) -> bool:
+    _, s, _, residuals = found
+    return bool(residuals.max() <= _allowed(s.double(), rank, tol, s.dtype))
 
 
 def _allowed(s: Tensor, rank: int, tol: float, dtype: torch.dtype) -> float:

@@ -149,15 +149,16 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_truncated_svd_of_every_kind_of_matrix(case, tol):
     matrix = CASES[case]().float()
-    rank = min(40, *matrix.shape)
-    check(matrix, truncated_svd(matrix, rank, tol=tol), rank, residual=max(tol, 1e-4))
+    rank = min(30, *matrix.shape)
+    check(matrix, truncated_svd(matrix, rank, tol=tol, oversample=8), rank, residual=max(tol, 1e-4))
 
 
 def test_the_krylov_solver_and_the_dense_one_are_both_used():
-    assert truncated_svd(CASES["power"]().float(), 40).passes > 0
+    assert truncated_svd(CASES["power"]().float(), 30, oversample=8).passes > 0
     assert truncated_svd(flat(300, 340), 140).passes == 0
     # A flat spectrum at a tight tolerance changes over.
-    assert truncated_svd(flat(300, 340), 40, tol=1e-6).passes == 0
+    assert truncated_svd(flat(300, 340), 30, oversample=8).passes > 0
+    assert truncated_svd(flat(300, 340), 30, oversample=8, tol=1e-6).passes == 0
 
 
 def test_restarts():
@@ -207,10 +208,12 @@ def test_any_shape_and_rank(m, n, rank, true_rank, passes, dtype):
 
 
 @settings(max_examples=12, deadline=None)
-@given(st.integers(200, 320), st.integers(200, 320), st.integers(1, 60), st.integers(0, 90))
+@given(st.integers(300, 400), st.integers(300, 400), st.integers(1, 40), st.integers(0, 90))
 def test_krylov_at_any_rank_deficiency(m, n, rank, true_rank):
     matrix = normal(m, true_rank) @ normal(true_rank, n, seed=1)
-    check(matrix, truncated_svd(matrix, rank), rank)
+    result = truncated_svd(matrix, rank, oversample=8)
+    assert result.passes > 0 or true_rank == 0
+    check(matrix, result, rank)
 
 
 @pytest.mark.parametrize("passes", [None, 1])
@@ -232,7 +235,7 @@ def test_extreme_scales(scale):
 
 def test_float64_is_computed_in_float64():
     matrix = CASES["steep"]()
-    check(matrix, truncated_svd(matrix, 30, tol=1e-9), 30, residual=1e-9)
+    check(matrix, truncated_svd(matrix, 30, tol=1e-9, oversample=8), 30, residual=1e-9)
 
 
 def test_strides_do_not_matter():
@@ -260,9 +263,9 @@ def test_a_batch_is_its_matrices(threads, passes):
 @pytest.mark.parametrize("batch", [(), (2,)])
 def test_a_warm_start_saves_passes(batch):
     matrix = CASES["power"]().float().expand(*batch, 300, 260)
-    first = truncated_svd(matrix, 20, tol=1e-3)
+    first = truncated_svd(matrix, 20, tol=1e-3, oversample=8)
     changed = matrix + 1e-7 * normal(300, 260)
-    again = truncated_svd(changed, 20, tol=1e-3, warm_start=first.Vh)
+    again = truncated_svd(changed, 20, tol=1e-3, oversample=8, warm_start=first.Vh)
     assert again.passes < first.passes and bool(again.converged.all())
     cold = truncated_svd(changed, 20, power_passes=0)
     warm = truncated_svd(changed, 20, power_passes=0, warm_start=first.Vh)
