@@ -2,7 +2,7 @@
 
     python benchmarks/decomposition.py --random 1024x1024 2048x2048
     python benchmarks/decomposition.py --random 4096x14336 --no-exact --repeat 1
-    python benchmarks/decomposition.py --model .demo/dense-fp32 --layer model.layers.8.mlp.gate_proj.weight
+    python benchmarks/decomposition.py --model .demo/dense-fp32 --layer model.layers.8.mlp.up_proj.weight
 
 The full alternation is timed with `torch.linalg.svd` in float32. Where 80 of them take longer than `--longest`
 seconds, fewer are timed and the time is extrapolated, which the table marks with "≈". The error after 80 is
@@ -59,7 +59,9 @@ def timed_published(scaled: Tensor, rank: int, count: int, longest: float) -> tu
     start = time.perf_counter()
     alternate(scaled, rank, count, full_svd, 1)
     one = time.perf_counter() - start
-    steps = min(PUBLISHED, max(1, int(longest / one)))
+    steps = min(PUBLISHED, int(longest / one))
+    if steps < 2:
+        return one * PUBLISHED, 1
     start = time.perf_counter()
     alternate(scaled, rank, count, full_svd, steps)
     return (time.perf_counter() - start) / steps * PUBLISHED, steps
