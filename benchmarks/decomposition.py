@@ -2,11 +2,11 @@
 
     python benchmarks/decomposition.py --random 1024x1024 2048x2048
     python benchmarks/decomposition.py --random 4096x14336 --no-exact --repeat 1
-    python benchmarks/decomposition.py --model .demo/dense-fp32 --layer model.layers.8.mlp.up_proj.weight
+    python benchmarks/decomposition.py --model DIRECTORY --layer model.layers.8.mlp.up_proj.weight
 
 The full alternation is timed with `torch.linalg.svd` in float32. Where 80 of them take longer than `--longest`
 seconds, fewer are timed and the time is extrapolated, which the table marks with "≈". The error after 80 is
-really computed, from the eigenvectors of the Gram matrix in float64 (the same step), unless `--no-exact`.
+computed in full, from the eigenvectors of the Gram matrix in float64 (the same step), unless `--no-exact`.
 """
 
 from __future__ import annotations
