@@ -4,7 +4,7 @@
     python benchmarks/decomposition.py --random 4096x14336 --no-exact --repeat 1
     python benchmarks/decomposition.py --model DIRECTORY --layer model.layers.8.mlp.up_proj.weight
 
-The full alternation is timed with `torch.linalg.svd` in float32. Where 80 of them take longer than `--longest`
+The full alternation is timed with `torch.linalg.svd` in float32. Where 80 take longer than `--longest`
 seconds, fewer are timed and the time is extrapolated, which the table marks with "≈". The error after 80 is
 computed in full, from the eigenvectors of the Gram matrix in float64 (the same step), unless `--no-exact`.
 """

@@ -157,7 +157,7 @@ def test_the_krylov_solver_and_the_dense_one_are_both_used():
     assert truncated_svd(CASES["power"]().float(), 30, oversample=8).passes > 0
     assert truncated_svd(flat(300, 340), 140).passes == 0
     # A flat spectrum at a tight tolerance changes over.
-    assert truncated_svd(flat(300, 340), 30, oversample=8).passes > 0
+    assert truncated_svd(flat(300, 340), 30, oversample=8, tol=0.3).passes > 0
     assert truncated_svd(flat(300, 340), 30, oversample=8, tol=1e-6).passes == 0
 
 
