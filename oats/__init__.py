@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from oats.errors import UnsupportedModelError as UnsupportedModelError
     from oats.errors import WeightError as WeightError
     from oats.nn import SparseLowRankLinear as SparseLowRankLinear
+    from oats.svd import TruncatedSVD as TruncatedSVD
+    from oats.svd import truncated_svd as truncated_svd
 
 # Where torch's entry points are off (TORCH_DEVICE_BACKEND_AUTOLOAD=0), whoever imports oats gets its format.
 register()
@@ -44,6 +46,8 @@ _HOME = {
     "UnsupportedModelError": "oats.errors",
     "WeightError": "oats.errors",
     "SparseLowRankLinear": "oats.nn",
+    "TruncatedSVD": "oats.svd",
+    "truncated_svd": "oats.svd",
 }
 
 __all__ = [*_HOME, "__version__"]
