@@ -1,0 +1,221 @@
+"""Ours, torch, and every peer that is installed, on the same layers: `make bench` and `make bench-peers`.
+
+    python benchmarks/run.py --out bench-results            # the shapes of docs/performance.md
+    python benchmarks/run.py --out bench-results --quick    # 4096 × 4096 at four batches
+    python benchmarks/run.py --out here --model phi-3-mini --no-peers
+
+Prints the tables as Markdown, and writes them, all rows as JSON, and the pictures to the directory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from process import PeerError, PeerProcess
+
+from oats import ops
+from oats.config import OatsConfig
+from oats.errors import OatsError
+from oats.evaluate import plots, report
+from oats.evaluate.contenders import Contender, compressed, torch_dense
+from oats.evaluate.latency import LeftOut, Row, layer_rows
+from oats.evaluate.layer import Form
+from oats.evaluate.shapes import LayerShape, shapes_of
+
+HERE = Path(__file__).resolve().parent
+
+# Llama-3-8B and Llama-2-7B between them.
+SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (14336, 4096), (1024, 4096))
+BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 32, 64, 128, 256, 512, 1024, 2048)
+PEER_BATCHES = (1, 4, 16, 128)
+# Lower instruction sets are shown on the first shape only.
+ISA_BATCHES = (1, 16, 128)
+
+
+@dataclass(frozen=True)
+class PeerKind:
+    """How a peer is started.
+
+    Attributes:
+        environment: folder under .bench/ whose Python runs it, "" for the one that runs this.
+        script: in peers/, and its arguments.
+        how: to get it, for the line that says that it is missing.
+    """
+
+    name: str
+    stored_dtype: str
+    form: Form
+    environment: str
+    script: tuple[str, ...]
+    how: str = "make bench-peers"
+
+
+def peer_kinds(bench: Path, sparamx: str | None) -> list[PeerKind]:
+    """All peers, installed or not; `bench` is the folder of their environments."""
+    kinds = [
+        PeerKind("torch CSR", "fp32", "unstructured", "", ("torch_csr.py",)),
+        PeerKind("scipy CSR", "fp32", "unstructured", "runtimes", ("scipy_csr.py",)),
+        PeerKind("ONNX Runtime", "fp32", "dense", "runtimes", ("onnx_runtime.py",)),
+        PeerKind("OpenVINO", "fp32", "dense", "runtimes", ("openvino_runtime.py", "fp32")),
+        PeerKind("OpenVINO", "bf16", "dense", "runtimes", ("openvino_runtime.py", "bf16")),
+        PeerKind("DeepSparse", "fp32", "unstructured", "deepsparse", ("deepsparse_engine.py",)),
+        PeerKind("llama.cpp", "q8_0", "dense", "runtimes", ("ggml_matmul.py", str(bench / "ggml"), "q8_0")),
+        PeerKind("llama.cpp", "q4_k", "dense", "runtimes", ("ggml_matmul.py", str(bench / "ggml"), "q4_k")),
+    ]
+    if sparamx is not None:
+        script = ("sparamx.py", sparamx, str(bench / "sparamx"))
+        kinds.append(PeerKind("SparAMX AVX", "bf16", "unstructured", "", script))
+    return kinds
+
+
+def start_peers(
+    kinds: Sequence[PeerKind], bench: Path, batches: Sequence[int], left_out: list[LeftOut]
+) -> list[PeerProcess]:
+    """Those that start; for each other one `left_out` says why, and how to get it."""
+    peers = []
+    for kind in kinds:
+        python = bench / kind.environment / "bin/python" if kind.environment else Path(sys.executable)
+        script, *arguments = kind.script
+        name = f"{kind.name} {kind.stored_dtype}"
+        if not python.exists():
+            left_out.append(LeftOut(name, "everywhere", f"not installed; {kind.how} installs it"))
+            continue
+        command = [str(python), str(HERE / "peers" / script), *arguments]
+        try:
+            peers.append(
+                PeerProcess(
+                    kind.name, command, stored_dtype=kind.stored_dtype, form=kind.form, batches=batches
+                )
+            )
+        except PeerError as error:
+            left_out.append(LeftOut(name, "everywhere", f"{error}; {kind.how} installs it"))
+    return peers
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run; the exit status is 1 where a result of ours is wrong or nothing could be measured."""
+    options = _parser().parse_args(arguments)
+    if options.quick:
+        options.shapes, options.batches = SHAPES[:1], PEER_BATCHES
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    bench = options.environments.resolve()
+    started = time.monotonic()
+    try:
+        rows, left_out = _measure(options, bench)
+        options.out.mkdir(parents=True, exist_ok=True)
+        table = report.markdown(rows, left_out)
+        (options.out / "table.md").write_text(table)
+        seconds = round(time.monotonic() - started)
+        values = report.to_dict(rows, left_out, seconds=seconds)
+        (options.out / "rows.json").write_text(json.dumps(values, indent=1) + "\n")
+        if options.plot:
+            plots.draw(rows, options.out)
+    except OatsError as error:
+        print(f"benchmarks: error: {error}", file=sys.stderr)
+        return 1
+    print(table)
+    print(f"{options.out}: table.md, rows.json{', pictures' if options.plot else ''}; {seconds} s")
+    return 0
+
+
+def _measure(options: argparse.Namespace, bench: Path) -> tuple[list[Row], list[LeftOut]]:
+    shapes: Sequence[LayerShape]
+    if options.model is not None:
+        shapes = shapes_of(options.model)
+    else:
+        shapes = [LayerShape(f"{d_out} x {d_in}", d_out, d_in) for d_out, d_in in options.shapes]
+    if options.plot:
+        plots.prepare(options.out)
+    config = OatsConfig(compression=options.compression, rank_ratio=options.rank_ratio)
+    peer_batches = [batch for batch in options.batches if batch in PEER_BATCHES]
+    rows: list[Row] = []
+    left_out: list[LeftOut] = []
+    peers: list[Contender] = []
+    if options.peers:
+        kinds = peer_kinds(bench, options.sparamx)
+        if options.sparamx is None:
+            how = "give --sparamx or SPARAMX the folder SparAMX of a checkout of its repository"
+            left_out.append(LeftOut("SparAMX AVX bf16", "everywhere", how))
+        if options.only:
+            kinds = [kind for kind in kinds if any(part in kind.name.lower() for part in options.only)]
+        _say("starting the peers")
+        peers += start_peers(kinds, bench, peer_batches, left_out)
+    dtypes = ("bf16", "fp32")
+    peers = [*(torch_dense(dtype) for dtype in dtypes), *peers]
+    try:
+        for number, shape in enumerate(shapes):
+            ours = [compressed(dtype) for dtype in dtypes]
+            if options.peers:
+                ours += [compressed(dtype, form="unstructured") for dtype in dtypes]
+                for contender in ours[2:]:
+                    contender.batches = peer_batches
+            if number == 0:
+                for isa in ops.available_isas():
+                    if isa not in (ops.active_isa(), "scalar"):
+                        lower = [compressed(dtype, isa=isa) for dtype in dtypes]
+                        for contender in lower:
+                            contender.batches = [b for b in options.batches if b in ISA_BATCHES]
+                        ours += lower
+            for row in layer_rows(
+                shape, options.batches, config, ours, peers, model=options.model or "",
+                repetitions=options.repetitions, seconds=options.seconds, left_out=left_out, progress=_say,
+            ):  # fmt: skip
+                rows.append(row)
+            for contender in ours:
+                contender.close()
+    finally:
+        for contender in peers:
+            contender.close()
+    return rows, left_out
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--out", type=Path, required=True, help="directory of the results")
+    parser.add_argument("--model", help="the layer shapes of a model, such as llama-3-8b")
+    parser.add_argument("--shapes", type=_shapes, default=SHAPES, help="such as 4096x4096,1024x4096")
+    parser.add_argument("--batches", type=_whole_numbers, default=BATCHES, help="such as 1,4,16")
+    parser.add_argument("--compression", type=float, default=0.5)
+    parser.add_argument("--rank-ratio", type=float, default=0.25)
+    parser.add_argument("--threads", type=int, help="of all contenders; torch's default")
+    parser.add_argument("--repetitions", type=int, default=200, help="timed calls of each, at most")
+    parser.add_argument("--seconds", type=float, default=0.4, help="that the timed calls of each take, about")
+    parser.add_argument("--quick", action="store_true", help="4096 x 4096 at batches 1, 4, 16, 128")
+    parser.add_argument("--no-peers", dest="peers", action="store_false", help="ours and torch only")
+    parser.add_argument("--only", type=lambda text: text.lower().split(","), help="peers with these names")
+    parser.add_argument("--no-plot", dest="plot", action="store_false")
+    parser.add_argument("--environments", type=Path, default=HERE.parent / ".bench", help="of the peers")
+    parser.add_argument("--sparamx", default=os.environ.get("SPARAMX"), help="folder SparAMX of a checkout")
+    return parser
+
+
+def _shapes(text: str) -> list[tuple[int, int]]:
+    pairs = [tuple(int(part) for part in shape.split("x")) for shape in text.split(",")]
+    if any(len(pair) != 2 for pair in pairs):
+        raise argparse.ArgumentTypeError(f"shapes are d_out x d_in with commas between, got {text!r}")
+    return [(pair[0], pair[1]) for pair in pairs]
+
+
+def _whole_numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def _say(note: str) -> None:
+    """On one line of a terminal; nothing where stderr goes to a file."""
+    if sys.stderr.isatty():
+        width = shutil.get_terminal_size().columns - 1
+        print(f"\r{note[:width]:<{width}}", end="", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
