@@ -59,36 +59,52 @@ class PeerProcess:
         self.isa = ""
         self.dtype: Dtype = "fp32" if stored_dtype == "fp32" else "bf16"
         self.tolerance = {**TOLERANCES, **_QUANTISED}[stored_dtype]
+        self._command, self._environment = list(command), {**os.environ, **(environment or {})}
         self._folder = tempfile.TemporaryDirectory(prefix="oats-bench-")
-        self._log = Path(self._folder.name) / "log"
-        self._pending = b""
-        with self._log.open("wb") as log:
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                env={**os.environ, **(environment or {})},
-            )
+        self._process: subprocess.Popen[bytes] | None = None
         try:
-            self.version = str(self._answer()["version"])
+            self._start()
         except PeerError:
             self.close()
             raise
 
+    def _start(self) -> None:
+        self._end()
+        self._pending = b""
+        with open(self._path("log"), "wb") as log:
+            try:
+                self._process = subprocess.Popen(
+                    self._command,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=log,
+                    env=self._environment,
+                )
+            except OSError as error:
+                raise PeerError(f"{self.name} cannot be started: {error}") from None
+        self.version = str(self._answer()["version"])
+
     def load(self, weight: RandomWeight) -> Loaded:
-        """See `Contender`."""
+        """See `Contender`; a process that a layer before has ended is started again."""
+        if self._process is None or self._process.poll() is not None:
+            self._start()
+        paths = [self._write("weight", weight.sparse)]
         if weight.rank:
-            raise PeerError(f"{self.name} takes no low-rank part")
-        path = self._write("weight", weight.sparse)
-        threads = torch.get_num_threads()
-        answer = self._ask(do="load", weight=path, threads=threads, cycled_bytes=cycled_bytes())
-        os.unlink(path)
+            paths += [self._write("u", weight.low_rank_u), self._write("v", weight.low_rank_v)]
+        answer = self._ask(
+            do="load",
+            weight=paths[0],
+            factors=paths[1:],
+            threads=torch.get_num_threads(),
+            cycled_bytes=cycled_bytes(),
+        )
+        for path in paths:
+            os.unlink(path)
         return Loaded(answer["weight_bytes"], answer["copies"])
 
     def output(self, x: Tensor) -> Tensor:
         """See `Contender`."""
-        y = f"{self._folder.name}/y.npy"
+        y = self._path("y.npy")
         self._ask(do="output", x=self._write("x", x), y=y)
         return torch.from_numpy(np.load(y))
 
@@ -98,28 +114,32 @@ class PeerProcess:
 
     def close(self) -> None:
         """End the process; it can be done again."""
-        self._process.kill()
-        self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                pipe.close()
+        self._end()
         self._folder.cleanup()
 
+    def _end(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+            self._process = None
+
+    def _path(self, name: str) -> str:
+        return f"{self._folder.name}/{name}"
+
     def _write(self, name: str, tensor: Tensor) -> str:
-        path = f"{self._folder.name}/{name}.npy"
-        np.save(path, tensor.float().numpy())
+        np.save(path := self._path(f"{name}.npy"), tensor.float().numpy())
         return path
 
     def _ask(self, **request: Any) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        if self._process.poll() is not None:
+        if self._process is None or self._process.poll() is not None:
             raise PeerError(f"{self.name} has ended before")
+        assert self._process.stdin is not None
         self._process.send_signal(signal.SIGCONT)
         try:
             self._process.stdin.write(json.dumps(request).encode() + b"\n")
             self._process.stdin.flush()
         except BrokenPipeError:
-            raise self._failure("has ended") from None
+            raise self._failure() from None
         answer = self._answer()
         if "error" in answer:
             raise PeerError(f"{self.name}: {answer['error']}")
@@ -127,23 +147,27 @@ class PeerProcess:
 
     def _answer(self) -> dict[str, Any]:
         """The next line that the worker writes; it is stopped as soon as that is there."""
-        assert self._process.stdout is not None
+        assert self._process is not None and self._process.stdout is not None
         descriptor = self._process.stdout.fileno()
         until = time.monotonic() + _PATIENCE_SECONDS
         while b"\n" not in self._pending:
             ready, _, _ = select.select([descriptor], [], [], max(0.0, until - time.monotonic()))
             if not ready:
-                self.close()
+                self._end()
                 raise PeerError(f"{self.name} did not answer for {_PATIENCE_SECONDS:.0f} s")
             piece = os.read(descriptor, 1 << 16)
             if not piece:
-                raise self._failure("ended")
+                raise self._failure()
             self._pending += piece
         self._process.send_signal(signal.SIGSTOP)
         line, self._pending = self._pending.split(b"\n", 1)
         answer: dict[str, Any] = json.loads(line)
         return answer
 
-    def _failure(self, what: str) -> PeerError:
-        printed = self._log.read_text(errors="replace").strip().splitlines()
-        return PeerError(f"{self.name} {what}" + (f": {printed[-1][:300]}" if printed else ""))
+    def _failure(self) -> PeerError:
+        """That the process has ended, with the line of its log that most likely says why."""
+        self._end()
+        printed = Path(self._path("log")).read_text(errors="replace").strip().splitlines()
+        telling = [line for line in printed if "rror" in line or "ssertion" in line]
+        reason = (telling or printed or [""])[-1].strip()
+        return PeerError(f"{self.name} ended" + (f": {reason[:300]}" if reason else ""))

@@ -16,7 +16,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -26,7 +26,7 @@ from oats import ops
 from oats.config import OatsConfig
 from oats.errors import OatsError
 from oats.evaluate import plots, report
-from oats.evaluate.contenders import Contender, compressed, torch_dense
+from oats.evaluate.contenders import Contender, Dtype, compressed, torch_dense
 from oats.evaluate.latency import LeftOut, Row, layer_rows
 from oats.evaluate.layer import Form
 from oats.evaluate.shapes import LayerShape, shapes_of
@@ -37,6 +37,8 @@ HERE = Path(__file__).resolve().parent
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (14336, 4096), (1024, 4096))
 BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 32, 64, 128, 256, 512, 1024, 2048)
 PEER_BATCHES = (1, 4, 16, 128)
+# Of the comparison with unstructured pruning, beside the one of the whole run.
+PAPER_COMPRESSIONS = (0.3, 0.4)
 # Lower instruction sets are shown on the first shape only.
 ISA_BATCHES = (1, 16, 128)
 
@@ -68,6 +70,7 @@ def peer_kinds(bench: Path, sparamx: str | None) -> list[PeerKind]:
         PeerKind("OpenVINO", "fp32", "dense", "runtimes", ("openvino_runtime.py", "fp32")),
         PeerKind("OpenVINO", "bf16", "dense", "runtimes", ("openvino_runtime.py", "bf16")),
         PeerKind("DeepSparse", "fp32", "unstructured", "deepsparse", ("deepsparse_engine.py",)),
+        PeerKind("DeepSparse", "fp32", "oats", "deepsparse", ("deepsparse_engine.py",)),
         PeerKind("llama.cpp", "q8_0", "dense", "runtimes", ("ggml_matmul.py", str(bench / "ggml"), "q8_0")),
         PeerKind("llama.cpp", "q4_k", "dense", "runtimes", ("ggml_matmul.py", str(bench / "ggml"), "q4_k")),
     ]
@@ -150,33 +153,56 @@ def _measure(options: argparse.Namespace, bench: Path) -> tuple[list[Row], list[
             kinds = [kind for kind in kinds if any(part in kind.name.lower() for part in options.only)]
         _say("starting the peers")
         peers += start_peers(kinds, bench, peer_batches, left_out)
-    dtypes = ("bf16", "fp32")
+    dtypes: tuple[Dtype, ...] = ("bf16", "fp32")
     peers = [*(torch_dense(dtype) for dtype in dtypes), *peers]
     try:
         for number, shape in enumerate(shapes):
-            ours = [compressed(dtype) for dtype in dtypes]
-            if options.peers:
-                ours += [compressed(dtype, form="unstructured") for dtype in dtypes]
-                for contender in ours[2:]:
-                    contender.batches = peer_batches
+            ours = _ours(dtypes, peer_batches if options.peers else [])
             if number == 0:
-                for isa in ops.available_isas():
-                    if isa not in (ops.active_isa(), "scalar"):
-                        lower = [compressed(dtype, isa=isa) for dtype in dtypes]
-                        for contender in lower:
-                            contender.batches = [b for b in options.batches if b in ISA_BATCHES]
-                        ours += lower
-            for row in layer_rows(
-                shape, options.batches, config, ours, peers, model=options.model or "",
-                repetitions=options.repetitions, seconds=options.seconds, left_out=left_out, progress=_say,
-            ):  # fmt: skip
-                rows.append(row)
-            for contender in ours:
-                contender.close()
+                lower = [isa for isa in ops.available_isas() if isa not in (ops.active_isa(), "scalar")]
+                batches = [batch for batch in options.batches if batch in ISA_BATCHES]
+                ours += [_at(compressed(dtype, isa=isa), batches) for isa in lower for dtype in dtypes]
+            rows += _timed(shape, options.batches, config, ours, peers, options, left_out)
+        if options.peers and not options.quick:
+            deepsparse = [peer for peer in peers if peer.name in ("torch", "DeepSparse")]
+            for share in PAPER_COMPRESSIONS:
+                ours = _ours(dtypes, peer_batches)
+                budget = replace(config, compression=share)
+                rows += _timed(shapes[0], peer_batches, budget, ours, deepsparse, options, left_out)
     finally:
         for contender in peers:
             contender.close()
     return rows, left_out
+
+
+def _ours(dtypes: Sequence[Dtype], unstructured_batches: Sequence[int]) -> list[Contender]:
+    plain = [_at(compressed(dtype, form="unstructured"), unstructured_batches) for dtype in dtypes]
+    return [*(compressed(dtype) for dtype in dtypes), *(plain if unstructured_batches else [])]
+
+
+def _at(contender: Contender, batches: Sequence[int]) -> Contender:
+    contender.batches = batches
+    return contender
+
+
+def _timed(
+    shape: LayerShape,
+    batches: Sequence[int],
+    config: OatsConfig,
+    ours: Sequence[Contender],
+    peers: Sequence[Contender],
+    options: argparse.Namespace,
+    left_out: list[LeftOut],
+) -> list[Row]:
+    rows = layer_rows(
+        shape, batches, config, ours, peers, model=options.model or "", repetitions=options.repetitions,
+        seconds=options.seconds, left_out=left_out, progress=_say,
+    )  # fmt: skip
+    try:
+        return list(rows)
+    finally:
+        for contender in ours:
+            contender.close()
 
 
 def _parser() -> argparse.ArgumentParser:

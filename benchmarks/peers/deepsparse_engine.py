@@ -19,8 +19,8 @@ class DeepSparse(Peer):
         # Its own format is not public; this much it must hold.
         return 4 * int((weight != 0).sum())
 
-    def load(self, weight, copies, threads):
-        self._weight, self._number, self._threads = weight, copies, threads
+    def load(self, weight, factors, copies, threads):
+        self._weight, self._factors, self._number, self._threads = weight, factors, copies, threads
         return None
 
     def calls(self, x):
@@ -28,7 +28,7 @@ class DeepSparse(Peer):
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, "layer.onnx")
             with open(path, "wb") as file:
-                file.write(layer_model(self._weight, len(x)))
+                file.write(layer_model(self._weight, self._factors, len(x)))
             engines = [
                 deepsparse.Engine(path, batch_size=len(x), num_cores=self._threads)
                 for _ in range(self._number)

@@ -102,7 +102,7 @@ class Ggml(Peer):
     def size(self, weight):
         return {"q8_0": 34 / 32, "q4_k": 144 / 256}[self._name] * weight.size
 
-    def load(self, weight, copies, threads):
+    def load(self, weight, factors, copies, threads):
         g = self._ggml
         g.backend_cpu_set_n_threads(self._backend, threads)
         for buffer, context in (*self._graphs, *self._held):

@@ -11,11 +11,11 @@ class ONNXRuntime(Peer):
     def size(self, weight):
         return weight.nbytes
 
-    def load(self, weight, copies, threads):
+    def load(self, weight, factors, copies, threads):
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
-        model = layer_model(weight, None)
+        model = layer_model(weight, factors, None)
         self._copies = [
             onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
             for _ in range(copies)

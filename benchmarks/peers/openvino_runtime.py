@@ -16,14 +16,14 @@ class OpenVINO(Peer):
     def size(self, weight):
         return self._bytes * weight.size
 
-    def load(self, weight, copies, threads):
-        self._weight, self._number, self._threads = weight, copies, threads
+    def load(self, weight, factors, copies, threads):
+        self._weight, self._factors, self._number, self._threads = weight, factors, copies, threads
         return self.size(weight)
 
     def calls(self, x):
         # A fixed batch: its plan of the product depends on it.
         core = ov.Core()
-        model = core.read_model(layer_model(self._weight, len(x)))
+        model = core.read_model(layer_model(self._weight, self._factors, len(x)))
         options = {
             "INFERENCE_PRECISION_HINT": self._precision,
             "INFERENCE_NUM_THREADS": self._threads,

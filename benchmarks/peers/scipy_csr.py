@@ -11,7 +11,7 @@ class ScipyCSR(Peer):
     def size(self, weight):
         return 8 * int((weight != 0).sum())
 
-    def load(self, weight, copies, threads):
+    def load(self, weight, factors, copies, threads):
         csr = scipy.sparse.csr_array(weight)
         self._copies = [csr] + [csr.copy() for _ in range(copies - 1)]
         return csr.data.nbytes + csr.indices.nbytes + csr.indptr.nbytes

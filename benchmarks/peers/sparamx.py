@@ -70,7 +70,7 @@ class SparAMX(Peer):
     def size(self, weight):
         return weight.size // 8 + 2 * int((weight != 0).sum())
 
-    def load(self, weight, copies, threads):
+    def load(self, weight, factors, copies, threads):
         torch.set_num_threads(threads)
         # A set of columns for each thread; its default of 32 sets was no faster.
         layer = self._layer.from_weights(torch.from_numpy(weight), num_threads=threads)

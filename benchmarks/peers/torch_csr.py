@@ -10,7 +10,7 @@ class TorchCSR(Peer):
     def size(self, weight):
         return 8 * int((weight != 0).sum())
 
-    def load(self, weight, copies, threads):
+    def load(self, weight, factors, copies, threads):
         torch.set_num_threads(threads)
         csr = torch.from_numpy(weight).to_sparse_csr()
         # 32-bit indices are what MKL computes with; 64-bit ones, torch's default, would be converted.

@@ -3,14 +3,16 @@
 One JSON object a line, requests on stdin, replies on stdout:
 
     (at the start)                                              {"name": …, "version": …}
-    {"do": "load", "weight": "w.npy", "threads": n, "cycled_bytes": n}
+    {"do": "load", "weight": "w.npy", "factors": [] or ["u.npy", "v.npy"],
+     "threads": n, "cycled_bytes": n}
                                                                 {"weight_bytes": n or null, "copies": n}
     {"do": "output", "x": "x.npy", "y": "y.npy"}                {}, once y.npy is written
     {"do": "time", "calls": n, "warm_up": n}                    {"ms": [n floats]}
     (a request that failed)                                     {"error": "…"}
 
-Arrays are float32, whatever the peer makes of them: weight (d_out, d_in) with its zeros stored, x (batch,
-d_in), y (batch, d_out). Between requests the parent stops the process (SIGSTOP): none of its threads spins.
+Arrays are float32, whatever the peer makes of them: weight (d_out, d_in) with its zeros stored, u (d_out,
+r), v (r, d_in), x (batch, d_in), y (batch, d_out). Between requests the parent stops the process (SIGSTOP), so
+that none of its threads spins.
 """
 
 import ctypes
@@ -36,8 +38,11 @@ class Peer(ABC):
         """Bytes of the weight as the peer will hold it, at least: it decides how many copies are made."""
 
     @abstractmethod
-    def load(self, weight, copies, threads):
-        """Hold `copies` of the weight; return the bytes that a call reads of one, None if not known."""
+    def load(self, weight, factors, copies, threads):
+        """Hold `copies` of the weight; return the bytes that a call reads of one, None if not known.
+
+        `factors` is None, or (U, V) for ``y = x Wᵀ + (x Vᵀ) Uᵀ``: only of peers started for that form.
+        """
 
     @abstractmethod
     def calls(self, x):
@@ -67,8 +72,10 @@ def serve(peer):
             if request["do"] == "load":
                 calls = []
                 weight = np.load(request["weight"])
+                factors = [np.load(path) for path in request["factors"]] if request["factors"] else None
                 copies = min(math.ceil(request["cycled_bytes"] / peer.size(weight)), peer.most_copies)
-                reply(weight_bytes=peer.load(weight, copies, request["threads"]), copies=copies)
+                size = peer.load(weight, factors, copies, request["threads"])
+                reply(weight_bytes=size, copies=copies)
             elif request["do"] == "output":
                 calls = []
                 calls = peer.calls(np.load(request["x"]))

@@ -123,7 +123,7 @@ def print_rows(console: Console, rows: Sequence[Row]) -> None:
     def line(row: Row, timing: Timing, ratio: str) -> list[str]:
         share = row.share_of_bandwidth(timing)
         return [
-            " ".join(filter(None, (timing.name, timing.dtype, timing.isa))),
+            timing.label,
             f"{timing.ms.median:.3g}",
             f"{timing.ms.p10:.3g}–{timing.ms.p90:.3g}",
             "–" if timing.weight_bytes is None else human_bytes(timing.weight_bytes),

@@ -47,7 +47,7 @@ class Contender(Protocol):
     """One way to compute a layer.
 
     Attributes:
-        name: for people, such as "torch dense".
+        name: for people, such as "torch".
         version: of the software.
         dtype: of the weight and input that it is given.
         stored_dtype: what it makes of the weight, as in "q8_0".
@@ -146,7 +146,11 @@ class InProcess:
 
 
 def compressed(dtype: Dtype, *, isa: str | None = None, form: Form = "oats") -> Contender:
-    """`SparseLowRankLinear`, packed for `isa` (None: the best one)."""
+    """`SparseLowRankLinear`, packed for `isa` (None: the best one).
+
+    >>> compressed("bf16", form="unstructured").form
+    'unstructured'
+    """
     isa = ops.active_isa() if isa is None else isa
 
     def make(weight: RandomWeight) -> Iterator[nn.Module]:
@@ -156,12 +160,15 @@ def compressed(dtype: Dtype, *, isa: str | None = None, form: Form = "oats") -> 
                 layer = SparseLowRankLinear.from_canonical(tensors, weight.sparse.shape[1])
             yield layer
 
-    name = "oats" if form == "oats" else "oats rank 0"
-    return InProcess(name, dtype, form, make, _packed_bytes, version=__version__, isa=isa)
+    return InProcess("oats", dtype, form, make, _packed_bytes, version=__version__, isa=isa)
 
 
 def torch_dense(dtype: Dtype) -> Contender:
-    """`torch.nn.Linear`."""
+    """`torch.nn.Linear`.
+
+    >>> torch_dense("fp32").tolerance < 1e-4
+    True
+    """
 
     def make(weight: RandomWeight) -> Iterator[nn.Module]:
         d_out, d_in = weight.sparse.shape
@@ -170,7 +177,7 @@ def torch_dense(dtype: Dtype) -> Contender:
             layer.weight = nn.Parameter(weight.sparse.clone(), requires_grad=False)
             yield layer
 
-    return InProcess("torch dense", dtype, "dense", make, _dense_bytes, version=torch.__version__)
+    return InProcess("torch", dtype, "dense", make, _dense_bytes, version=torch.__version__)
 
 
 def read_time(megabytes: int = 32) -> Callable[[], float]:

@@ -59,6 +59,11 @@ class Timing:
     error: float
 
     @property
+    def label(self) -> str:
+        """Everything that tells one contender from another."""
+        return contender_label(self.name, self.dtype, self.form, self.isa)
+
+    @property
     def gb_per_s(self) -> float | None:
         """Bytes of the weight read a second, where they are known."""
         return None if self.weight_bytes is None else self.weight_bytes / self.ms.median / 1e6
@@ -110,6 +115,16 @@ class Row:
                 "gflops": self.gflops(timing),
             }
         return row
+
+
+def contender_label(name: str, dtype: str, form: Form, isa: str = "") -> str:
+    """Name, dtype, form and instruction set in one.
+
+    >>> contender_label("oats", "bf16", "oats", "avx2"), contender_label("torch", "fp32", "dense")
+    ('oats bf16 avx2', 'torch fp32 dense')
+    """
+    kind = "" if name == form else {"oats": "sparse + low rank"}.get(form, form)
+    return " ".join(filter(None, (name, dtype, kind, isa)))
 
 
 @dataclass(frozen=True)
@@ -175,7 +190,7 @@ def layer_rows(
             say(f"{label}: a random {contender.form} weight, {contender.dtype}")
             budget = replace(config, dtype=contender.dtype)
             weights[key] = RandomWeight.make(contender.form, shape.d_out, shape.d_in, budget, seed)
-        say(f"{label}: loading {contender.name} {contender.stored_dtype}")
+        say(f"{label}: loading {_label(contender)}")
         try:
             loaded[id(contender)] = contender.load(weights[key])
         except OatsError as error:
@@ -194,7 +209,7 @@ def layer_rows(
                 say(f"{label}, batch {batch}: float64 reference")
                 x = random_input(weights[key], batch)
                 references[key] = x, Reference.of(weights[key], x)
-            say(f"{label}, batch {batch}: {contender.name} {contender.stored_dtype}")
+            say(f"{label}, batch {batch}: {_label(contender)}")
             try:
                 ready.append(_checked(contender, *references[key], repetitions, seconds))
             except OatsError as error:
@@ -292,6 +307,6 @@ def _rows(
                 )  # fmt: skip
 
 
-def _label(contender: Contender) -> str:
-    return " ".join(filter(None, (contender.name, contender.stored_dtype, contender.isa)))
 
+def _label(contender: Contender) -> str:
+    return contender_label(contender.name, contender.stored_dtype, contender.form, contender.isa)

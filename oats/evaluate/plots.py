@@ -135,8 +135,8 @@ def roofline(rows: Sequence[Row]) -> Figure:
     points: dict[tuple[Any, ...], tuple[str, int, float, float]] = {}
     for row in rows:
         for timing in (row.ours, row.peer):
-            key = (row.d_out, row.d_in, row.batch, row.compression, _name(timing))
-            points[key] = (_name(timing), row.batch, _intensity(row, timing), row.gflops(timing))
+            key = (row.d_out, row.d_in, row.batch, row.compression, timing.label)
+            points[key] = (timing.label, row.batch, _intensity(row, timing), row.gflops(timing))
     for name, batch, intensity, gflops in points.values():
         ours = name.startswith("oats")
         axes.scatter(
@@ -187,14 +187,10 @@ def _series(rows: Iterable[Row]) -> dict[str, dict[int, Timing]]:
     """Name → batch → timing, ours first."""
     series: dict[str, dict[int, Timing]] = {}
     for row in rows:
-        series.setdefault(_name(row.ours), {})[row.batch] = row.ours
+        series.setdefault(row.ours.label, {})[row.batch] = row.ours
     for row in rows:
-        series.setdefault(_name(row.peer), {})[row.batch] = row.peer
+        series.setdefault(row.peer.label, {})[row.batch] = row.peer
     return series
-
-
-def _name(timing: Timing) -> str:
-    return " ".join(filter(None, (timing.name, timing.dtype, timing.isa)))
 
 
 def _colours(rows: Sequence[Row]) -> dict[str, str]:

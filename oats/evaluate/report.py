@@ -43,77 +43,110 @@ def to_dict(rows: Sequence[Row], left_out: Sequence[LeftOut], **more: Any) -> di
 
 
 def markdown(rows: Sequence[Row], left_out: Sequence[LeftOut]) -> str:
-    """Tables of medians, one for each layer, compression and dtype of ours: contenders by batch.
-
-    A cell is the median in milliseconds; of a peer, in brackets, how many times as fast ours is.
-    """
+    """The medians in tables, contenders by batch, one table for each layer, compression and dtype of ours."""
     facts = machine()
-    versions = {_name(timing): timing.version for row in rows for timing in (row.peer, row.ours)}
+    speeds = [row.read_gb_per_s for row in rows]
     lines = [
-        f"{facts['cpu']}, {facts['cores']} cores, {facts['memory_gb']:.0f} GB; {facts['threads']} threads; "
-        f"{facts['system']}. Milliseconds of one call, median; in brackets how many times as fast the first "
-        "line is. Read bandwidth in the same run: "
-        + (
-            f"{min(row.read_gb_per_s for row in rows):.0f}–{max(row.read_gb_per_s for row in rows):.0f} GB/s."
-            if rows
-            else "not measured."
-        )
+        f"{facts['cpu']}, {facts['cores']} cores, {facts['memory_gb']:.0f} GB, {facts['system']}; "
+        f"{facts['threads']} threads; instruction set {facts['isa']}. "
+        + (f"Memory read at {min(speeds):.0f} to {max(speeds):.0f} GB/s in this run." if speeds else ""),
+        "",
+        "Milliseconds of one call, medians of calls in turn; in brackets how many times as fast as this line "
+        "the first line is. \\*: the 90th percentile is more than 1.5 × the median.",
     ]
-    groups: dict[tuple[Any, ...], list[Row]] = {}
+    tables: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        key = (row.model, row.layer, row.d_out, row.d_in, row.compression, _name(row.ours))
-        groups.setdefault(key, []).append(row)
-    for (model, layer, d_out, d_in, compression, name), group in groups.items():
-        batches = sorted({row.batch for row in group})
-        title = f"{d_out} × {d_in}"
-        if model:
-            title = f"{model} {layer}, {title}"
-        ours = group[0].ours
-        lines += [
-            "",
-            f"**{title}**, compression {compression:g}: {name}, rank {ours.rank}, "
-            f"density {ours.nnz / (d_out * d_in):.3f}",
-            "",
-            "| | weight | " + " | ".join(f"batch {batch}" if batch == batches[0] else str(batch) for batch in batches)
-            + " |",
-            "| --- | --- |" + " --- |" * len(batches),
-        ]  # fmt: skip
-        mine = {row.batch: f"**{_ms(row.ours)}**" for row in group}
-        lines.append(_line(f"**{name}**", ours, mine, batches))
-        peers: dict[str, list[Row]] = {}
-        for row in group:
-            peers.setdefault(_name(row.peer), []).append(row)
-        for peer, peer_rows in peers.items():
-            cells = {row.batch: f"{_ms(row.peer)} ({row.ratio:.2f} ×)" for row in peer_rows}
-            lines.append(_line(peer, peer_rows[0].peer, cells, batches))
-    lines += ["", "Versions: " + "; ".join(f"{name} {version}" for name, version in versions.items()) + "."]
+        key = (row.model, row.layer, row.d_out, row.d_in, row.compression, row.ours.dtype)
+        tables.setdefault(key, []).append(row)
+    for table in tables.values():
+        lines += ["", *_table(table)]
+    if any(row.peer.name == "DeepSparse" for row in rows):
+        lines += ["", *_against_unstructured(rows)]
+    versions = {timing.name: timing.version for row in rows for timing in (row.ours, row.peer)}
+    lines += ["", "Versions: " + ", ".join(f"{name} {version}" for name, version in versions.items()) + "."]
     if left_out:
         lines += ["", "Left out:", ""]
         lines += [f"- {item.name} ({item.where}): {item.reason}" for item in left_out]
     return "\n".join(lines) + "\n"
 
 
-def _line(name: str, timing: Timing, cells: dict[int, str], batches: Sequence[int]) -> str:
-    weight = "–" if timing.weight_bytes is None else f"{timing.weight_bytes / 1e6:.1f} MB"
-    return f"| {name} | {weight} | " + " | ".join(cells.get(batch, "") for batch in batches) + " |"
+def _table(rows: Sequence[Row]) -> list[str]:
+    first = rows[0]
+    batches = sorted({row.batch for row in rows})
+    timings: dict[str, dict[int, Timing]] = {}
+    for row in rows:
+        timings.setdefault(row.ours.label, {})[row.batch] = row.ours
+    for row in rows:
+        timings.setdefault(row.peer.label, {})[row.batch] = row.peer
+    shape = f"{first.d_out} × {first.d_in}"
+    named = f"{first.model} {first.layer}, {shape}" if first.model else shape
+    lines = [
+        f"**{named}**, {first.compression:.0%} removed, {first.ours.dtype}: rank {first.ours.rank}, "
+        f"density {first.ours.nnz / (first.d_out * first.d_in):.3f}",
+        "",
+        "| | MB | batch " + " | ".join(str(batch) for batch in batches) + " |",
+        "| --- | --- |" + " --- |" * len(batches),
+    ]
+    main = timings[first.ours.label]
+    for label, by_batch in timings.items():
+        size = next(iter(by_batch.values())).weight_bytes
+        cells = []
+        for batch in batches:
+            if batch not in by_batch:
+                cells.append("")
+            elif by_batch is main:
+                cells.append(f"**{_ms(by_batch[batch])}**")
+            else:
+                ratio = by_batch[batch].ms.median / main[batch].ms.median
+                cells.append(f"{_ms(by_batch[batch])} ({ratio:.2f})")
+        name = f"**{label}**" if by_batch is main else label
+        megabytes = "–" if size is None else f"{size / 1e6:.1f}"
+        lines.append(f"| {name} | {megabytes} | " + " | ".join(cells) + " |")
+    return lines
 
 
-def _name(timing: Timing) -> str:
-    form = {"oats": "", "dense": "", "unstructured": ", unstructured"}[timing.form]
-    isa = f", {timing.isa}" if timing.isa else ""
-    return f"{timing.name} {timing.dtype}{isa}{form}"
+def _against_unstructured(rows: Sequence[Row]) -> list[str]:
+    """The comparison of arXiv 2409.13652, section 4: OATS and unstructured at one compression."""
+    found: dict[tuple[Any, ...], dict[tuple[str, str, str], Timing]] = {}
+    for row in rows:
+        case = found.setdefault((row.d_out, row.d_in, row.compression, row.batch), {})
+        for timing in (row.ours, row.peer):
+            if timing.form != "dense":
+                case.setdefault((timing.name, timing.dtype, timing.form), timing)
+    engines = [("DeepSparse", "fp32"), ("oats", "fp32"), ("oats", "bf16")]
+    engines = [e for e in engines if any((*e, "unstructured") in case for case in found.values())]
+    lines = [
+        "**Sparse plus low-rank against unstructured** at the same compression, each on DeepSparse and here; "
+        "in brackets how many times as fast as unstructured OATS is on the same engine",
+        "",
+        "| layer | removed | batch | "
+        + " | ".join(f"{name} {dtype} unstructured | OATS" for name, dtype in engines)
+        + " |",
+        "| --- | --- | --- |" + " --- | --- |" * len(engines),
+    ]
+    for (d_out, d_in, compression, batch), case in found.items():
+        cells = []
+        for engine in engines:
+            plain, low_rank = case.get((*engine, "unstructured")), case.get((*engine, "oats"))
+            ratio = f" ({plain.ms.median / low_rank.ms.median:.2f})" if plain and low_rank else ""
+            cells += [_ms(plain) if plain else "", _ms(low_rank) + ratio if low_rank else ""]
+        if any(case.get((*engine, "unstructured")) for engine in engines):
+            lines.append(
+                f"| {d_out} × {d_in} | {compression:.0%} | {batch} | " + " | ".join(cells) + " |"
+            )
+    return lines
 
 
 def _ms(timing: Timing) -> str:
-    """Three significant digits, as milliseconds.
-
-    >>> [f"{_digits(value)}" for value in (0.5678, 1.234, 12.34, 123.4)]
-    ['0.568', '1.23', '12.3', '123']
-    """
-    return _digits(timing.ms.median)
+    return _digits(timing.ms.median) + ("\\*" if timing.ms.is_wide else "")
 
 
 def _digits(value: float) -> str:
+    """Three significant digits, with trailing zeros.
+
+    >>> [_digits(value) for value in (0.5678, 1.2, 12.34, 123.4)]
+    ['0.568', '1.20', '12.3', '123']
+    """
     for limit, digits in ((1, 3), (10, 2), (100, 1)):
         if value < limit:
             return f"{value:.{digits}f}"
