@@ -26,7 +26,7 @@ from oats import ops
 from oats.config import OatsConfig
 from oats.errors import OatsError
 from oats.evaluate import plots, report
-from oats.evaluate.contenders import Contender, Dtype, compressed, torch_dense
+from oats.evaluate.contenders import DTYPES, Contender, compressed, torch_dense
 from oats.evaluate.latency import LeftOut, Row, layer_rows
 from oats.evaluate.layer import Form
 from oats.evaluate.shapes import LayerShape, shapes_of
@@ -153,20 +153,19 @@ def _measure(options: argparse.Namespace, bench: Path) -> tuple[list[Row], list[
             kinds = [kind for kind in kinds if any(part in kind.name.lower() for part in options.only)]
         _say("starting the peers")
         peers += start_peers(kinds, bench, peer_batches, left_out)
-    dtypes: tuple[Dtype, ...] = ("bf16", "fp32")
-    peers = [*(torch_dense(dtype) for dtype in dtypes), *peers]
+    peers = [*(torch_dense(dtype) for dtype in DTYPES), *peers]
     try:
         for number, shape in enumerate(shapes):
-            ours = _ours(dtypes, peer_batches if options.peers else [])
+            ours = _ours(peer_batches if options.peers else [])
             if number == 0:
                 lower = [isa for isa in ops.available_isas() if isa not in (ops.active_isa(), "scalar")]
                 batches = [batch for batch in options.batches if batch in ISA_BATCHES]
-                ours += [_at(compressed(dtype, isa=isa), batches) for isa in lower for dtype in dtypes]
+                ours += [_at(compressed(dtype, isa=isa), batches) for isa in lower for dtype in DTYPES]
             rows += _timed(shape, options.batches, config, ours, peers, options, left_out)
         if options.peers and not options.quick:
             deepsparse = [peer for peer in peers if peer.name in ("torch", "DeepSparse")]
             for share in PAPER_COMPRESSIONS:
-                ours = _ours(dtypes, peer_batches)
+                ours = _ours(peer_batches)
                 budget = replace(config, compression=share)
                 rows += _timed(shapes[0], peer_batches, budget, ours, deepsparse, options, left_out)
     finally:
@@ -175,9 +174,9 @@ def _measure(options: argparse.Namespace, bench: Path) -> tuple[list[Row], list[
     return rows, left_out
 
 
-def _ours(dtypes: Sequence[Dtype], unstructured_batches: Sequence[int]) -> list[Contender]:
-    plain = [_at(compressed(dtype, form="unstructured"), unstructured_batches) for dtype in dtypes]
-    return [*(compressed(dtype) for dtype in dtypes), *(plain if unstructured_batches else [])]
+def _ours(unstructured_batches: Sequence[int]) -> list[Contender]:
+    plain = [_at(compressed(dtype, form="unstructured"), unstructured_batches) for dtype in DTYPES]
+    return [*(compressed(dtype) for dtype in DTYPES), *(plain if unstructured_batches else [])]
 
 
 def _at(contender: Contender, batches: Sequence[int]) -> Contender:

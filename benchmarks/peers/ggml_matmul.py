@@ -147,7 +147,7 @@ class Ggml(Peer):
 
     def _call(self, weight, x):
         g = self._ggml
-        d_out, d_in = self._shape
+        d_in = self._shape[1]
         context = self._context()
         columns = g.new_tensor_2d(context, TYPES["f32"], d_in, len(x))
         product = g.mul_mat(context, weight, columns)

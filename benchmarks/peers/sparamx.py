@@ -21,7 +21,8 @@ from worker import Peer, serve
 # What its kernel needs; its own build adds AMX, which this file of it does not use.
 FLAGS = [
     *(f"-mavx512{part}" for part in ("f", "dq", "bw", "vl", "vbmi2", "bf16", "vpopcntdq")),
-    *"-std=c++20 -O3 -DNDEBUG -fopenmp -shared -fPIC -w -DTORCH_EXTENSION_NAME=avx_sparse_linear".split(),
+    *("-std=c++20", "-O3", "-DNDEBUG", "-fopenmp", "-shared", "-fPIC", "-w"),
+    "-DTORCH_EXTENSION_NAME=avx_sparse_linear",
 ]
 
 
@@ -33,7 +34,9 @@ def layer_class(checkout, built):
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
         unfinished = library.with_suffix(".tmp")
-        includes = [f"-I{path}" for path in (*cpp_extension.include_paths(), sysconfig.get_paths()["include"])]
+        includes = [
+            f"-I{path}" for path in (*cpp_extension.include_paths(), sysconfig.get_paths()["include"])
+        ]
         libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
         libraries += ["-ltorch", "-ltorch_cpu", "-ltorch_python", "-lc10"]
         compiler = os.environ.get("CXX", "g++")

@@ -11,8 +11,8 @@ One JSON object a line, requests on stdin, replies on stdout:
     (a request that failed)                                     {"error": "…"}
 
 Arrays are float32, whatever the peer makes of them: weight (d_out, d_in) with its zeros stored, u (d_out,
-r), v (r, d_in), x (batch, d_in), y (batch, d_out). Between requests the parent stops the process (SIGSTOP), so
-that none of its threads spins.
+r), v (r, d_in), x (batch, d_in), y (batch, d_out). Between requests the parent stops the process (SIGSTOP),
+so that none of its threads spins.
 """
 
 import ctypes

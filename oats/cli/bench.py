@@ -69,7 +69,7 @@ def bench(
     from oats.cli.console import print_json, progress_bar, results
     from oats.evaluate import report
     from oats.evaluate.contenders import compressed, torch_dense
-    from oats.evaluate.latency import LeftOut, layer_rows
+    from oats.evaluate.latency import layer_rows
     from oats.evaluate.shapes import LayerShape, shapes_of
 
     if threads is not None:
@@ -77,15 +77,13 @@ def bench(
     isas = ops.available_isas() if isa == "all" else (isa or ops.active_isa()).split(",")
     if missing := [name for name in isas if name not in ops.available_isas()]:
         raise ConfigError(
-            f"this machine has no instruction set {missing[0]!r}; available: {', '.join(ops.available_isas())}"
+            f"this machine has no instruction set {missing[0]!r}; it has " + ", ".join(ops.available_isas())
         )
     if plot is not None:
         from oats.evaluate import plots
 
         plots.prepare(plot)
-    shapes = (
-        shapes_of(model) if model is not None else (LayerShape(f"{d_out} x {d_in}", d_out, d_in),)
-    )
+    shapes = shapes_of(model) if model is not None else (LayerShape(f"{d_out} x {d_in}", d_out, d_in),)
     configs = [
         OatsConfig(compression=share, rank_ratio=rank_ratio, pattern=pattern) for share in compressions
     ]
@@ -96,10 +94,13 @@ def bench(
     with progress_bar("Timing") as bar:
         cases = [(shape, config) for config in configs for shape in shapes]
         for done, (shape, config) in enumerate(cases):
+
+            def progress(note: str, done: int = done) -> None:
+                bar.update(done, len(cases), note)
+
             rows += layer_rows(
                 shape, batches, config, ours, peers, model=model or "", repetitions=repetitions,
-                seconds=seconds, left_out=left_out,
-                progress=lambda note, done=done: bar.update(done, len(cases), note),
+                seconds=seconds, left_out=left_out, progress=progress,
             )  # fmt: skip
     if plot is not None:
         plots.draw(rows, plot)
@@ -163,7 +164,8 @@ def print_rows(console: Console, rows: Sequence[Row]) -> None:
         "ratio: how many times as fast as this line oats is\n"
         "read: share of the memory bandwidth, read by torch's sum in between "
         f"({min(speeds):.1f} to {max(speeds):.1f} GB/s)\n"
-        f"largest error of oats against float64, in units of √(Σ w² x²): {max(r.ours.error for r in rows):.1e}"
+        "largest error of oats against float64, in units of √(Σ w² x²): "
+        f"{max(row.ours.error for row in rows):.1e}"
     )
     if any(row.ours.ms.is_wide or row.peer.ms.is_wide for row in rows):
         console.print("note: p90 is more than 1.5 x the median, so the machine was busy; run it again")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import os
 import time
@@ -15,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from oats import __version__, ops
+from oats import format as fmt
 from oats.evaluate.layer import Form, RandomWeight
-from oats.format import DTYPES
 from oats.nn import SparseLowRankLinear
 
 # Weights are cycled through this much memory at least, and through 4 times the last-level cache, so that
@@ -28,6 +29,7 @@ _MOST_COPIES = 1000
 
 
 Dtype = Literal["bf16", "fp32"]
+DTYPES: tuple[Dtype, ...] = ("bf16", "fp32")
 
 
 @dataclass(frozen=True)
@@ -189,13 +191,13 @@ def read_time(megabytes: int = 32) -> Callable[[], float]:
     # In one piece: far more than what starting the threads costs.
     piece = megabytes * 1_000_000
     pieces = torch.ones(cycled_bytes() // 4).split(piece // 4)[:-1]
-    supply = (part for _ in iter(int, 1) for part in pieces)
+    supply = itertools.cycle(pieces)
 
     def read() -> float:
         part = next(supply)
         start = time.perf_counter()
         part.sum()
-        return part.nbytes / (time.perf_counter() - start) / 1e9
+        return piece / (time.perf_counter() - start) / 1e9
 
     return read
 
@@ -206,13 +208,13 @@ def peak_gflops(dtype: Dtype, size: int = 2048, repetitions: int = 5) -> float:
     >>> peak_gflops("fp32", size=64) > 0
     True
     """
-    a = torch.ones(size, size, dtype=DTYPES[dtype])
+    a = torch.ones(size, size, dtype=fmt.DTYPES[dtype])
     best = math.inf
     for _ in range(repetitions + 1):
         start = time.perf_counter()
         a @ a
         best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best / 1e9
+    return 2.0 * size * size * size / best / 1e9
 
 
 def cycled_bytes() -> int:

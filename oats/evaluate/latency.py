@@ -307,6 +307,5 @@ def _rows(
                 )  # fmt: skip
 
 
-
 def _label(contender: Contender) -> str:
     return contender_label(contender.name, contender.stored_dtype, contender.form, contender.isa)

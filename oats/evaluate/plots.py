@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oats.errors import ConfigError, OutputExistsError
-from oats.evaluate.contenders import Dtype, peak_gflops
+from oats.evaluate.contenders import DTYPES, Dtype, peak_gflops
 from oats.evaluate.latency import Row, Timing
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ def roofline(rows: Sequence[Row]) -> Figure:
 
     colours = _colours(rows)
     bandwidth = float(np.median([row.read_gb_per_s for row in rows]))
-    dtypes: list[Dtype] = sorted({"fp32" if r.ours.dtype == "fp32" else "bf16" for r in rows})  # type: ignore[arg-type]
+    dtypes: list[Dtype] = [d for d in DTYPES if any(row.ours.dtype == d for row in rows)]
     figure = Figure(figsize=(9.4, 5.4), layout="constrained")
     axes = figure.subplots()
     batches = sorted({row.batch for row in rows})
@@ -140,8 +140,9 @@ def roofline(rows: Sequence[Row]) -> Figure:
     for name, batch, intensity, gflops in points.values():
         ours = name.startswith("oats")
         axes.scatter(
-            intensity, gflops, color=colours[name], marker=_marker(batches.index(batch)), s=34 if ours else 20,
-            alpha=0.9 if ours else 0.65, linewidths=0.4, edgecolors="white", zorder=4 if ours else 3,
+            intensity, gflops, color=colours[name], marker=_marker(batches.index(batch)),
+            s=34 if ours else 20, alpha=0.9 if ours else 0.65, linewidths=0.4, edgecolors="white",
+            zorder=4 if ours else 3,
         )  # fmt: skip
     intensities = [point[2] for point in points.values()]
     left, right = min(intensities) / 1.6, max(intensities) * 1.6
@@ -213,7 +214,9 @@ def _log_axes(axes: Axes, batches: Sequence[int]) -> None:
 
     axes.set(xscale="log", yscale="log")
     # Labels that do not run into each other: powers of four, where there are many.
-    shown = batches if len(batches) <= 6 else [b for b in batches if b.bit_count() == 1 and b.bit_length() % 2]
+    shown = (
+        batches if len(batches) <= 6 else [b for b in batches if b.bit_count() == 1 and b.bit_length() % 2]
+    )
     axes.set_xticks(shown or batches, [str(batch) for batch in shown or batches])
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

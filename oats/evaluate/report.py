@@ -131,9 +131,7 @@ def _against_unstructured(rows: Sequence[Row]) -> list[str]:
             ratio = f" ({plain.ms.median / low_rank.ms.median:.2f})" if plain and low_rank else ""
             cells += [_ms(plain) if plain else "", _ms(low_rank) + ratio if low_rank else ""]
         if any(case.get((*engine, "unstructured")) for engine in engines):
-            lines.append(
-                f"| {d_out} × {d_in} | {compression:.0%} | {batch} | " + " | ".join(cells) + " |"
-            )
+            lines.append(f"| {d_out} × {d_in} | {compression:.0%} | {batch} | " + " | ".join(cells) + " |")
     return lines
 
 
