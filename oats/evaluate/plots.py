@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oats.errors import ConfigError, OutputExistsError
 from oats.evaluate.contenders import DTYPES, Dtype, peak_gflops
-from oats.evaluate.latency import Row, Timing
+from oats.evaluate.latency import Row, Timing, contender_label
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 FILES = ("latency.png", "latency.svg", "roofline.png", "roofline.svg")
 
-_OURS = "#0b6e4f"
-# Distinguishable also without colour vision (Okabe and Ito), in the order in which contenders come.
-_COLOURS = ("#d55e00", "#0072b2", "#e69f00", "#cc79a7", "#56b4e9", "#7f7f7f", "#8c6d31", "#5b3a8c", "#000000")
-_MARKERS = "osD^vP<>X"
-"""Of the batches, in the roofline."""
+# Ours in greens, the best instruction set first; others in colours that differ also without colour vision
+# (Okabe and Ito), then in greys and browns.
+_OURS = ("#0b6e4f", "#7cb518", "#2a9d8f", "#8fbc8f", "#4f772d", "#74c69d")
+_PEERS = (
+    "#d55e00", "#0072b2", "#e69f00", "#cc79a7", "#56b4e9", "#000000", "#7f7f7f", "#8c6d31", "#5b3a8c",
+    "#e63946", "#bcbd22",
+)  # fmt: skip
+# In the roofline, the least batch of each group; the intensity says the rest.
+_MARKERS = {
+    1: ("o", "batch 1"),
+    2: ("s", "batch 2 to 8"),
+    9: ("^", "batch 9 to 64"),
+    65: ("D", "batch over 64"),
+}
 
 
 def prepare(directory: Path) -> None:
@@ -79,44 +87,58 @@ def draw(rows: Sequence[Row], directory: Path) -> list[Path]:
 def latency(rows: Sequence[Row]) -> Figure:
     """Milliseconds by batch, a panel for each layer, compression and dtype of ours; bands are p10 to p90."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, NullFormatter
 
     panels: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         key = (row.d_out, row.d_in, row.compression, row.ours.dtype)
         panels.setdefault(key, []).append(row)
-    colours = _colours(rows)
-    columns = min(2, len(panels))
+    names, colours = _names(rows), _colours(rows)
+    columns = min(len({row.ours.dtype for row in rows}) if len(panels) > 1 else 1, 2)
     lines = -(-len(panels) // columns)
-    figure = Figure(figsize=(5.2 * columns + 2.2, 3.6 * lines + 0.4), layout="constrained")
+    figure = Figure(figsize=(5.0 * columns + 2.4, 3.5 * lines + 0.3), layout="constrained")
     grid = figure.subplots(lines, columns, squeeze=False)
     for axes in grid.flat[len(panels) :]:
         axes.set_axis_off()
     handles: dict[str, Any] = {}
     for axes, ((d_out, d_in, compression, dtype), panel) in zip(grid.flat, panels.items(), strict=False):
-        axes.set_title(f"{d_out} × {d_in}, {compression:.0%} removed, {dtype}")
-        for name, points in _series(panel).items():
-            batches = sorted(points)
-            spreads = [points[batch].ms for batch in batches]
+        series: dict[str, dict[int, Timing]] = {}
+        for row in panel:
+            for timing in (row.ours, row.peer):
+                series.setdefault(names[timing.label], {})[row.batch] = timing
+        for name, by_batch in series.items():
+            batches = sorted(by_batch)
+            spreads = [by_batch[batch].ms for batch in batches]
             ours = name.startswith("oats")
             (handle,) = axes.plot(
-                batches, [spread.median for spread in spreads], color=colours[name], marker="o",
-                markersize=3.5 if ours else 2.8, linewidth=2.2 if ours else 1.2, zorder=3 if ours else 2,
-                linestyle="-" if name in ("oats", "oats rank 0") or not ours else "--", label=name,
+                batches, [spread.median for spread in spreads], color=colours[name], marker="o", label=name,
+                markersize=3.6 if ours else 2.8, linewidth=2.4 if name == "oats" else 1.1, zorder=3 if ours else 2,
             )  # fmt: skip
             axes.fill_between(
                 batches, [spread.p10 for spread in spreads], [spread.p90 for spread in spreads],
-                color=colours[name], alpha=0.15, linewidth=0,
+                color=colours[name], alpha=0.2 if ours else 0.08, linewidth=0,
             )  # fmt: skip
             handles.setdefault(name, handle)
-        _log_axes(axes, sorted({row.batch for row in panel}))
+        medians = [timing.ms.median for by_batch in series.values() for timing in by_batch.values()]
+        axes.set(xscale="log", yscale="log", ylim=(min(medians) / 1.4, max(medians) * 1.4))
+        shown = sorted({row.batch for row in panel})
+        if len(shown) > 6:
+            # Labels that do not run into each other.
+            shown = [batch for batch in shown if batch in (1, 4, 16, 64, 256, 1024, 4096)] or shown
+        axes.set_xticks(shown, [str(batch) for batch in shown])
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.grid(which="minor", axis="y", linewidth=0.3)
+        axes.set_title(f"{d_out} × {d_in}, {compression:.0%} removed, {dtype}")
         axes.set_xlabel("batch (rows of the input)")
-        axes.set_ylabel("milliseconds of one call")
+        axes.set_ylabel("milliseconds")
     figure.legend(list(handles.values()), list(handles), loc="outside right upper")
     return figure
 
 
 def roofline(rows: Sequence[Row]) -> Figure:
-    """Effective GFLOP/s by arithmetic intensity, every timing a point, under the roofs of this machine.
+    """Effective GFLOP/s by arithmetic intensity, every timing a point, a panel for each dtype of ours.
 
     The roofs are the read bandwidth of the rows' own run (median) and torch's dense product, measured here.
     Work is that of the dense product, so a kernel that skips zeros can be above the second roof; bytes are
@@ -126,54 +148,57 @@ def roofline(rows: Sequence[Row]) -> Figure:
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    colours = _colours(rows)
+    names, colours = _names(rows), _colours(rows)
     bandwidth = float(np.median([row.read_gb_per_s for row in rows]))
     dtypes: list[Dtype] = [d for d in DTYPES if any(row.ours.dtype == d for row in rows)]
-    figure = Figure(figsize=(9.4, 5.4), layout="constrained")
-    axes = figure.subplots()
-    batches = sorted({row.batch for row in rows})
-    points: dict[tuple[Any, ...], tuple[str, int, float, float]] = {}
-    for row in rows:
-        for timing in (row.ours, row.peer):
-            key = (row.d_out, row.d_in, row.batch, row.compression, timing.label)
-            points[key] = (timing.label, row.batch, _intensity(row, timing), row.gflops(timing))
-    for name, batch, intensity, gflops in points.values():
-        ours = name.startswith("oats")
-        axes.scatter(
-            intensity, gflops, color=colours[name], marker=_marker(batches.index(batch)),
-            s=34 if ours else 20, alpha=0.9 if ours else 0.65, linewidths=0.4, edgecolors="white",
-            zorder=4 if ours else 3,
-        )  # fmt: skip
-    intensities = [point[2] for point in points.values()]
-    left, right = min(intensities) / 1.6, max(intensities) * 1.6
-    x = np.geomspace(left, right, 200)
-    peaks = {dtype: peak_gflops(dtype) for dtype in dtypes}
-    top = max(peaks.values())
-    slope = x * bandwidth
-    axes.plot(x[slope <= top], slope[slope <= top], color="#333333", linewidth=1.3, zorder=2)
-    axes.annotate(
-        f"memory: {bandwidth:.0f} GB/s read", (left * 1.15, left * 1.15 * bandwidth), xytext=(0, 9),
-        textcoords="offset points", rotation=34, rotation_mode="anchor", color="#333333",
-    )  # fmt: skip
-    for dtype, peak in peaks.items():
-        start = peak / bandwidth
-        axes.plot([start, right], [peak, peak], color="#333333", linewidth=1.3, zorder=2)
+    figure = Figure(figsize=(5.6 * len(dtypes) + 2.4, 5.4), layout="constrained")
+    for axes, dtype in zip(figure.subplots(1, len(dtypes), squeeze=False).flat, dtypes, strict=True):
+        points: dict[tuple[Any, ...], tuple[str, int, float, float]] = {}
+        for row in rows:
+            for timing in (row.ours, row.peer) if row.ours.dtype == dtype else ():
+                key = (row.d_out, row.d_in, row.batch, row.compression, timing.label)
+                points[key] = names[timing.label], row.batch, _intensity(row, timing), row.gflops(timing)
+        for name, batch, intensity, gflops in points.values():
+            ours = name.startswith("oats")
+            axes.scatter(
+                intensity, gflops, color=colours[name], marker=_marker(batch)[0], edgecolors="white",
+                s=38 if ours else 22, alpha=0.95 if ours else 0.7, linewidths=0.4, zorder=4 if ours else 3,
+            )  # fmt: skip
+        peak = peak_gflops(dtype)
+        ridge = peak / bandwidth
+        left = min(min(point[2] for point in points.values()), ridge) / 1.6
+        right = max(max(point[2] for point in points.values()), ridge) * 1.6
+        axes.plot([left, ridge, right], [left * bandwidth, peak, peak], color="#333333", zorder=2)
+        axes.set(xscale="log", yscale="log", xlim=(left, right))
+        axes.margins(y=0.08)
+        axes.set_title(f"Roofline, {dtype}")
+        axes.set_xlabel("dense operations a byte of weight, input and output")
+        axes.set_ylabel("effective GFLOP/s")
         axes.annotate(
-            f"torch dense {dtype}, 2048³: {peak:.0f} GFLOP/s", (right, peak), xytext=(0, 4),
+            f"torch dense {dtype}, 2048³: {peak:.0f} GFLOP/s", (right, peak), xytext=(-2, 4),
             textcoords="offset points", ha="right", color="#333333",
         )  # fmt: skip
-    axes.set(xscale="log", yscale="log", xlim=(left, right))
-    axes.set_xlabel("dense floating-point operations a byte of weight, input and output")
-    axes.set_ylabel("effective GFLOP/s")
-    axes.set_title("Roofline")
-    names = list(dict.fromkeys(point[0] for point in points.values()))
-    kinds = [Line2D([], [], marker="o", linestyle="", color=colours[name], label=name) for name in names]
-    sizes = [
-        Line2D([], [], marker=_marker(i), linestyle="", color="#555555", label=f"batch {batch}")
-        for i, batch in enumerate(batches)
+    kinds = [Line2D([], [], marker="o", linestyle="", color=c, label=name) for name, c in colours.items()]
+    shapes = [
+        Line2D([], [], marker=marker, linestyle="", color="#555555", label=label)
+        for marker, label in dict.fromkeys(_marker(batch) for batch in sorted({row.batch for row in rows}))
     ]
-    figure.legend(handles=[*kinds, *sizes], loc="outside right upper")
+    figure.legend(handles=[*kinds, *shapes], loc="outside right upper")
+    # The angle of the memory roof is known once the axes have their place.
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        left = axes.get_xlim()[0]
+        ends = axes.transData.transform([(left, left * bandwidth), (10 * left, 10 * left * bandwidth)])
+        angle = np.degrees(np.arctan2(*(ends[1] - ends[0])[::-1]))
+        axes.annotate(
+            f"memory read at {bandwidth:.0f} GB/s", (left * 1.3, left * 1.3 * bandwidth), xytext=(-3, 4),
+            textcoords="offset points", rotation=angle, rotation_mode="anchor", color="#333333",
+        )  # fmt: skip
     return figure
+
+
+def _marker(batch: int) -> tuple[str, str]:
+    return _MARKERS[max(least for least in _MARKERS if least <= batch)]
 
 
 def _intensity(row: Row, timing: Timing) -> float:
@@ -184,40 +209,26 @@ def _intensity(row: Row, timing: Timing) -> float:
     return 2 * row.d_out * row.d_in * row.batch / (weight + width * row.batch * (row.d_out + row.d_in))
 
 
-def _series(rows: Iterable[Row]) -> dict[str, dict[int, Timing]]:
-    """Name → batch → timing, ours first."""
-    series: dict[str, dict[int, Timing]] = {}
-    for row in rows:
-        series.setdefault(row.ours.label, {})[row.batch] = row.ours
-    for row in rows:
-        series.setdefault(row.peer.label, {})[row.batch] = row.peer
-    return series
+def _names(rows: Sequence[Row]) -> dict[str, str]:
+    """Label → name in a legend: without what is the same for all of one contender."""
+    timings = {timing.label: timing for row in rows for timing in (row.ours, row.peer)}
+    best = rows[0].ours.isa
+    names = {}
+    for label, timing in timings.items():
+        plain = {t.dtype for t in timings.values() if (t.name, t.form) == (timing.name, timing.form)}
+        # The panel says bf16 or fp32, except of a contender that has only one of all.
+        dtype = "" if plain == {"bf16", "fp32"} else timing.dtype
+        isa = "" if timing.isa == best else timing.isa
+        names[label] = contender_label(timing.name, dtype, timing.form, isa)
+    return names
 
 
 def _colours(rows: Sequence[Row]) -> dict[str, str]:
-    names = list(_series(rows))
-    peers = [name for name in names if not name.startswith("oats")]
-    ours = [name for name in names if name.startswith("oats")]
-    greens = (_OURS, "#58a55c", "#9bc53d", "#2e4600", "#3bb3a0", "#7bc8a4")
+    """Name in a legend → colour, ours first."""
+    names = _names(rows)
+    ours = dict.fromkeys(names[row.ours.label] for row in rows)
+    peers = dict.fromkeys(names[row.peer.label] for row in rows)
     return {
-        **{name: greens[i % len(greens)] for i, name in enumerate(ours)},
-        **{name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(peers)},
+        **{name: _OURS[i % len(_OURS)] for i, name in enumerate(ours)},
+        **{name: _PEERS[i % len(_PEERS)] for i, name in enumerate(peers)},
     }
-
-
-def _marker(index: int) -> str:
-    return _MARKERS[index % len(_MARKERS)]
-
-
-def _log_axes(axes: Axes, batches: Sequence[int]) -> None:
-    from matplotlib.ticker import FuncFormatter, NullFormatter
-
-    axes.set(xscale="log", yscale="log")
-    # Labels that do not run into each other: powers of four, where there are many.
-    shown = (
-        batches if len(batches) <= 6 else [b for b in batches if b.bit_count() == 1 and b.bit_length() % 2]
-    )
-    axes.set_xticks(shown or batches, [str(batch) for batch in shown or batches])
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.grid(which="minor", axis="y", linewidth=0.3)
