@@ -24,7 +24,7 @@ from process import PeerError, PeerProcess
 
 from oats import ops
 from oats.config import OatsConfig
-from oats.errors import OatsError
+from oats.errors import OatsError, OutputExistsError
 from oats.evaluate import plots, report
 from oats.evaluate.contenders import DTYPES, Contender, compressed, torch_dense
 from oats.evaluate.latency import LeftOut, Row, layer_rows
@@ -111,38 +111,51 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.shapes, options.batches = SHAPES[:1], PEER_BATCHES
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    bench = options.environments.resolve()
     started = time.monotonic()
+    rows: list[Row] = []
+    left_out: list[LeftOut] = []
+    failure = None
     try:
-        rows, left_out = _measure(options, bench)
-        options.out.mkdir(parents=True, exist_ok=True)
-        table = report.markdown(rows, left_out)
-        (options.out / "table.md").write_text(table)
-        seconds = round(time.monotonic() - started)
-        values = report.to_dict(rows, left_out, seconds=seconds)
-        (options.out / "rows.json").write_text(json.dumps(values, indent=1) + "\n")
-        if options.plot:
-            plots.draw(rows, options.out)
-    except OatsError as error:
-        print(f"benchmarks: error: {error}", file=sys.stderr)
+        _prepare(options)
+        _measure(options, rows, left_out)
+    except (OatsError, KeyboardInterrupt) as error:
+        failure = str(error) or "interrupted"
+        print(f"\nbenchmarks: error: {failure}", file=sys.stderr)
+    if not rows:
         return 1
+    # Also what was measured before a failure is kept.
+    table = report.markdown(rows, left_out)
+    (options.out / "table.md").write_text(table)
+    seconds = round(time.monotonic() - started)
+    values = report.to_dict(rows, left_out, seconds=seconds, failure=failure)
+    (options.out / "rows.json").write_text(json.dumps(values, indent=1) + "\n")
+    if options.plot:
+        plots.draw(rows, options.out)
     print(table)
     print(f"{options.out}: table.md, rows.json{', pictures' if options.plot else ''}; {seconds} s")
-    return 0
+    return 0 if failure is None else 1
 
 
-def _measure(options: argparse.Namespace, bench: Path) -> tuple[list[Row], list[LeftOut]]:
+def _prepare(options: argparse.Namespace) -> None:
+    """Refuse at once what could not be written later."""
+    for name in ("table.md", "rows.json"):
+        if (options.out / name).exists():
+            raise OutputExistsError(f"{options.out / name} exists; give another directory")
+    if options.plot:
+        plots.prepare(options.out)
+    options.out.mkdir(parents=True, exist_ok=True)
+
+
+def _measure(options: argparse.Namespace, rows: list[Row], left_out: list[LeftOut]) -> None:
+    """Everything; what was measured is in `rows` as soon as it is."""
+    bench = options.environments.resolve()
     shapes: Sequence[LayerShape]
     if options.model is not None:
         shapes = shapes_of(options.model)
     else:
         shapes = [LayerShape(f"{d_out} x {d_in}", d_out, d_in) for d_out, d_in in options.shapes]
-    if options.plot:
-        plots.prepare(options.out)
     config = OatsConfig(compression=options.compression, rank_ratio=options.rank_ratio)
     peer_batches = [batch for batch in options.batches if batch in PEER_BATCHES]
-    rows: list[Row] = []
-    left_out: list[LeftOut] = []
     peers: list[Contender] = []
     if options.peers:
         kinds = peer_kinds(bench, options.sparamx)
@@ -154,6 +167,25 @@ def _measure(options: argparse.Namespace, bench: Path) -> tuple[list[Row], list[
         _say("starting the peers")
         peers += start_peers(kinds, bench, peer_batches, left_out)
     peers = [*(torch_dense(dtype) for dtype in DTYPES), *peers]
+
+    def timed(
+        shape: LayerShape,
+        batches: Sequence[int],
+        config: OatsConfig,
+        ours: Sequence[Contender],
+        peers: Sequence[Contender],
+    ) -> None:
+        try:
+            timings = layer_rows(
+                shape, batches, config, ours, peers, model=options.model or "", seconds=options.seconds,
+                repetitions=options.repetitions, left_out=left_out, progress=_say,
+            )  # fmt: skip
+            for row in timings:
+                rows.append(row)
+        finally:
+            for contender in ours:
+                contender.close()
+
     try:
         for number, shape in enumerate(shapes):
             ours = _ours(peer_batches if options.peers else [])
@@ -161,17 +193,16 @@ def _measure(options: argparse.Namespace, bench: Path) -> tuple[list[Row], list[
                 lower = [isa for isa in ops.available_isas() if isa not in (ops.active_isa(), "scalar")]
                 batches = [batch for batch in options.batches if batch in ISA_BATCHES]
                 ours += [_at(compressed(dtype, isa=isa), batches) for isa in lower for dtype in DTYPES]
-            rows += _timed(shape, options.batches, config, ours, peers, options, left_out)
+            timed(shape, options.batches, config, ours, peers)
         if options.peers and not options.quick:
             deepsparse = [peer for peer in peers if peer.name in ("torch", "DeepSparse")]
             for share in PAPER_COMPRESSIONS:
                 ours = _ours(peer_batches)
                 budget = replace(config, compression=share)
-                rows += _timed(shapes[0], peer_batches, budget, ours, deepsparse, options, left_out)
+                timed(shapes[0], peer_batches, budget, ours, deepsparse)
     finally:
         for contender in peers:
             contender.close()
-    return rows, left_out
 
 
 def _ours(unstructured_batches: Sequence[int]) -> list[Contender]:
@@ -182,26 +213,6 @@ def _ours(unstructured_batches: Sequence[int]) -> list[Contender]:
 def _at(contender: Contender, batches: Sequence[int]) -> Contender:
     contender.batches = batches
     return contender
-
-
-def _timed(
-    shape: LayerShape,
-    batches: Sequence[int],
-    config: OatsConfig,
-    ours: Sequence[Contender],
-    peers: Sequence[Contender],
-    options: argparse.Namespace,
-    left_out: list[LeftOut],
-) -> list[Row]:
-    rows = layer_rows(
-        shape, batches, config, ours, peers, model=options.model or "", repetitions=options.repetitions,
-        seconds=options.seconds, left_out=left_out, progress=_say,
-    )  # fmt: skip
-    try:
-        return list(rows)
-    finally:
-        for contender in ours:
-            contender.close()
 
 
 def _parser() -> argparse.ArgumentParser:

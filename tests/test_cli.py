@@ -459,6 +459,8 @@ def quick_bench(monkeypatch):
     monkeypatch.setattr("oats.evaluate.contenders._CYCLED_BYTES", 1_000_000)
     monkeypatch.setattr("oats.evaluate.contenders._last_level_cache_bytes", lambda: 0)
     monkeypatch.setattr("oats.evaluate.latency.read_time", lambda: lambda: 40.0)
+    monkeypatch.setattr("oats.evaluate.latency._cpu_ticks", lambda: (0, 0))
+    monkeypatch.setattr("oats.evaluate.latency._REST_SECONDS", 0.0)
 
 
 def test_bench_of_one_shape(quick_bench):
@@ -496,6 +498,13 @@ def test_bench_says_when_the_machine_was_busy(quick_bench, monkeypatch, p90, bus
     monkeypatch.setattr(Spread, "of", lambda values: Spread(1.0, 0.9, p90))
     output = run("bench", "--d-out", 64, "--d-in", 64, "--repetitions", 2).stdout
     assert ("the machine was busy" in output) == busy
+
+
+def test_bench_says_that_other_processes_were_running(quick_bench, monkeypatch):
+    ticks = iter(range(0, 10_000, 10))
+    monkeypatch.setattr("oats.evaluate.latency._cpu_ticks", lambda: ((n := next(ticks)) // 2, n))
+    output = run("bench", "--d-out", 64, "--d-in", 64, "--repetitions", 2).stdout
+    assert "other processes took 50% of the CPUs" in output
 
 
 def test_bench_refuses():

@@ -22,6 +22,7 @@ def little_memory(monkeypatch):
     monkeypatch.setattr(contenders, "_CYCLED_BYTES", 1_000_000)
     monkeypatch.setattr(contenders, "_last_level_cache_bytes", lambda: 0)
     monkeypatch.setattr("oats.evaluate.latency.read_time", lambda: lambda: 40.0)
+    monkeypatch.setattr("oats.evaluate.latency._REST_SECONDS", 0.0)
 
 
 def rows_of(ours, peers, *, batches=(1, 3), config=None, **options):
@@ -158,6 +159,13 @@ def test_a_wrong_peer_is_left_out_and_said_so(monkeypatch):
         ("torch bf16 dense", "96 x 200, batch 3"),
     ]
     assert "is wrong at 96 x 200" in left_out[0].reason
+
+
+def test_a_contender_that_is_too_slow_is_left_out(monkeypatch):
+    monkeypatch.setattr("oats.evaluate.latency._LONGEST_CALL_MS", 0.0)
+    left_out = []
+    assert rows_of([compressed("bf16")], [torch_dense("bf16")], batches=(1,), left_out=left_out) == []
+    assert len(left_out) == 2 and left_out[0].reason.startswith("one call takes")
 
 
 def test_layer_rows_refuse_bad_settings():

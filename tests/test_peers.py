@@ -185,3 +185,21 @@ def test_a_peer_that_is_not_installed_is_said_to_be(tmp_path, capsys):
     assert "- DeepSparse fp32 (everywhere): not installed; make bench-peers installs it" in printed
     assert "torch bf16 dense" in printed
     assert (tmp_path / "out/table.md").read_text() in printed and (tmp_path / "out/rows.json").exists()
+    assert main(options) == 1
+    assert "table.md exists; give another directory" in capsys.readouterr().err
+
+
+def test_a_run_that_fails_keeps_what_it_measured(tmp_path, capsys, monkeypatch):
+    forward = torch.nn.Linear.forward
+
+    def interrupted(self, x):
+        if len(x) > 1:
+            raise KeyboardInterrupt
+        return forward(self, x)
+
+    monkeypatch.setattr(torch.nn.Linear, "forward", interrupted)
+    options = ["--out", str(tmp_path / "out"), "--shapes", "64x64", "--batches", "1,2", "--repetitions", "2"]
+    assert main([*options, "--no-plot", "--no-peers"]) == 1
+    printed = capsys.readouterr()
+    assert "error: interrupted" in printed.err and "torch bf16 dense" in printed.out
+    assert '"failure": "interrupted"' in (tmp_path / "out/rows.json").read_text()

@@ -11,10 +11,16 @@ class ONNXRuntime(Peer):
     def size(self, weight):
         return weight.nbytes
 
+    _pool = 0
+
     def load(self, weight, factors, copies, threads):
+        # One pool for all copies: with one each, the threads of the others spin while one works.
+        if self._pool != threads:
+            onnxruntime.set_global_thread_pool_sizes(threads, 1)
+            self._pool = threads
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
+        options.use_per_session_threads = False
+        options.log_severity_level = 3
         model = layer_model(weight, factors, None)
         self._copies = [
             onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])

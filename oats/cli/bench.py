@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from oats.config import OatsConfig
-from oats.errors import ConfigError
+from oats.errors import ConfigError, OatsError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -102,6 +102,8 @@ def bench(
                 shape, batches, config, ours, peers, model=model or "", repetitions=repetitions,
                 seconds=seconds, left_out=left_out, progress=progress,
             )  # fmt: skip
+    if not rows:
+        raise OatsError("nothing was timed: " + "; ".join(f"{item.name}, {item.reason}" for item in left_out))
     if plot is not None:
         plots.draw(rows, plot)
     if as_json:
@@ -167,7 +169,10 @@ def print_rows(console: Console, rows: Sequence[Row]) -> None:
         "largest error of oats against float64, in units of √(Σ w² x²): "
         f"{max(row.ours.error for row in rows):.1e}"
     )
-    if any(row.ours.ms.is_wide or row.peer.ms.is_wide for row in rows):
+    others = max(row.others for row in rows)
+    if others > 0.1:
+        console.print(f"note: other processes took {others:.0%} of the CPUs in between; run it again")
+    elif any(row.ours.ms.is_wide or row.peer.ms.is_wide for row in rows):
         console.print("note: p90 is more than 1.5 x the median, so the machine was busy; run it again")
 
 

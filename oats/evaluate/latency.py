@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,9 @@ from oats.evaluate.spread import Spread
 _WARM_UP_MS = 5.0
 
 _ROUNDS = 10
+
+# Between rounds nobody works for this long, and what the CPUs do then is the work of other processes.
+_REST_SECONDS = 0.05
 _BANDWIDTH_READS = 4
 
 # A contender whose single call takes longer than this is left out at that batch.
@@ -77,6 +81,7 @@ class Row:
         layer: name of the layer in its model, or its shape.
         model: the model's name, "" for a shape given by hand.
         read_gb_per_s: of torch's sum of 32 MB of fp32 with the same threads, timed in between.
+        others: share of all CPUs that other processes took in between, NaN where the system does not say.
     """
 
     model: str
@@ -89,6 +94,7 @@ class Row:
     pattern: str
     threads: int
     read_gb_per_s: float
+    others: float
     ours: Timing
     peer: Timing
 
@@ -179,132 +185,161 @@ def layer_rows(
             "d_out, d_in, batches and repetitions must be at least 1, got "
             f"{shape.d_out}, {shape.d_in}, {list(batches)} and {repetitions}"
         )
-    left_out = [] if left_out is None else left_out
     say = progress or (lambda note: None)
     label = f"{shape.d_out} x {shape.d_in}"
-    weights: dict[tuple[Form, str], RandomWeight] = {}
-    loaded: dict[int, Loaded] = {}
+
+    def leave_out(contender: Contender, where: str, error: OatsError) -> None:
+        """Note why a contender is not timed; a fault of ours ends the run."""
+        if contender in ours and not isinstance(error, _TooSlowError):
+            raise error
+        if left_out is not None:
+            left_out.append(LeftOut(_label(contender), where, str(error)))
+
+    weights: dict[_Key, RandomWeight] = {}
+    loaded: list[tuple[Contender, Loaded]] = []
     for contender in (*ours, *peers):
-        key = (contender.form, contender.dtype)
+        key = _key(contender)
         if key not in weights:
             say(f"{label}: a random {contender.form} weight, {contender.dtype}")
             budget = replace(config, dtype=contender.dtype)
             weights[key] = RandomWeight.make(contender.form, shape.d_out, shape.d_in, budget, seed)
         say(f"{label}: loading {_label(contender)}")
         try:
-            loaded[id(contender)] = contender.load(weights[key])
+            loaded.append((contender, contender.load(weights[key])))
         except OatsError as error:
-            if contender in ours:
-                raise
-            left_out.append(LeftOut(_label(contender), label, str(error)))
+            leave_out(contender, label, error)
     read = read_time()
     for batch in batches:
-        references: dict[tuple[Form, str], tuple[Tensor, Reference]] = {}
+        where = f"{label}, batch {batch}"
+        inputs: dict[_Key, tuple[Tensor, Reference]] = {}
         ready: list[_Turns] = []
-        for contender in (*ours, *peers):
-            if id(contender) not in loaded or batch not in (contender.batches or [batch]):
+        for contender, held in loaded:
+            if contender.batches is not None and batch not in contender.batches:
                 continue
-            key = (contender.form, contender.dtype)
-            if key not in references:
-                say(f"{label}, batch {batch}: float64 reference")
+            key = _key(contender)
+            if key not in inputs:
+                say(f"{where}: float64 reference")
                 x = random_input(weights[key], batch)
-                references[key] = x, Reference.of(weights[key], x)
-            say(f"{label}, batch {batch}: {_label(contender)}")
+                inputs[key] = x, Reference.of(weights[key], x)
+            say(f"{where}: {_label(contender)}")
             try:
-                ready.append(_checked(contender, *references[key], repetitions, seconds))
+                off_by = _checked(contender, *inputs[key])
+                ready.append(_Turns(contender, weights[key], held, off_by, repetitions, seconds))
             except OatsError as error:
-                if contender in ours:
-                    raise
-                left_out.append(LeftOut(_label(contender), f"{label}, batch {batch}", str(error)))
-        say(f"{label}, batch {batch}: timing {len(ready)} in turn")
-        bandwidth = _take_turns(ready, read)
-        yield from _rows(shape, model, batch, config, bandwidth, ready, ours, weights, loaded)
+                leave_out(contender, where, error)
+        say(f"{where}: timing {len(ready)} in turn")
+        bandwidth, others_share = _take_turns(ready, read)
+        mine = [turns.timing() for turns in ready if turns.contender in ours]
+        others = [turns.timing() for turns in ready if turns.contender not in ours]
+        for our, peer in _pairs(mine, others):
+            yield Row(
+                model, shape.name, shape.d_out, shape.d_in, batch, config.compression, config.rank_ratio,
+                config.pattern, torch.get_num_threads(), bandwidth, others_share, our, peer,
+            )  # fmt: skip
 
 
-class _Turns:
-    """The timed calls of one contender at one batch."""
-
-    def __init__(
-        self, contender: Contender, call_ms: float, error: float, repetitions: int, seconds: float
-    ) -> None:
-        self.contender, self.error = contender, error
-        calls = max(3, min(repetitions, math.ceil(1e3 * seconds / max(call_ms, 1e-3))))
-        calls = min(calls, repetitions)
-        self.rounds = min(_ROUNDS, calls)
-        self._calls = math.ceil(calls / self.rounds)
-        self._warm_up = 0 if call_ms > 20 * _WARM_UP_MS else math.ceil(_WARM_UP_MS / max(call_ms, 1e-3))
-        self.taken: list[float] = []
-
-    def take(self) -> None:
-        self.taken += self.contender.time(self._calls, self._warm_up)
+_Key = tuple[Form, str]
 
 
-def _checked(
-    contender: Contender, x: Tensor, reference: Reference, repetitions: int, seconds: float
-) -> _Turns:
-    """Check the output of a contender, and how long about a call takes."""
+def _key(contender: Contender) -> _Key:
+    """What contenders of one weight and input have in common."""
+    return contender.form, contender.dtype
+
+
+class _TooSlowError(OatsError):
+    """A contender takes too long to be timed at this batch."""
+
+
+def _checked(contender: Contender, x: Tensor, reference: Reference) -> float:
+    """The error of a contender's output."""
     error = reference.error(contender.output(x))
     if not error <= contender.tolerance:
         d_out = reference.output.shape[1]
         raise OatsError(
             f"{_label(contender)} is wrong at {d_out} x {x.shape[1]}, batch {len(x)}: error {error:.2e} in "
             f"units of √(Σ w² x²), allowed {contender.tolerance:.2e}; nothing was timed."
-            + (" Please report this" if contender.name.startswith("oats") else "")
+            + (" Please report this" if contender.name == "oats" else "")
         )
-    call_ms = contender.time(1, 0)[0]
-    if call_ms > _LONGEST_CALL_MS:
-        raise OatsError(f"one call takes {call_ms / 1e3:.1f} s")
-    if call_ms < 100:
-        call_ms = sorted(contender.time(3, 0))[1]
-    return _Turns(contender, call_ms, error, repetitions, seconds)
+    return error
 
 
-def _take_turns(ready: Sequence[_Turns], read: Callable[[], float]) -> float:
-    """Time all of them, and return the read bandwidth in GB/s."""
-    bandwidths = []
-    for round_ in range(max((turns.rounds for turns in ready), default=0)):
+class _Turns:
+    """The timed calls of one contender at one batch."""
+
+    def __init__(
+        self,
+        contender: Contender,
+        weight: RandomWeight,
+        loaded: Loaded,
+        error: float,
+        repetitions: int,
+        seconds: float,
+    ) -> None:
+        self.contender = contender
+        self._weight, self._loaded, self._error = weight, loaded, error
+        self._taken: list[float] = []
+        call_ms = contender.time(1, 0)[0]
+        if call_ms > _LONGEST_CALL_MS:
+            raise _TooSlowError(f"one call takes {call_ms / 1e3:.1f} s")
+        if call_ms < 100:
+            call_ms = sorted(contender.time(3, 0))[1]
+        call_ms = max(call_ms, 1e-3)
+        calls = min(repetitions, max(3, math.ceil(1e3 * seconds / call_ms)))
+        self.rounds = min(_ROUNDS, calls)
+        self._calls = math.ceil(calls / self.rounds)
+        self._warm_up = 0 if call_ms > 20 * _WARM_UP_MS else math.ceil(_WARM_UP_MS / call_ms)
+
+    def take(self) -> None:
+        self._taken += self.contender.time(self._calls, self._warm_up)
+
+    def timing(self) -> Timing:
+        c, weight = self.contender, self._weight
+        return Timing(
+            c.name, c.version, c.stored_dtype, c.isa, c.form, weight.rank, weight.nnz,
+            self._loaded.weight_bytes, self._loaded.copies, len(self._taken), Spread.of(self._taken),
+            self._error,
+        )  # fmt: skip
+
+
+def _take_turns(ready: Sequence[_Turns], read: Callable[[], float]) -> tuple[float, float]:
+    """Time all of them; return the read bandwidth in GB/s, and the share of the CPUs that others took."""
+    bandwidths, busy, passed = [], 0, 0
+    for round_ in range(max((turns.rounds for turns in ready), default=1)):
         # Each round starts with another one: nobody always follows the same neighbour.
-        start = round_ % len(ready)
+        start = round_ % max(len(ready), 1)
         for turns in (*ready[start:], *ready[:start]):
             if round_ < turns.rounds:
                 turns.take()
-        time.sleep(_WARM_UP_MS / 1e3)
         bandwidths += [read() for _ in range(_BANDWIDTH_READS)][1:]
-    return Spread.of(bandwidths).median
+        # Threads that wait in a spin get the time to go to sleep.
+        time.sleep(_WARM_UP_MS / 1e3)
+        before = _cpu_ticks()
+        time.sleep(_REST_SECONDS)
+        after = _cpu_ticks()
+        busy, passed = busy + after[0] - before[0], passed + after[1] - before[1]
+    return Spread.of(bandwidths).median, busy / passed if passed else math.nan
 
 
-def _rows(
-    shape: LayerShape,
-    model: str,
-    batch: int,
-    config: OatsConfig,
-    bandwidth: float,
-    ready: Sequence[_Turns],
-    ours: Sequence[Contender],
-    weights: dict[tuple[Form, str], RandomWeight],
-    loaded: dict[int, Loaded],
-) -> Iterator[Row]:
-    timings = []
-    for turns in ready:
-        c = turns.contender
-        weight, held = weights[c.form, c.dtype], loaded[id(c)]
-        timings.append(
-            Timing(
-                c.name, c.version, c.stored_dtype, c.isa, c.form, weight.rank, weight.nnz, held.weight_bytes,
-                held.copies, len(turns.taken), Spread.of(turns.taken), turns.error,
-            )
-        )  # fmt: skip
-    mine = [t for t, turns in zip(timings, ready, strict=True) if turns.contender in ours]
-    others = [t for t, turns in zip(timings, ready, strict=True) if turns.contender not in ours]
-    in_bf16 = {t.name for t in others if t.dtype != "fp32"}
-    for our in mine:
-        for peer in others:
-            same = peer.dtype == our.dtype if our.dtype == "fp32" else peer.dtype != "fp32"
-            if same or (our.dtype != "fp32" and peer.name not in in_bf16):
-                yield Row(
-                    model, shape.name, shape.d_out, shape.d_in, batch, config.compression, config.rank_ratio,
-                    config.pattern, torch.get_num_threads(), bandwidth, our, peer,
-                )  # fmt: skip
+def _cpu_ticks() -> tuple[int, int]:
+    """Busy and all ticks of all CPUs since the start, zeros where Linux does not say."""
+    try:
+        fields = [int(field) for field in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+    except OSError:
+        return 0, 0
+    idle = fields[3] + fields[4]
+    return sum(fields) - idle, sum(fields)
+
+
+def _pairs(ours: Sequence[Timing], peers: Sequence[Timing]) -> Iterator[tuple[Timing, Timing]]:
+    in_bf16 = {peer.name for peer in peers if peer.dtype != "fp32"}
+    for our in ours:
+        for peer in peers:
+            if our.dtype == "fp32":
+                fits = peer.dtype == "fp32"
+            else:
+                fits = peer.dtype != "fp32" or peer.name not in in_bf16
+            if fits:
+                yield our, peer
 
 
 def _label(contender: Contender) -> str:

@@ -112,7 +112,8 @@ def latency(rows: Sequence[Row]) -> Figure:
             ours = name.startswith("oats")
             (handle,) = axes.plot(
                 batches, [spread.median for spread in spreads], color=colours[name], marker="o", label=name,
-                markersize=3.6 if ours else 2.8, linewidth=2.4 if name == "oats" else 1.1, zorder=3 if ours else 2,
+                markersize=3.6 if ours else 2.8, linewidth=2.4 if name == "oats" else 1.1,
+                zorder=3 if ours else 2,
             )  # fmt: skip
             axes.fill_between(
                 batches, [spread.p10 for spread in spreads], [spread.p90 for spread in spreads],

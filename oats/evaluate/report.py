@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 from collections.abc import Sequence
@@ -49,7 +50,8 @@ def markdown(rows: Sequence[Row], left_out: Sequence[LeftOut]) -> str:
     lines = [
         f"{facts['cpu']}, {facts['cores']} cores, {facts['memory_gb']:.0f} GB, {facts['system']}; "
         f"{facts['threads']} threads; instruction set {facts['isa']}. "
-        + (f"Memory read at {min(speeds):.0f} to {max(speeds):.0f} GB/s in this run." if speeds else ""),
+        + (f"Memory read at {min(speeds):.0f} to {max(speeds):.0f} GB/s in this run; " if speeds else "")
+        + f"other processes took {max((row.others for row in rows), default=math.nan):.0%} of the CPUs at most.",
         "",
         "Milliseconds of one call, medians of calls in turn; in brackets how many times as fast as this line "
         "the first line is. \\*: the 90th percentile is more than 1.5 × the median.",
