@@ -39,7 +39,7 @@ BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 32, 64, 128, 256, 512, 1024, 2048)
 PEER_BATCHES = (1, 4, 16, 128)
 # Of the comparison with unstructured pruning, beside the one of the whole run.
 PAPER_COMPRESSIONS = (0.3, 0.4)
-# Lower instruction sets are shown on the first shape only.
+# Lower instruction sets, and sparse plus low rank on DeepSparse, are shown on the first shape only.
 ISA_BATCHES = (1, 16, 128)
 
 
@@ -193,7 +193,9 @@ def _measure(options: argparse.Namespace, rows: list[Row], left_out: list[LeftOu
                 lower = [isa for isa in ops.available_isas() if isa not in (ops.active_isa(), "scalar")]
                 batches = [batch for batch in options.batches if batch in ISA_BATCHES]
                 ours += [_at(compressed(dtype, isa=isa), batches) for isa in lower for dtype in DTYPES]
-            timed(shape, options.batches, config, ours, peers)
+            # DeepSparse takes half a minute to compile one form for a large batch.
+            shown = peers if number == 0 else [peer for peer in peers if peer.form != "oats"]
+            timed(shape, options.batches, config, ours, shown)
         if options.peers and not options.quick:
             deepsparse = [peer for peer in peers if peer.name in ("torch", "DeepSparse")]
             for share in PAPER_COMPRESSIONS:

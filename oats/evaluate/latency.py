@@ -19,9 +19,9 @@ from oats.evaluate.layer import Form, RandomWeight, Reference, random_input
 from oats.evaluate.shapes import LayerShape
 from oats.evaluate.spread import Spread
 
-# A turn starts with calls that are not timed for this long: caches and clocks settle, and threads of the one
-# before that still spin go to sleep.
-_WARM_UP_MS = 5.0
+# A turn starts with calls that are not timed for this long, and two at least: caches settle, threads of the
+# one before that still spin go to sleep, and threads that woke up on one core are spread.
+_WARM_UP_MS = 20.0
 
 _ROUNDS = 10
 
@@ -287,7 +287,7 @@ class _Turns:
         calls = min(repetitions, max(3, math.ceil(1e3 * seconds / call_ms)))
         self.rounds = min(_ROUNDS, calls)
         self._calls = math.ceil(calls / self.rounds)
-        self._warm_up = 0 if call_ms > 20 * _WARM_UP_MS else math.ceil(_WARM_UP_MS / call_ms)
+        self._warm_up = 1 if call_ms > 100 else max(2, math.ceil(_WARM_UP_MS / call_ms))
 
     def take(self) -> None:
         self._taken += self.contender.time(self._calls, self._warm_up)

@@ -47,11 +47,12 @@ def markdown(rows: Sequence[Row], left_out: Sequence[LeftOut]) -> str:
     """The medians in tables, contenders by batch, one table for each layer, compression and dtype of ours."""
     facts = machine()
     speeds = [row.read_gb_per_s for row in rows]
+    others = max((row.others for row in rows), default=math.nan)
     lines = [
         f"{facts['cpu']}, {facts['cores']} cores, {facts['memory_gb']:.0f} GB, {facts['system']}; "
         f"{facts['threads']} threads; instruction set {facts['isa']}. "
         + (f"Memory read at {min(speeds):.0f} to {max(speeds):.0f} GB/s in this run; " if speeds else "")
-        + f"other processes took {max((row.others for row in rows), default=math.nan):.0%} of the CPUs at most.",
+        + f"other processes took {others:.0%} of the CPUs at most.",
         "",
         "Milliseconds of one call, medians of calls in turn; in brackets how many times as fast as this line "
         "the first line is. \\*: the 90th percentile is more than 1.5 × the median.",
