@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -115,6 +116,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows: list[Row] = []
     left_out: list[LeftOut] = []
     failure = None
+    # A run that is ended by its time limit writes what it has, like one that is interrupted.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         _prepare(options)
         _measure(options, rows, left_out)
