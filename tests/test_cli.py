@@ -12,6 +12,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from oats import ops
 from oats.cli import app
 from oats.errors import CheckpointError, ConfigError, OatsError, OutputExistsError
 from oats.evaluate.spread import Spread
@@ -453,36 +454,67 @@ def test_generate_refuses(dense):
 # --- bench and info ------------------------------------------------------------------------------------
 
 
-def test_bench():
-    options = [
-        "bench",
-        "--d-out",
-        512,
-        "--d-in",
-        512,
-        "--repetitions",
-        3,
-        "--threads",
-        torch.get_num_threads(),
-    ]
+@pytest.fixture
+def quick_bench(monkeypatch):
+    monkeypatch.setattr("oats.evaluate.contenders._CYCLED_BYTES", 1_000_000)
+    monkeypatch.setattr("oats.evaluate.contenders._last_level_cache_bytes", lambda: 0)
+    monkeypatch.setattr("oats.evaluate.latency.read_time", lambda: lambda: 40.0)
+    monkeypatch.setattr("oats.evaluate.latency._cpu_ticks", lambda: (0, 0))
+    monkeypatch.setattr("oats.evaluate.latency._REST_SECONDS", 0.0)
+
+
+def test_bench_of_one_shape(quick_bench):
+    options = ["bench", "--d-out", 512, "--d-in", 512, "--repetitions", 3]
+    options += ["--threads", torch.get_num_threads()]
     result = run(*options)
     assert result.exit_code == 0
-    assert "512 x 512, batch 1, bf16" in result.stdout and "torch dense" in result.stdout
-    report = json.loads(run(*options, "--json", "--dtype", "fp32").stdout)
-    assert report["rank"] == 32 and report["dtype"] == "fp32" and report["speedup"] > 0
+    assert "512 x 512, compression 0.5" in result.stdout and "torch bf16 dense" in result.stdout
+    (row,) = json.loads(run(*options, "--json", "--dtype", "fp32").stdout)["rows"]
+    assert row["ours"]["rank"] == 32 and row["ours"]["dtype"] == "fp32" and row["ratio"] > 0
+
+
+def test_bench_of_a_model(quick_bench):
+    report = json.loads(run("bench", "--model", "gemma-3-270m", "--repetitions", 1, "--json").stdout)
+    layers = [(row["layer"], row["d_out"], row["d_in"]) for row in report["rows"]]
+    assert layers == [
+        ("q_proj", 1024, 640),
+        ("o_proj", 640, 1024),
+        ("k_proj, v_proj", 256, 640),
+        ("gate_proj, up_proj", 2048, 640),
+        ("down_proj", 640, 2048),
+    ]
+
+
+def test_bench_of_a_grid(quick_bench):
+    options = ["--batch", "1,2", "--compression", "0.4,0.5", "--dtype", "bf16,fp32", "--isa", "all"]
+    small = ["--d-out", 64, "--d-in", 64, "--repetitions", 1]
+    rows = json.loads(run("bench", *small, *options, "--json").stdout)["rows"]
+    cases = {(r["batch"], r["compression"], r["ours"]["dtype"], r["ours"]["isa"]) for r in rows}
+    assert len(rows) == len(cases) == 2 * 2 * 2 * len(ops.available_isas())
 
 
 @pytest.mark.parametrize(("p90", "busy"), [(1.4, False), (1.6, True)])
-def test_bench_says_when_the_machine_was_busy(monkeypatch, p90, busy):
+def test_bench_says_when_the_machine_was_busy(quick_bench, monkeypatch, p90, busy):
     monkeypatch.setattr(Spread, "of", lambda values: Spread(1.0, 0.9, p90))
-    assert ("the machine was busy" in run("bench", "--d-out", 512, "--d-in", 512).stdout) == busy
+    output = run("bench", "--d-out", 64, "--d-in", 64, "--repetitions", 2).stdout
+    assert ("the machine was busy" in output) == busy
+
+
+def test_bench_says_that_other_processes_were_running(quick_bench, monkeypatch):
+    ticks = iter(range(0, 10_000, 10))
+    monkeypatch.setattr("oats.evaluate.latency._cpu_ticks", lambda: ((n := next(ticks)) // 2, n))
+    output = run("bench", "--d-out", 64, "--d-in", 64, "--repetitions", 2).stdout
+    assert "other processes took 50% of the CPUs" in output
 
 
 def test_bench_refuses():
     assert "threads must be at least 1" in fails("bench", "--threads", 0)
     assert 'dtype must be "bf16" or "fp32"' in fails("bench", "--dtype", "int4")
     assert "compression must be in" in fails("bench", "--compression", 2)
-    assert "must be at least 1, got 0, 4096, 1 and 200" in fails("bench", "--d-out", 0)
+    assert "at least 1, got 0, 4096, [1] and 200" in fails("bench", "--d-out", 0)
+    assert "batch must be a number, or some with commas between, got 'a'" in fails("bench", "--batch", "a")
+    assert "no model is called 'gpt-9'" in fails("bench", "--model", "gpt-9")
+    assert "no instruction set 'amx'" in fails("bench", "--isa", "amx")
 
 
 def test_info_of_the_installation(monkeypatch):

@@ -4,9 +4,7 @@ import pytest
 import torch
 
 from oats.errors import CalibrationError, ConfigError, OatsError
-from oats.evaluate import layer
 from oats.evaluate.generation import generation_speed
-from oats.evaluate.layer import layer_latency
 from oats.evaluate.perplexity import perplexity
 from oats.evaluate.spread import Spread
 from oats.evaluate.text import Text, builtin_text, calibration_windows, read_text, tokenize
@@ -180,43 +178,6 @@ def test_generation_speed(model):
         assert speed.prefill.median > 0
     with pytest.raises(ConfigError, match="2 new tokens"):
         generation_speed({"a": model}, torch.arange(3, 13), new_tokens=1)
-
-
-@pytest.mark.parametrize("pattern", ["row", "layer", "2:4"])
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_layer_latency(monkeypatch, pattern, dtype):
-    monkeypatch.setattr(layer, "_CYCLED_BYTES", 1_000_000)
-    monkeypatch.setattr(layer, "_last_level_cache_bytes", lambda: 0)
-    result = layer_latency(96, 200, batch=3, compression=0.4, pattern=pattern, dtype=dtype, repetitions=3)
-    assert result.nnz == pytest.approx(96 * 200 * (0.5 if pattern == "2:4" else 0.45), rel=0.02)
-    assert result.dense_bytes == 96 * 200 * (4 if dtype == "fp32" else 2)
-    assert result.dense_copies * result.dense_bytes >= 1_000_000
-    assert result.compressed_copies * result.compressed_bytes >= 1_000_000
-    assert result.compressed_ms.median > 0 and result.speedup > 0 and result.read_gb_per_s > 0
-    assert result.to_dict()["compressed_ms"]["median"] == result.compressed_ms.median
-
-
-def test_layer_latency_makes_few_copies_of_a_small_layer(monkeypatch):
-    monkeypatch.setattr(layer, "_MOST_COPIES", 20)
-    result = layer_latency(4, 4, repetitions=2)
-    assert (result.compressed_copies, result.dense_copies) == (20, 20)
-
-
-def test_layer_latency_does_not_time_a_wrong_result(monkeypatch):
-    monkeypatch.setattr(
-        layer.SparseLowRankLinear, "forward", lambda self, x: x.new_zeros(len(x), self.out_features)
-    )
-    with pytest.raises(OatsError, match=r"is wrong at 64 x 64: .*nothing was timed"):
-        layer_latency(64, 64)
-
-
-def test_layer_latency_refuses_bad_settings():
-    with pytest.raises(ConfigError, match="must be at least 1, got 64, 64, 0 and 200"):
-        layer_latency(64, 64, batch=0)
-    with pytest.raises(ConfigError, match="compression"):
-        layer_latency(64, 64, compression=1.0)
-    with pytest.raises(ConfigError, match="pattern 2:4 needs d_in to be a multiple of 4, got 66"):
-        layer_latency(64, 66, pattern="2:4")
 
 
 def test_spread():

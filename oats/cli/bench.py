@@ -1,101 +1,188 @@
-"""``oats bench``: one layer shape, dense against compressed."""
+"""``oats bench``: layers of a model, or one shape, compressed against torch's dense one."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from oats.config import OatsConfig
-from oats.errors import ConfigError
+from oats.errors import ConfigError, OatsError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rich.console import Console
+
+    from oats.evaluate.latency import LeftOut, Row, Timing
 
 
 def bench(
+    model: Annotated[
+        str | None,
+        typer.Option(help="All layer shapes of a model, by name (llama-3-8b), instead of one."),
+    ] = None,
     d_out: Annotated[int, typer.Option(help="Outputs of the layer.")] = 4096,
     d_in: Annotated[int, typer.Option(help="Inputs of the layer.")] = 4096,
-    batch: Annotated[int, typer.Option(help="Rows of the input: tokens in one forward pass.")] = 1,
+    batch: Annotated[
+        str, typer.Option(help="Rows of the input (tokens in one forward pass): one number, or some: 1,4,16.")
+    ] = "1",
     compression: Annotated[
-        float, typer.Option(help="Share of the parameters removed.")
-    ] = OatsConfig.compression,
+        str, typer.Option(help="Share of the parameters removed: one, or some: 0.3,0.5.")
+    ] = str(OatsConfig.compression),
     rank_ratio: Annotated[
         float, typer.Option(help="Share of the rest that is low-rank.")
     ] = OatsConfig.rank_ratio,
     pattern: Annotated[str, typer.Option(help="row, layer, or N:M such as 2:4.")] = OatsConfig.pattern,
-    dtype: Annotated[str, typer.Option(help="bf16 or fp32.")] = "bf16",
-    threads: Annotated[
-        int | None, typer.Option(help="Threads of both.", show_default="torch's default")
+    dtype: Annotated[str, typer.Option(help="bf16, fp32, or bf16,fp32.")] = "bf16",
+    isa: Annotated[
+        str | None, typer.Option(help="Instruction sets: some, or all.", show_default="the best one")
     ] = None,
-    repetitions: Annotated[int, typer.Option(help="Timed calls of each.")] = 200,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    threads: Annotated[
+        int | None, typer.Option(help="Threads of all.", show_default="torch's default")
+    ] = None,
+    repetitions: Annotated[int, typer.Option(help="Timed calls of each, at most.")] = 200,
+    seconds: Annotated[float, typer.Option(help="That the timed calls of each take, about.")] = 2.0,
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="Directory for latency and roofline as PNG and SVG; needs matplotlib."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")] = False,
 ) -> None:
-    """Time one layer, compressed against torch's dense one of the same dtype, alternating.
+    """Time layers, compressed against torch's dense ones of the same dtype, alternating.
 
-    The weights are random and cycle through more memory than the caches hold. The result is first compared
+    The weights are random and cycle through more memory than the caches hold. Each result is first compared
     with float64; a wrong one is not timed.
     """
     if threads is not None and threads < 1:
         raise ConfigError(f"threads must be at least 1, got {threads}")
-    if dtype not in ("bf16", "fp32"):
-        raise ConfigError(f'dtype must be "bf16" or "fp32", got {dtype!r}')
+    batches = _numbers("batch", batch, int)
+    compressions = _numbers("compression", compression, float)
+    dtypes = dtype.split(",")
+    if unknown := [name for name in dtypes if name not in ("bf16", "fp32")]:
+        raise ConfigError(f'dtype must be "bf16" or "fp32", got {unknown[0]!r}')
 
     import torch
-    from rich.table import Table
 
-    from oats.cli.console import human_bytes, print_json, progress_bar, results
-    from oats.evaluate.layer import layer_latency
+    from oats import ops
+    from oats.cli.console import print_json, progress_bar, results
+    from oats.evaluate import report
+    from oats.evaluate.contenders import compressed, torch_dense
+    from oats.evaluate.latency import layer_rows
+    from oats.evaluate.shapes import LayerShape, shapes_of
 
     if threads is not None:
         torch.set_num_threads(threads)
-    with progress_bar("Timing") as bar:
-        result = layer_latency(
-            d_out,
-            d_in,
-            batch=batch,
-            compression=compression,
-            rank_ratio=rank_ratio,
-            pattern=pattern,
-            dtype=dtype,
-            repetitions=repetitions,
-            progress=lambda done, total: bar.update(done, total, "calls of each"),
+    isas = ops.available_isas() if isa == "all" else (isa or ops.active_isa()).split(",")
+    if missing := [name for name in isas if name not in ops.available_isas()]:
+        raise ConfigError(
+            f"this machine has no instruction set {missing[0]!r}; it has " + ", ".join(ops.available_isas())
         )
-    if as_json:
-        print_json(result.to_dict())
-        return
+    if plot is not None:
+        from oats.evaluate import plots
 
-    table = Table(
-        title=f"{d_out} x {d_in}, batch {batch}, {dtype}, threads {result.threads}, ISA {result.isa}",
-        title_justify="left",
-    )
-    table.add_column("layer")
-    for column in ("median ms", "p10–p90 ms", "weight", "GB/s", "copies cycled"):
-        table.add_column(column, justify="right")
-    for name, spread, size, speed, copies in (
-        ("torch dense", result.dense_ms, result.dense_bytes, result.dense_gb_per_s, result.dense_copies),
-        (
-            "oats",
-            result.compressed_ms,
-            result.compressed_bytes,
-            result.compressed_gb_per_s,
-            result.compressed_copies,
-        ),
-    ):
-        table.add_row(
-            name,
-            f"{spread.median:.3f}",
-            f"{spread.p10:.3f}–{spread.p90:.3f}",
-            human_bytes(size),
-            f"{speed:.1f}",
-            str(copies),
+        plots.prepare(plot)
+    shapes = shapes_of(model) if model is not None else (LayerShape(f"{d_out} x {d_in}", d_out, d_in),)
+    configs = [
+        OatsConfig(compression=share, rank_ratio=rank_ratio, pattern=pattern) for share in compressions
+    ]
+    rows: list[Row] = []
+    left_out: list[LeftOut] = []
+    ours = [compressed(name, isa=isa_name) for name in dtypes for isa_name in isas]  # type: ignore[arg-type]
+    peers = [torch_dense(name) for name in dtypes]  # type: ignore[arg-type]
+    with progress_bar("Timing") as bar:
+        cases = [(shape, config) for config in configs for shape in shapes]
+        for done, (shape, config) in enumerate(cases):
+
+            def progress(note: str, done: int = done) -> None:
+                bar.update(done, len(cases), note)
+
+            rows += layer_rows(
+                shape, batches, config, ours, peers, model=model or "", repetitions=repetitions,
+                seconds=seconds, left_out=left_out, progress=progress,
+            )  # fmt: skip
+    if not rows:
+        raise OatsError("nothing was timed: " + "; ".join(f"{item.name}, {item.reason}" for item in left_out))
+    if plot is not None:
+        plots.draw(rows, plot)
+    if as_json:
+        print_json(report.to_dict(rows, left_out))
+        return
+    print_rows(results(), rows)
+
+
+def print_rows(console: Console, rows: Sequence[Row]) -> None:
+    """One table a layer and compression: ours, then what it was timed against."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    from oats.cli.console import human_bytes
+
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.layer, row.d_out, row.d_in, row.compression), []).append(row)
+
+    def line(row: Row, timing: Timing, ratio: str) -> list[str]:
+        share = row.share_of_bandwidth(timing)
+        return [
+            timing.label,
+            f"{timing.ms.median:.3g}",
+            f"{timing.ms.p10:.3g}–{timing.ms.p90:.3g}",
+            "–" if timing.weight_bytes is None else human_bytes(timing.weight_bytes),
+            "–" if share is None else f"{share:.0%}",
+            f"{row.gflops(timing):.0f}",
+            ratio,
+        ]
+
+    for group in groups.values():
+        first = group[0]
+        shape = f"{first.d_out} x {first.d_in}"
+        named = shape if first.layer == shape else f"{first.layer}: {shape}"
+        table = Table(
+            title=f"{named}, compression {first.compression:g}, rank ratio {first.rank_ratio:g}, "
+            f"pattern {first.pattern}: rank {first.ours.rank}, "
+            f"density {first.ours.nnz / (first.d_out * first.d_in):.3f}",
+            title_justify="left",
+            box=SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
         )
-    console = results()
-    console.print(table)
+        table.add_column("batch", justify="right")
+        table.add_column("", no_wrap=True)
+        for column in ("ms", "p10–p90", "weight", "read", "GFLOP/s", "ratio"):
+            table.add_column(column, justify="right", no_wrap=True)
+        previous: tuple[int, Timing] | None = None
+        for row in group:
+            if previous != (row.batch, row.ours):
+                if previous is not None:
+                    table.add_section()
+                table.add_row(str(row.batch), *line(row, row.ours, ""))
+                previous = row.batch, row.ours
+            table.add_row("", *line(row, row.peer, f"{row.ratio:.2f} x"))
+        console.print(table)
+    speeds = [row.read_gb_per_s for row in rows]
     console.print(
-        f"oats takes {1 / result.speedup:.2f} of the time of dense ({result.speedup:.2f} x as fast); "
-        f"{repetitions} calls of each in turn.\n"
-        f"compression {compression:g}, rank ratio {rank_ratio:g}, pattern {pattern}: rank {result.rank}, "
-        f"density {result.nnz / (d_out * d_in):.3f}\n"
-        f"largest error against float64, relative to Σ|w||x|: {result.error:.1e}\n"
-        f"memory, read by torch's sum with the same threads: {result.read_gb_per_s:.1f} GB/s"
+        f"{rows[0].threads} threads; ms: median of one call; GFLOP/s: those of the dense product\n"
+        "ratio: how many times as fast as this line oats is\n"
+        "read: share of the memory bandwidth, read by torch's sum in between "
+        f"({min(speeds):.1f} to {max(speeds):.1f} GB/s)\n"
+        "largest error of oats against float64, in units of √(Σ w² x²): "
+        f"{max(row.ours.error for row in rows):.1e}"
     )
-    if result.compressed_ms.is_wide or result.dense_ms.is_wide:
+    others = max(row.others for row in rows)
+    if others > 0.1:
+        console.print(f"note: other processes took {others:.0%} of the CPUs in between; run it again")
+    elif any(row.ours.ms.is_wide or row.peer.ms.is_wide for row in rows):
         console.print("note: p90 is more than 1.5 x the median, so the machine was busy; run it again")
+
+
+def _numbers(name: str, text: str, kind: type) -> list[Any]:
+    """The numbers of a list with commas.
+
+    >>> _numbers("batch", "1,4,16", int)
+    [1, 4, 16]
+    """
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"{name} must be a number, or some with commas between, got {text!r}") from None

@@ -1,258 +1,151 @@
-"""Latency of one layer: compressed against torch's dense one."""
+"""Random layers to measure, and the float64 reference that a result is checked against."""
 
 from __future__ import annotations
 
-import copy
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from functools import partial
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from oats import ops
-from oats.bitmask import decode, encode_mask
-from oats.budget import nnz_per_layer, nnz_per_row, rank_for
+from oats.bitmask import encode
+from oats.budget import check_inputs, nnz_per_layer, nnz_per_row, rank_for
 from oats.config import OatsConfig, parse_n_m
-from oats.errors import ConfigError, OatsError
-from oats.evaluate.spread import Spread
 from oats.format import DTYPES
-from oats.nn import SparseLowRankLinear
 
-# Weights are cycled through this much memory at least, and through 4 times the last-level cache, so that
-# no cache holds them: a model's layers do not find theirs in a cache either.
-_CYCLED_BYTES = 200_000_000
+Form = Literal["oats", "unstructured", "dense"]
+"""What a weight is: sparse plus low-rank, sparse alone at the same compression, or dense."""
 
-# Of one weight: a copy is a module, and small weights would need millions.
-_MOST_COPIES = 1000
-
-# Read in one piece to measure the bandwidth: far more than what starting the threads costs.
-_READ_BYTES = 32_000_000
-
-# Largest error of an output, relative to Σ|w||x| (the sum that rounding errors are proportional to), in
-# units of the dtype's rounding. bf16 rounds V x, and the output; fp32 sums up to d_in products.
-_TOLERANCE = {"bf16": 2.0**-7, "fp32": 2.0**-18}
+# Rows of a batch that are compared with float64, evenly spread; the reference of 2048 rows takes minutes.
+_CHECKED_ROWS = 64
 
 
 @dataclass(frozen=True)
-class LayerLatency:
-    """One layer shape, compressed against dense, and every setting of the measurement.
+class RandomWeight:
+    """``S + U V`` with normal values at random places, as many as a compression run leaves.
 
     Attributes:
-        compressed_ms: of one call of `SparseLowRankLinear`.
-        dense_ms: of one call of `torch.nn.Linear`, same dtype and threads.
-        compressed_bytes: of the packed weight.
-        dense_bytes: of the dense weight.
-        compressed_copies: weights cycled through, at most 1000; dense_copies alike. So small layers
-            (200 kB and less) stay in a cache.
-        read_gb_per_s: of torch's sum of 32 MB of fp32 with the same threads, timed in between.
-        error: largest error against float64, relative to Σ|w||x|.
+        sparse: (d_out, d_in), zeros where nothing is kept.
+        low_rank_u: (d_out, r); r is 0 for the forms without a low-rank part.
+        low_rank_v: (r, d_in).
     """
 
-    d_out: int
-    d_in: int
-    batch: int
-    compression: float
-    rank_ratio: float
-    pattern: str
-    rank: int
-    nnz: int
-    dtype: str
-    threads: int
-    isa: str
-    repetitions: int
-    compressed_copies: int
-    dense_copies: int
-    compressed_bytes: int
-    dense_bytes: int
-    compressed_ms: Spread
-    dense_ms: Spread
-    read_gb_per_s: float
-    error: float
+    form: Form
+    sparse: Tensor
+    low_rank_u: Tensor
+    low_rank_v: Tensor
+
+    @classmethod
+    def make(cls, form: Form, d_out: int, d_in: int, config: OatsConfig, seed: int = 0) -> RandomWeight:
+        """A weight of one form, in the dtype of `config`.
+
+        ``unstructured`` has the compression of `config` and rank 0, ``dense`` no zeros at all.
+
+        Raises:
+            ConfigError: the settings cannot be met for this shape.
+
+        >>> weight = RandomWeight.make("oats", 64, 64, OatsConfig(compression=0.5, dtype="fp32"))
+        >>> weight.rank, weight.nnz
+        (4, 1536)
+        """
+        generator = torch.Generator().manual_seed(seed)
+        dtype = DTYPES[config.dtype or "bf16"]
+        rank = rank_for(d_out, d_in, config.compression, config.rank_ratio, config.pattern)
+        if form != "oats":
+            rank = 0
+        sparse = torch.randn(d_out, d_in, generator=generator)
+        if form != "dense":
+            ratio = config.rank_ratio if form == "oats" else 0.0
+            sparse *= _random_support(d_out, d_in, config.compression, ratio, config.pattern, generator)
+        low_rank_u = torch.randn(d_out, rank, generator=generator)
+        low_rank_v = torch.randn(rank, d_in, generator=generator) / max(rank, 1) ** 0.5
+        return cls(form, sparse.to(dtype), low_rank_u.to(dtype), low_rank_v.to(dtype))
 
     @property
-    def speedup(self) -> float:
-        """How many times faster than dense, by medians."""
-        return self.dense_ms.median / self.compressed_ms.median
+    def rank(self) -> int:
+        """Of the low-rank part."""
+        return self.low_rank_u.shape[1]
 
-    @property
-    def compressed_gb_per_s(self) -> float:
-        """Packed bytes read a second."""
-        return self.compressed_bytes / self.compressed_ms.median / 1e6
+    @cached_property
+    def nnz(self) -> int:
+        """Non-zeros of the sparse part."""
+        return int(self.sparse.count_nonzero())
 
-    @property
-    def dense_gb_per_s(self) -> float:
-        """Dense bytes read a second."""
-        return self.dense_bytes / self.dense_ms.median / 1e6
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields and what follows from them, as plain JSON values."""
+    def canonical(self) -> dict[str, Tensor]:
+        """The tensors of :mod:`oats.format`."""
+        mask, values = encode(self.sparse)
         return {
-            **asdict(self),
-            "speedup": self.speedup,
-            "compressed_gb_per_s": self.compressed_gb_per_s,
-            "dense_gb_per_s": self.dense_gb_per_s,
+            "mask": mask,
+            "values": values,
+            "low_rank_u": self.low_rank_u,
+            "low_rank_v": self.low_rank_v,
         }
 
 
-def layer_latency(
-    d_out: int,
-    d_in: int,
-    *,
-    batch: int = 1,
-    compression: float = 0.5,
-    rank_ratio: float = 0.25,
-    pattern: str = "row",
-    dtype: str = "bf16",
-    repetitions: int = 200,
-    seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
-) -> LayerLatency:
-    """Time one compressed layer against the dense one, call by call in turn.
+@dataclass(frozen=True)
+class Reference:
+    """The product of a weight with some rows of a batch, in float64.
 
-    The weight is random: non-zeros at random places, as many as a compression run leaves. The result is
-    first compared with a float64 computation.
-
-    Args:
-        batch: rows of the input.
-        dtype: ``"bf16"`` or ``"fp32"``.
-        repetitions: timed calls of each.
-        progress: called as progress(done, total) now and then.
-
-    Raises:
-        ConfigError: a setting is out of range.
-        OatsError: the result is wrong; nothing was timed.
+    Attributes:
+        rows: (n,) which rows of the batch.
+        output: (n, d_out).
+        scale: (n, d_out), the standard deviation of each output over random signs of its terms,
+            √(Σ w² x²); rounding errors and the outputs of a random layer are in proportion to it, also
+            where terms cancel.
     """
-    config = OatsConfig(compression=compression, rank_ratio=rank_ratio, pattern=pattern, dtype=dtype)  # type: ignore[arg-type]
-    if min(d_out, d_in, batch, repetitions) < 1:
-        raise ConfigError(
-            "d_out, d_in, batch and repetitions must be at least 1, got "
-            f"{d_out}, {d_in}, {batch} and {repetitions}"
-        )
-    n_m = parse_n_m(pattern)
-    if n_m is not None and d_in % n_m[1]:
-        raise ConfigError(f"pattern {pattern} needs d_in to be a multiple of {n_m[1]}, got {d_in}")
-    generator = torch.Generator().manual_seed(seed)
-    tensors = _random_layer(d_out, d_in, config, DTYPES[dtype], generator)
-    compressed = SparseLowRankLinear.from_canonical(tensors, d_in)
-    assert compressed.packed is not None
 
-    x = torch.randn(batch, d_in, generator=generator).to(DTYPES[dtype])
-    with torch.inference_mode():
-        error = _relative_error(compressed(x), x, tensors)
-    if not error <= _TOLERANCE[dtype]:
-        raise OatsError(
-            f"the {dtype} kernel for {ops.active_isa()} is wrong at {d_out} x {d_in}: error {error:.2e} "
-            f"relative to the sum of |w||x|, allowed {_TOLERANCE[dtype]:.2e}; nothing was timed. "
-            "Please report this"
-        )
+    rows: Tensor
+    output: Tensor
+    scale: Tensor
 
-    dense = nn.Linear(d_in, d_out, bias=False, dtype=DTYPES[dtype])
-    compressed_bytes, dense_bytes = compressed.packed.numel(), dense.weight.nbytes
-    read = torch.ones(_cycled_bytes() // 4).split(_READ_BYTES // 4)
-    calls: list[list[Callable[[], Tensor]]] = [
-        [partial(layer, x) for layer in _copies(compressed, compressed_bytes)],
-        [partial(layer, x) for layer in _copies(dense, dense_bytes)],
-        [part.sum for part in read],
-    ]
-    times: list[list[float]] = [[] for _ in calls]
-    warm_up = max(len(copies) for copies in calls)
-    with torch.inference_mode():
-        for call in range(warm_up + repetitions):
-            for copies, taken in zip(calls, times, strict=True):
-                function = copies[call % len(copies)]
-                start = time.perf_counter()
-                function()
-                seconds = time.perf_counter() - start
-                if call >= warm_up:
-                    taken.append(1e3 * seconds)
-            if progress is not None:
-                progress(call + 1, warm_up + repetitions)
-    return LayerLatency(
-        d_out=d_out,
-        d_in=d_in,
-        batch=batch,
-        compression=compression,
-        rank_ratio=rank_ratio,
-        pattern=pattern,
-        rank=compressed.rank,
-        nnz=compressed.nnz,
-        dtype=dtype,
-        threads=torch.get_num_threads(),
-        isa=ops.packed_isa(compressed.packed),
-        repetitions=repetitions,
-        compressed_copies=len(calls[0]),
-        dense_copies=len(calls[1]),
-        compressed_bytes=compressed_bytes,
-        dense_bytes=dense_bytes,
-        compressed_ms=Spread.of(times[0]),
-        dense_ms=Spread.of(times[1]),
-        read_gb_per_s=read[0].nbytes / Spread.of(times[2]).median / 1e6,
-        error=error,
-    )
+    @classmethod
+    def of(cls, weight: RandomWeight, x: Tensor) -> Reference:
+        """The reference for `x` (batch, d_in), on at most 64 rows."""
+        rows = torch.linspace(0, len(x) - 1, min(len(x), _CHECKED_ROWS)).round().long()
+        wide = x[rows].double()
+        sparse, u, v = weight.sparse.double(), weight.low_rank_u.double(), weight.low_rank_v.double()
+        output = wide @ sparse.T + (wide @ v.T) @ u.T
+        squares = wide.square_()
+        variance = squares @ sparse.square_().T + (squares @ v.square_().T) @ u.square_().T
+        return cls(rows, output, variance.sqrt())
+
+    def error(self, y: Tensor) -> float:
+        """Largest error of `y` (batch, d_out), in units of `scale`; infinite where `y` is not finite.
+
+        >>> weight = RandomWeight.make("dense", 8, 8, OatsConfig(dtype="fp32"))
+        >>> x = torch.ones(3, 8)
+        >>> Reference.of(weight, x).error(x @ weight.sparse.T) < 1e-6
+        True
+        """
+        error = (y[self.rows].double() - self.output).abs() / self.scale.clamp_min(1e-30)
+        return float(error.nan_to_num(nan=float("inf")).max())
 
 
-def _random_layer(
-    d_out: int, d_in: int, config: OatsConfig, dtype: torch.dtype, generator: torch.Generator
-) -> dict[str, Tensor]:
-    """Canonical tensors of a layer with random non-zeros; no decomposition is run."""
-    rank = rank_for(d_out, d_in, config.compression, config.rank_ratio, config.pattern)
-    kept = _random_support(d_out, d_in, config, generator)
-    return {
-        "mask": encode_mask(kept),
-        "values": torch.randn(int(kept.sum()), generator=generator).to(dtype),
-        "low_rank_u": torch.randn(d_out, rank, generator=generator).to(dtype),
-        "low_rank_v": (torch.randn(rank, d_in, generator=generator) / max(rank, 1) ** 0.5).to(dtype),
-    }
-
-
-def _random_support(d_out: int, d_in: int, config: OatsConfig, generator: torch.Generator) -> Tensor:
+def _random_support(
+    d_out: int, d_in: int, compression: float, rank_ratio: float, pattern: str, generator: torch.Generator
+) -> Tensor:
     """Which elements are kept, (d_out, d_in) bool."""
-    n_m = parse_n_m(config.pattern)
+    check_inputs(d_in, pattern, "the layer")
+    n_m = parse_n_m(pattern)
     if n_m is not None:
-        n, m = n_m
-        keys = torch.rand(d_out, d_in // m, m, generator=generator)
-        chosen = keys.topk(n, dim=2).indices
-        return torch.zeros(keys.shape, dtype=torch.bool).scatter_(2, chosen, True).view(d_out, d_in)
-    if config.pattern == "layer":
-        rows, k = 1, nnz_per_layer(d_out, d_in, config.compression, config.rank_ratio)
+        (k, m), rows = n_m, d_out
+        keys = torch.rand(rows, d_in // m, m, generator=generator)
+    elif pattern == "layer":
+        k = nnz_per_layer(d_out, d_in, compression, rank_ratio)
+        keys = torch.rand(1, d_out * d_in, generator=generator)
     else:
-        rows, k = d_out, nnz_per_row(d_in, config.compression, config.rank_ratio)
-    keys = torch.rand(rows, d_out * d_in // rows, generator=generator)
-    chosen = keys.topk(k, dim=1, sorted=False).indices
-    return torch.zeros(keys.shape, dtype=torch.bool).scatter_(1, chosen, True).view(d_out, d_in)
+        k = nnz_per_row(d_in, compression, rank_ratio)
+        keys = torch.rand(d_out, d_in, generator=generator)
+    chosen = keys.topk(k, dim=-1, sorted=False).indices
+    return torch.zeros(keys.shape, dtype=torch.bool).scatter_(-1, chosen, True).view(d_out, d_in)
 
 
-def _relative_error(y: Tensor, x: Tensor, tensors: Mapping[str, Tensor]) -> float:
-    """Largest |y − reference| / Σ|w||x| over the outputs, in float64."""
-    wide = {name: tensor.double() for name, tensor in tensors.items() if name != "mask"}
-    sparse = decode(tensors["mask"], wide["values"], x.shape[-1])
-    columns = x.double().T
-    reference = sparse @ columns + wide["low_rank_u"] @ (wide["low_rank_v"] @ columns)
-    magnitude = sparse.abs() @ columns.abs() + wide["low_rank_u"].abs() @ (
-        wide["low_rank_v"].abs() @ columns.abs()
-    )
-    return float(((y.double().T - reference).abs() / magnitude.clamp_min(1e-30)).max())
+def random_input(weight: RandomWeight, batch: int, seed: int = 1) -> Tensor:
+    """(batch, d_in), normal, in the dtype of the weight."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, weight.sparse.shape[1], generator=generator).to(weight.sparse.dtype)
 
 
-def _copies(layer: nn.Module, weight_bytes: int) -> list[nn.Module]:
-    number = min(-(-_cycled_bytes() // weight_bytes), _MOST_COPIES)
-    return [layer] + [copy.deepcopy(layer) for _ in range(number - 1)]
-
-
-def _cycled_bytes() -> int:
-    return max(_CYCLED_BYTES, 4 * _last_level_cache_bytes())
-
-
-def _last_level_cache_bytes() -> int:
-    """Size of the largest cache that Linux reports, 0 where it reports none."""
-    sizes = [0]
-    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        text = path.read_text().strip()
-        unit = {"K": 2**10, "M": 2**20, "G": 2**30}.get(text[-1:], 0)
-        if unit and text[:-1].isdigit():
-            sizes.append(int(text[:-1]) * unit)
-    return max(sizes)
+Weights = Mapping[Form, RandomWeight]
