@@ -279,25 +279,60 @@ def second_moments(runner: BlockRunner, index: int, linears: Mapping[str, nn.Lin
     Returns:
         Name → (d_in,) float32. A layer that did not run is absent.
     """
-    sums: dict[str, Tensor] = {}
+    sums = _sum_over_inputs(runner, index, linears, lambda x: x.square().sum(0).double())
+    return {name: moment.float() for name, moment in sums.items()}
+
+
+def hessians(runner: BlockRunner, index: int, linears: Mapping[str, nn.Linear]) -> dict[str, Tensor]:
+    """``X Xᵀ`` over the tokens at the input X (d_in, tokens) of each linear layer of a block.
+
+    Args and tokens as in :func:`second_moments`, whose result is the diagonal.
+
+    Returns:
+        Name → (d_in, d_in) float32; layers that always shared their input share the tensor. A layer that did
+        not run is absent.
+    """
+    return _sum_over_inputs(runner, index, linears, lambda x: x.mT @ x)
+
+
+def _sum_over_inputs(
+    runner: BlockRunner, index: int, linears: Mapping[str, nn.Linear], statistic: Callable[[Tensor], Tensor]
+) -> dict[str, Tensor]:
+    """Sum of a statistic of the inputs (tokens, d_in) of each layer, in float32, over the batches."""
+    # Of one batch: an input, its statistic, and the layers that it went to.
+    seen: list[tuple[Tensor, int, Tensor, list[str]]] = []
+    # Summed by the layers that shared it, so that q, k and v cost one statistic.
+    sums: dict[tuple[str, ...], Tensor] = {}
 
     def collect(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0].detach()
+            given = args[0]
+            for x, version, _statistic, names in seen:
+                if x is given and version == given._version:
+                    names.append(name)
+                    return
+            x = given.detach()
             mask = _token_mask(runner.batch)
             # OPT flattens batch and length before its first product.
             if mask is not None and x.shape[:-1] in (mask.shape, (mask.numel(),)):
                 x = x.reshape(-1, x.shape[-1])[mask.reshape(-1)]
-            moment = x.reshape(-1, x.shape[-1]).float().square().sum(0).double()
-            sums[name] = sums[name] + moment if name in sums else moment
+            value = statistic(x.reshape(-1, x.shape[-1]).float())
+            seen.append((given, given._version, value, [name]))
 
         return hook
 
     handles = [linear.register_forward_pre_hook(collect(name)) for name, linear in linears.items()]
     try:
         for _ in runner.run(index):
-            pass
+            for *_given, value, names in seen:
+                key = tuple(names)
+                sums[key] = sums[key].add_(value) if key in sums else value
+            seen.clear()
     finally:
         for handle in handles:
             handle.remove()
-    return {name: moment.float() for name, moment in sums.items()}
+    totals: dict[str, Tensor] = {}
+    for key, value in sums.items():
+        for name in key:
+            totals[name] = totals[name] + value if name in totals else value
+    return totals

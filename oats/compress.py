@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from oats.calibrate import BlockRunner, Calibration, as_batches, rehearse, second_moments
+from oats.calibrate import BlockRunner, Calibration, as_batches, rehearse
 from oats.config import OatsConfig
-from oats.decomposition import decompose
 from oats.errors import ConfigError, UnsupportedModelError
 from oats.format import DTYPES, storage_dtype
+from oats.methods import decompose_by_method, input_statistics
 from oats.models import find_blocks
 from oats.nn import SparseLowRankLinear
 from oats.targets import SKIPPED, find_targets, reasons
@@ -115,14 +115,14 @@ def compress_(
         runner = BlockRunner(model, list(block_list), batches)
         done = 0
         for index, layers in enumerate(targets.blocks):
-            moments = second_moments(runner, index, layers)
+            statistics = input_statistics(runner, index, layers, config)
             for name, linear in layers.items():
                 done += 1
-                if name not in moments:
+                if name not in statistics:
                     report.left_dense[name] = "it did not run on the calibration data"
                     continue
                 start = time.perf_counter()
-                result = decompose(linear.weight, moments.pop(name), **config.decompose_options(), name=name)
+                result = decompose_by_method(linear.weight, statistics.pop(name), config, name)
                 layer = SparseLowRankLinear.from_decomposition(result, linear.bias)
                 seconds = time.perf_counter() - start
                 if not report.layers and hasattr(model, "save_pretrained"):

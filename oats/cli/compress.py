@@ -18,6 +18,9 @@ def compress(
     out: Annotated[
         Path, typer.Argument(metavar="OUT", help="Directory to write; must be empty or not exist.")
     ],
+    method: Annotated[
+        str, typer.Option(help="oats (the published method), or oats-hessian (a lower loss, in more time).")
+    ] = OatsConfig.method,
     compression: Annotated[
         float, typer.Option(help="Share of each layer's parameters to remove.")
     ] = OatsConfig.compression,
@@ -58,10 +61,11 @@ def compress(
 ) -> None:
     """Compress MODEL without retraining and save it to OUT as a Hugging Face directory."""
     config = OatsConfig(
+        method=method,  # type: ignore[arg-type]  # OatsConfig checks it
         compression=compression,
         rank_ratio=rank_ratio,
         pattern=pattern,
-        svd=svd,  # type: ignore[arg-type]  # OatsConfig checks it
+        svd=svd,  # type: ignore[arg-type]
         iterations=iterations,
         dtype=dtype,  # type: ignore[arg-type]
         skip=tuple(skip or ()),
