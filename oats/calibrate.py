@@ -266,7 +266,7 @@ def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterato
             module.forward = own
 
 
-def second_moments(runner: BlockRunner, index: int, linears: Mapping[str, nn.Linear]) -> dict[str, Tensor]:
+def second_moments(runner: BlockRunner, index: int, linears: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     """Σ over tokens of x_j² at the input of each linear layer of a block (arXiv 2409.13652, section 2.2).
 
     Tokens that an attention mask (batch, length) excludes do not count.
@@ -283,7 +283,7 @@ def second_moments(runner: BlockRunner, index: int, linears: Mapping[str, nn.Lin
     return {name: moment.float() for name, moment in sums.items()}
 
 
-def hessians(runner: BlockRunner, index: int, linears: Mapping[str, nn.Linear]) -> dict[str, Tensor]:
+def hessians(runner: BlockRunner, index: int, linears: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     """``X Xᵀ`` over the tokens at the input X (d_in, tokens) of each linear layer of a block.
 
     Args and tokens as in :func:`second_moments`, whose result is the diagonal.
@@ -296,7 +296,7 @@ def hessians(runner: BlockRunner, index: int, linears: Mapping[str, nn.Linear]) 
 
 
 def _sum_over_inputs(
-    runner: BlockRunner, index: int, linears: Mapping[str, nn.Linear], statistic: Callable[[Tensor], Tensor]
+    runner: BlockRunner, index: int, linears: Mapping[str, nn.Module], statistic: Callable[[Tensor], Tensor]
 ) -> dict[str, Tensor]:
     """Sum of a statistic of the inputs (tokens, d_in) of each layer, in float32, over the batches."""
     # Of one batch: an input, its statistic, and the layers that it went to.

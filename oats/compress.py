@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from oats.calibrate import BlockRunner, Calibration, as_batches, rehearse
 from oats.config import OatsConfig
@@ -17,8 +17,9 @@ from oats.errors import ConfigError, UnsupportedModelError
 from oats.format import DTYPES, storage_dtype
 from oats.methods import decompose_by_method, input_statistics
 from oats.models import find_blocks
-from oats.nn import SparseLowRankLinear
-from oats.targets import SKIPPED, find_targets, reasons
+from oats.models.linear import FUSED
+from oats.nn import SparseLowRankLinear, SplitLinear
+from oats.targets import SKIPPED, SPLIT, Target, find_targets, reasons
 
 Progress = Callable[[int, int, str, float], None]
 """Called after each layer with: layers done, layers in all, the layer's name, its relative error."""
@@ -64,9 +65,10 @@ def compress_(
     config: OatsConfig | None = None,
     *,
     blocks: str | None = None,
+    split: Collection[str] = SPLIT,
     progress: Progress | None = None,
 ) -> CompressionReport:
-    """Compress a model in place: every `nn.Linear` in its blocks becomes a `SparseLowRankLinear`.
+    """Compress a model in place: every linear layer in its blocks becomes a `SparseLowRankLinear`.
 
     Blocks are compressed in order, each on what the compressed blocks before it make of the calibration
     data; inside a block the moments are those of its dense weights (arXiv 2409.13652, section 2.3). Only
@@ -84,6 +86,8 @@ def compress_(
             arguments for the model; or one such dict.
         config: None means the defaults.
         blocks: dotted path of the list of blocks, for a model that :mod:`oats.models` does not know.
+        split: names of fused projections whose parts are decomposed one by one: ``"qkv_proj"`` (Phi-3; what
+            the paper does), ``"gate_up_proj"`` (Phi-3, GLM).
         progress: called after each layer.
 
     Raises:
@@ -96,9 +100,11 @@ def compress_(
         config = OatsConfig()
     if not isinstance(config, OatsConfig):
         raise ConfigError(f"config is {config!r}; pass oats.OatsConfig(compression=0.5, …), or None")
+    if isinstance(split, str) or not set(split) <= set(FUSED):
+        raise ConfigError(f"split is {split!r}, expected a collection of names out of {', '.join(FUSED)}")
     path, block_list = find_blocks(model, blocks)
     batches = as_batches(model, calibration)
-    targets = find_targets(model, path, block_list, config)
+    targets = find_targets(model, path, block_list, config, split)
     targets.check(config)
     report = CompressionReport(config, left_dense=dict(targets.left_dense))
 
@@ -114,37 +120,27 @@ def compress_(
         ]
         runner = BlockRunner(model, list(block_list), batches)
         done = 0
-        for index, layers in enumerate(targets.blocks):
-            statistics = input_statistics(runner, index, layers, config)
-            for name, linear in layers.items():
-                done += 1
+        for index, block in enumerate(targets.blocks):
+            modules = {name: target.module for name, target in block.items()}
+            statistics = input_statistics(runner, index, modules, config)
+            for name, target in block.items():
                 if name not in statistics:
+                    done += len(target.outputs) or 1
                     report.left_dense[name] = "it did not run on the calibration data"
                     continue
-                start = time.perf_counter()
-                result = decompose_by_method(linear.weight, statistics.pop(name), config, name)
-                layer = SparseLowRankLinear.from_decomposition(result, linear.bias)
-                seconds = time.perf_counter() - start
+                layer, parts = _decompose(name, target, statistics.pop(name), config)
                 if not report.layers and hasattr(model, "save_pretrained"):
                     from oats.integrations.transformers import attach
 
                     # Before the first layer is replaced: saved without it, a checkpoint would load random
                     # weights, and from here on the walk may be interrupted.
                     attach(model, config)
-                _replace(model, linear, layer)
-                report.layers.append(
-                    LayerReport(
-                        name,
-                        linear.out_features,
-                        linear.in_features,
-                        layer.rank,
-                        layer.nnz,
-                        result.relative_error,
-                        seconds,
-                    )
-                )
-                if progress is not None:
-                    progress(done, len(targets), name, result.relative_error)
+                _replace(model, target.module, layer)
+                for part in parts:
+                    done += 1
+                    report.layers.append(part)
+                    if progress is not None:
+                        progress(done, len(targets), part.name, part.relative_error)
             if index + 1 < len(targets.blocks):
                 runner.advance(index)
     if not report.layers:
@@ -157,7 +153,26 @@ def compress_(
     return report
 
 
-def _replace(model: nn.Module, linear: nn.Linear, layer: SparseLowRankLinear) -> None:
+def _decompose(
+    name: str, target: Target, statistic: Tensor, config: OatsConfig
+) -> tuple[nn.Module, list[LayerReport]]:
+    """The layer that replaces the target, and what became of each of its matrices."""
+    layers: dict[str, SparseLowRankLinear] = {}
+    reports = []
+    for part, (weight, bias) in target.matrices().items():
+        part_name = f"{name}.{part}" if part else name
+        start = time.perf_counter()
+        result = decompose_by_method(weight.contiguous(), statistic, config, part_name)
+        layers[part] = layer = SparseLowRankLinear.from_decomposition(result, bias)
+        seconds = time.perf_counter() - start
+        d_out, d_in = weight.shape
+        reports.append(
+            LayerReport(part_name, d_out, d_in, layer.rank, layer.nnz, result.relative_error, seconds)
+        )
+    return SplitLinear(layers) if target.outputs else layers[""], reports
+
+
+def _replace(model: nn.Module, linear: nn.Module, layer: nn.Module) -> None:
     """Put `layer` wherever the model has `linear`, which may be under several names."""
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if module is linear:

@@ -41,8 +41,8 @@ class OatsConfig:
     reaches an error at least as low in a fraction of the time (docs/design.md).
 
     Args:
-        method: ``"oats"``, the published one, or ``"oats-hessian"``, which weighs a layer's error by the whole
-            Hessian of its inputs instead of its diagonal (:func:`oats.decompose_hessian`).
+        method: ``"oats"``, the published one, or ``"oats-hessian"``, which weighs a layer's error by the
+            whole Hessian of its inputs instead of its diagonal (:func:`oats.decompose_hessian`).
         compression: share of a layer's parameters that is removed, in [0, 1).
         rank_ratio: share of the parameters kept that goes to the low-rank part, in [0, 1].
         pattern: where non-zeros may sit: ``"row"`` keeps the same number in each row, ``"layer"``

@@ -108,8 +108,9 @@ def decompose_hessian(
     >>> result.rank, result.nnz // 64
     (4, 24)
     >>> plain = decompose(weight, inputs.square().sum(1))
-    >>> [f"{((weight - r.to_dense()) @ inputs).norm() / (weight @ inputs).norm():.2f}" for r in (plain, result)]
-    ['0.18', '0.11']
+    >>> lost = [((weight - each.to_dense()) @ inputs).norm() for each in (plain, result)]
+    >>> bool(lost[1] < lost[0] / 2)
+    True
     """
     config = OatsConfig(
         compression=compression,
@@ -197,7 +198,7 @@ class _LowRankStep:
         self._root = metric.values.sqrt()
         d_out, d_in = shape
         self._approximate: Callable[[Tensor], tuple[Tensor, Tensor]]
-        if config.svd == "fast" and 0 < rank and rank + OVERSAMPLING < min(d_out, d_in):
+        if config.svd == "fast" and rank > 0 and rank + OVERSAMPLING < min(d_out, d_in):
             self._approximate = WarmSubspace((d_out, d_in), rank, seed=config.seed).approximate
         else:
             self._approximate = partial(exact_low_rank, rank=rank)
@@ -229,7 +230,7 @@ def _support(
 def _refit(
     scaled: Tensor, sparse: Tensor, metric: _Metric, low_rank: _LowRankStep
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The best values on the support of `sparse`, in turn with the best low-rank part; v in the eigenbasis."""
+    """Values on the support of `sparse`, in turn with the low-rank part, whose v is in the eigenbasis."""
     support = sparse != 0
     target = scaled @ metric.vectors
     u, v = low_rank(target - sparse @ metric.vectors)
@@ -278,9 +279,9 @@ def _check_hessian(hessian: Tensor, d_in: int, layer: str) -> None:
         raise WeightError(f"{layer}: the Hessian must be a torch.Tensor, got {type(hessian).__name__}")
     if tuple(hessian.shape) != (d_in, d_in) or not hessian.is_floating_point() or not hessian.is_cpu:
         raise WeightError(
-            f"{layer}: the Hessian must be a real ({d_in}, {d_in}) matrix on the CPU, one row for each input of "
-            f"the weight, got {tuple(hessian.shape)}, {hessian.dtype} on {hessian.device}; pass X Xᵀ summed over "
-            "the calibration tokens"
+            f"{layer}: the Hessian must be a real ({d_in}, {d_in}) matrix on the CPU, one row for each input "
+            f"of the weight, got {tuple(hessian.shape)}, {hessian.dtype} on {hessian.device}; pass X Xᵀ summed "
+            "over the calibration tokens"
         )
     _check_all(torch.isfinite(hessian), "Hessian", "NaN or infinite", layer)
     _check_all(hessian.diagonal() >= 0, "Hessian's diagonal", "negative", layer)

@@ -1,8 +1,8 @@
-"""The methods of decomposition: what each needs to know of a layer's inputs, and what it makes of the weight."""
+"""The methods of decomposition: what each needs to know of a layer's inputs, and what it does with it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
@@ -12,11 +12,11 @@ from oats.decomposition import Decomposition, decompose
 from oats.hessian import decompose_hessian
 
 _STATISTICS = {"oats": second_moments, "oats-hessian": hessians}
-_DECOMPOSE = {"oats": decompose, "oats-hessian": decompose_hessian}
+_DECOMPOSE: dict[str, Callable[..., Decomposition]] = {"oats": decompose, "oats-hessian": decompose_hessian}
 
 
 def input_statistics(
-    runner: BlockRunner, index: int, linears: Mapping[str, nn.Linear], config: OatsConfig
+    runner: BlockRunner, index: int, linears: Mapping[str, nn.Module], config: OatsConfig
 ) -> dict[str, Tensor]:
     """What the method needs to know of the inputs of each layer of a block.
 

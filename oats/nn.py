@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -146,8 +146,8 @@ class SparseLowRankLinear(nn.Module):
 
         Args:
             linear: (d_in → d_out); left as it is.
-            statistic: (d_in,), the sum or mean over tokens of x_j²; for the method "oats-hessian" (d_in, d_in),
-                that of x xᵀ.
+            statistic: (d_in,), the sum or mean over tokens of x_j²; for the method "oats-hessian" that of
+                x xᵀ, (d_in, d_in).
             config: the compression's settings.
 
         Raises:
@@ -325,6 +325,59 @@ class SparseLowRankLinear(nn.Module):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         if self.values is not None and self.values.device.type == "cpu":
             self.pack_()
+
+
+class SplitLinear(nn.ModuleDict):
+    """A projection that computes several at once, as its parts: their outputs, one after another.
+
+    Args:
+        parts: name → :class:`SparseLowRankLinear` of the same inputs, in the order of their outputs.
+
+    >>> from oats import OatsConfig
+    >>> q, k = (SparseLowRankLinear.from_linear(nn.Linear(8, n), torch.ones(8), OatsConfig()) for n in (4, 2))
+    >>> SplitLinear({"q": q, "k": k})(torch.zeros(3, 8)).shape
+    torch.Size([3, 6])
+    """
+
+    def __init__(self, parts: Mapping[str, SparseLowRankLinear]) -> None:
+        """Hold the parts."""
+        super().__init__(parts)
+        layers = list(parts.values())
+        self.in_features, self.out_features = layers[0].in_features, sum(p.out_features for p in layers)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, (d_out, d_in). Computed at each access: for inspection, not for speed."""
+        return torch.cat([cast(SparseLowRankLinear, part).to_dense() for part in self.values()])
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The biases of the parts, (d_out,), or None; a copy."""
+        biases = [part.bias for part in self.values()]
+        return None if None in biases else torch.cat(cast(list[Tensor], biases))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute the outputs of all parts.
+
+        Args:
+            x: (…, in_features), the dtype of the parts, on the CPU.
+
+        Returns:
+            (…, out_features), in the same dtype.
+        """
+        return torch.cat([part(x) for part in self.values()], dim=-1)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if all(part.packed is not None for part in self.values()):
+            # For readers who expect one dense weight; the markers of the parts do not stop them.
+            destination[prefix + "weight"] = fmt.MARKER.clone()
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        marker = state_dict.get(prefix + "weight")
+        if marker is not None and marker.shape == fmt.MARKER.shape:
+            del state_dict[prefix + "weight"]
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def _supported(dtype: torch.dtype) -> torch.dtype:

@@ -2,19 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from oats import budget
 from oats.config import OatsConfig
 from oats.errors import UnsupportedModelError, WeightError
+from oats.models.linear import fused_outputs, is_linear, weight_of
 from oats.nn import SparseLowRankLinear
 
 SKIPPED = "it matches OatsConfig.skip"
 """Why a layer stays dense, where the user said so."""
+
+
+SPLIT = ("qkv_proj",)
+"""The fused projections that the paper decomposes one by one (arXiv 2409.13652, section 3)."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A linear layer to compress.
+
+    Attributes:
+        module: what is replaced, and sees the inputs.
+        outputs: part → its number of outputs, where the parts are decomposed one by one; else empty.
+    """
+
+    module: nn.Module
+    outputs: dict[str, int]
+
+    def matrices(self) -> dict[str, tuple[Tensor, Tensor | None]]:
+        """Part → weight (d_out, d_in) and bias (d_out,), views; the part is "" where there is but one."""
+        weight = weight_of(self.module).detach()
+        bias = None if self.module.bias is None else cast(Tensor, self.module.bias).detach()
+        if not self.outputs:
+            return {"": (weight, bias)}
+        sizes = list(self.outputs.values())
+        biases = [None] * len(sizes) if bias is None else bias.split(sizes)
+        return dict(zip(self.outputs, zip(weight.split(sizes), biases, strict=True), strict=True))
 
 
 @dataclass(frozen=True)
@@ -26,12 +56,12 @@ class Targets:
         left_dense: name of each other matrix → why it stays as it is.
     """
 
-    blocks: list[dict[str, nn.Linear]]
+    blocks: list[dict[str, Target]]
     left_dense: dict[str, str]
 
     def __len__(self) -> int:
-        """Number of layers to compress."""
-        return sum(map(len, self.blocks))
+        """Number of matrices to decompose."""
+        return sum(len(target.outputs) or 1 for block in self.blocks for target in block.values())
 
     def check(self, config: OatsConfig) -> None:
         """Find what would stop their compression, before anything has been changed.
@@ -40,12 +70,13 @@ class Targets:
             ConfigError: the budget or the pattern cannot be met for a layer's shape.
             WeightError: a weight or bias is not finite.
         """
-        for layers in self.blocks:
-            for name, linear in layers.items():
-                d_out, d_in = linear.out_features, linear.in_features
-                budget.check_inputs(d_in, config.pattern, name)
-                budget.rank_for(d_out, d_in, config.compression, config.rank_ratio, config.pattern)
-                for kind, parameter in linear.named_parameters():
+        for block in self.blocks:
+            for name, target in block.items():
+                for weight, _ in target.matrices().values():
+                    d_out, d_in = weight.shape
+                    budget.check_inputs(d_in, config.pattern, name)
+                    budget.rank_for(d_out, d_in, config.compression, config.rank_ratio, config.pattern)
+                for kind, parameter in target.module.named_parameters():
                     if not torch.isfinite(parameter).all():
                         raise WeightError(
                             f"{name}: the {kind} has NaN or infinite entries; the checkpoint is damaged"
@@ -53,15 +84,20 @@ class Targets:
 
 
 def find_targets(
-    model: nn.Module, path: str, blocks: nn.ModuleList | nn.Sequential, config: OatsConfig
+    model: nn.Module,
+    path: str,
+    blocks: nn.ModuleList | nn.Sequential,
+    config: OatsConfig,
+    split: Collection[str] = SPLIT,
 ) -> Targets:
-    """Every `nn.Linear` in the blocks, but for those that `config.skip` names or that are not called.
+    """Every linear layer in the blocks, but for those that `config.skip` names or that are not called.
 
     Args:
         model: the whole model; lists of blocks other than `blocks` are noted as left dense.
         path: dotted path of `blocks` in it, with which the names begin.
         blocks: from :func:`oats.models.find_blocks`.
         config: whose `skip` is obeyed.
+        split: names of fused projections whose parts are decomposed one by one.
 
     Raises:
         UnsupportedModelError: there is nothing to compress.
@@ -74,10 +110,11 @@ def find_targets(
     seen: set[nn.Module] = set()
     targets = Targets([], {})
     for name, block in blocks.named_children():
-        targets.blocks.append(_of_block(f"{path}.{name}", block, config, targets.left_dense, seen))
+        targets.blocks.append(_of_block(f"{path}.{name}", block, config, split, targets.left_dense, seen))
     if not len(targets):
         raise UnsupportedModelError(
-            f"{type(model).__name__}: no nn.Linear to compress inside {path}; {reasons(targets.left_dense)}"
+            f"{type(model).__name__}: no linear layer to compress inside {path}; "
+            f"{reasons(targets.left_dense)}"
         )
     _note_other_blocks(model, path, blocks, config, targets.left_dense)
     return targets
@@ -100,32 +137,41 @@ _FUSED = (nn.TransformerEncoderLayer.forward, nn.MultiheadAttention.forward)
 
 
 def _of_block(
-    prefix: str, block: nn.Module, config: OatsConfig, left_dense: dict[str, str], seen: set[nn.Module]
-) -> dict[str, nn.Linear]:
+    prefix: str,
+    block: nn.Module,
+    config: OatsConfig,
+    split: Collection[str],
+    left_dense: dict[str, str],
+    seen: set[nn.Module],
+) -> dict[str, Target]:
     """The layers of one block; `seen` are the modules of those before it, and grows."""
+    modules = dict(block.named_modules(prefix=prefix, remove_duplicate=False))
     names: dict[nn.Module, list[str]] = {}
     fused: dict[nn.Module, str] = {}
-    for name, module in block.named_modules(prefix=prefix, remove_duplicate=False):
+    for name, module in modules.items():
         names.setdefault(module, []).append(name)
         if type(module).forward in _FUSED:
             fused.update(dict.fromkeys(module.modules(), type(module).__name__))
-    found: dict[str, nn.Linear] = {}
+    found: dict[str, Target] = {}
     for module, (name, *_) in names.items():
         if module in seen:
             continue
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) or is_linear(module):
             if any(_is_skipped(alias, config) for alias in names[module]):
                 left_dense[name] = SKIPPED
             elif module in fused:
                 left_dense[name] = f"{fused[module]} reads its weight and does not call it"
-            elif type(module).forward is not nn.Linear.forward:
+            elif not is_linear(module):
                 left_dense[name] = f"{type(module).__name__} computes in its own way"
             else:
-                found[name] = module
+                owner, _, attribute = name.rpartition(".")
+                found[name] = Target(
+                    module, fused_outputs(modules.get(owner), attribute) if attribute in split else {}
+                )
         elif not isinstance(module, (nn.Embedding, SparseLowRankLinear)):
             for parameter_name, parameter in module.named_parameters(recurse=False):
                 if parameter.dim() >= 2 and min(parameter.shape[-2:]) > 1:
-                    left_dense[f"{name}.{parameter_name}"] = f"{type(module).__name__} is not an nn.Linear"
+                    left_dense[f"{name}.{parameter_name}"] = f"{type(module).__name__} is not a linear layer"
     seen.update(names)
     return found
 
@@ -146,7 +192,7 @@ def _note_other_blocks(
         if len({type(m) for m in modules}) != 1 or not all(any(m.children()) for m in modules):
             continue
         for name, module in modules.named_modules(prefix=list_name):
-            if isinstance(module, nn.Linear) and module not in inside:
+            if (isinstance(module, nn.Linear) or is_linear(module)) and module not in inside:
                 reason = f"only the blocks in {path} are compressed"
                 left_dense[name] = SKIPPED if _is_skipped(name, config) else reason
 

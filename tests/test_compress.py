@@ -16,6 +16,7 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     OPTConfig,
+    Phi3Config,
 )
 
 import oats
@@ -262,15 +263,63 @@ def test_only_one_block_of_hidden_states_is_held() -> None:
     [
         lambda: AutoModel.from_config(LlamaConfig(**SMALL, num_key_value_heads=2)),
         lambda: AutoModel.from_config(BertConfig(**SMALL)),
+        lambda: AutoModel.from_config(GPT2Config(vocab_size=61, n_embd=48, n_layer=3, n_head=4)),
         opt,
     ],
-    ids=["llama base", "bert", "opt"],
+    ids=["llama base", "bert", "gpt2", "opt"],
 )
 def test_architectures(model) -> None:
     model = model()
-    report = oats.compress_(model, TOKENS)
+    report = oats.compress_(model, TOKENS, oats.OatsConfig(iterations=2))
     assert len(report.layers) >= 12 and not report.left_dense
     assert next(iter(model(TOKENS).values())).isfinite().all()
+
+
+def phi3() -> nn.Module:
+    torch.manual_seed(0)
+    config = Phi3Config(**{**SMALL, "num_hidden_layers": 2}, num_key_value_heads=2, pad_token_id=0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def test_fused_projections_are_decomposed_by_parts() -> None:
+    model, seen = phi3(), []
+    original = model.model.layers[0].self_attn.qkv_proj.weight.detach()
+    report = oats.compress_(model, TOKENS, progress=lambda *a: seen.append(a))
+    attention = model.model.layers[0].self_attn
+    assert [layer.name.removeprefix("model.layers.0.") for layer in report.layers[:6]] == [
+        "self_attn.o_proj", "self_attn.qkv_proj.q", "self_attn.qkv_proj.k", "self_attn.qkv_proj.v",
+        "mlp.gate_up_proj", "mlp.down_proj",
+    ]  # fmt: skip
+    assert [a[:2] for a in seen] == [(i, 12) for i in range(1, 13)]
+    assert [(p.out_features, p.rank) for p in attention.qkv_proj.values()] == [(48, 3), (24, 2), (24, 2)]
+    # Each part is close to its own rows of the weight.
+    apart = (attention.qkv_proj.weight - original).norm(dim=1) / original.norm(dim=1)
+    assert apart.max() < 0.6
+    x = torch.randn(2, 5, 48)
+    torch.testing.assert_close(attention.qkv_proj(x), x @ attention.qkv_proj.weight.T, atol=1e-5, rtol=1e-5)
+
+    with pytest.raises(ConfigError, match="split is 'qkv_proj', expected a collection"):
+        oats.compress_(phi3(), TOKENS, split="qkv_proj")
+    names = [layer.name for layer in oats.compress_(phi3(), TOKENS, split=("gate_up_proj",)).layers[:4]]
+    assert [name.rpartition("layers.0.")[2] for name in names] == [
+        "self_attn.o_proj", "self_attn.qkv_proj", "mlp.gate_up_proj.gate", "mlp.gate_up_proj.up",
+    ]  # fmt: skip
+
+
+def test_a_transposed_weight_is_decomposed_as_it_is_used() -> None:
+    model = AutoModel.from_config(GPT2Config(vocab_size=61, n_embd=48, n_layer=1, n_head=4)).eval()
+    conv = model.h[0].mlp.c_fc
+    nn.init.normal_(conv.bias)
+    linear = nn.Linear(48, 192)
+    linear.weight, linear.bias = nn.Parameter(conv.weight.T), conv.bias
+    inputs = []
+    handle = conv.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach()))
+    model(TOKENS)
+    handle.remove()
+    config = oats.OatsConfig(iterations=2)
+    expected = SparseLowRankLinear.from_linear(linear, inputs[0].reshape(-1, 48).square().sum(0), config)
+    oats.compress_(model, TOKENS, config)
+    torch.testing.assert_close(model.h[0].mlp.c_fc(inputs[0]), expected(inputs[0]), atol=1e-4, rtol=1e-4)
 
 
 def test_plain_torch_module_by_path() -> None:
@@ -296,11 +345,16 @@ def test_plain_torch_module_by_path() -> None:
 
 
 def test_what_is_not_compressed_is_said() -> None:
-    with pytest.raises(UnsupportedModelError, match=r"Conv1D is not an nn.Linear"):
-        oats.compress_(
-            AutoModelForCausalLM.from_config(GPT2Config(vocab_size=61, n_embd=48, n_layer=2, n_head=4)),
-            TOKENS,
-        )
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stacked = nn.Parameter(torch.ones(2, 32, 32))
+
+        def forward(self, x):
+            return x @ self.stacked[0]
+
+    with pytest.raises(UnsupportedModelError, match=r"layers\.0\.stacked \(Experts is not a linear layer"):
+        oats.compress_(Chain(block=Experts), [ROWS])
     model = llama()
     model.model.layers[1].unused = nn.Linear(48, 48)
     with pytest.warns(UserWarning, match=r"model\.layers\.1\.unused \(it did not run"):

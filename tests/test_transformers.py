@@ -19,9 +19,11 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    GPT2Config,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaModel,
+    Phi3Config,
     PreTrainedModel,
 )
 from transformers.quantizers.auto import AutoHfQuantizer
@@ -254,6 +256,73 @@ def test_a_layer_under_two_names(
     loaded.dequantize()
     assert (loaded.model.layers[1].self_attn.q_proj is first.q_proj) == shared_when_loaded
     torch.testing.assert_close(logits(loaded), logits(model))
+
+
+def phi3(kind: Any = AutoModelForCausalLM, **sizes: Any) -> PreTrainedModel:
+    config = Phi3Config(
+        vocab_size=40, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, pad_token_id=0, eos_token_id=None, **sizes,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return kind.from_config(config).eval()
+
+
+def gpt2(kind: Any = AutoModelForCausalLM) -> PreTrainedModel:
+    config = GPT2Config(vocab_size=40, n_embd=48, n_layer=2, n_head=4, n_positions=64, eos_token_id=None)
+    torch.manual_seed(0)
+    model = kind.from_config(config).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter)
+    return model
+
+
+@pytest.mark.parametrize(("make", "layers"), [(phi3, 14), (gpt2, 8)], ids=["phi3", "gpt2"])
+def test_projections_that_are_fused_or_transposed(tmp_path: Path, make: Any, layers: int) -> None:
+    model = make()
+    compress_(model, torch.arange(36).view(3, 12), SETTINGS, split=("qkv_proj", "gate_up_proj"))
+    model.save_pretrained(tmp_path / "saved")
+    loaded = load(tmp_path / "saved")
+    assert torch.equal(logits(loaded), logits(model))
+    assert torch.equal(tokens(loaded), tokens(model))
+    loaded.save_pretrained(tmp_path / "again")
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "saved" / name).read_bytes()
+
+    stored = read_stored_model(tmp_path / "saved")
+    assert len(stored.layers) == layers
+    compressed = {layer.name for layer in stored.layers}
+    dense = make()
+    elsewhere = [
+        p.numel()
+        for name, p in dense.named_parameters()
+        if not compressed & {name.removesuffix(".weight") + part for part in ("", ".q", ".gate")}
+    ]
+    assert stored.parameters_elsewhere == sum(elsewhere)
+
+    bare, info = AutoModel.from_pretrained(tmp_path / "saved", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert torch.equal(logits(bare), logits(model.base_model))
+    assert_unreadable_without_the_package(tmp_path / "saved")
+
+    loaded.dequantize()
+    kinds = [[(name, type(m)) for name, m in m.named_modules()] for m in (loaded, dense)]
+    assert kinds[0] == kinds[1]
+    torch.testing.assert_close(logits(loaded), logits(model))
+    loaded.save_pretrained(tmp_path / "dense")
+    assert torch.equal(logits(load(tmp_path / "dense")), logits(loaded))
+
+
+def test_a_fused_projection_without_one_of_its_parts(tmp_path: Path) -> None:
+    model = phi3()
+    compress_(model, torch.arange(36).view(3, 12), SETTINGS)
+    model.save_pretrained(tmp_path)
+    name = "model.layers.1.self_attn.qkv_proj"
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["quantization_config"]["layers"][f"{name}.k"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(FormatError, match=rf"the parts \['q', 'v'\] of '{name}', expected \['k', 'q', 'v'\]"):
+        load(tmp_path)
 
 
 def test_base_model_prefix_in_both_directions(saved: Path, tmp_path: Path) -> None:

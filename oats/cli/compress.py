@@ -43,6 +43,9 @@ def compress(
     skip: Annotated[
         list[str] | None, typer.Option(help="Glob of layer names to leave dense; may be repeated.")
     ] = None,
+    split_gate_up: Annotated[
+        bool, typer.Option("--split-gate-up", help="Decompose a fused gate_up_proj as gate and up.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Seed of the fast low-rank step.")] = OatsConfig.seed,
     calibration: Annotated[
         Path | None,
@@ -96,6 +99,7 @@ def compress(
             windows,
             config,
             blocks=blocks,
+            split=("qkv_proj", "gate_up_proj") if split_gate_up else ("qkv_proj",),
             progress=lambda done, total, name, error: bar.update(done, total, f"{name}  error {error:.3f}"),
         )
     seconds = time.perf_counter() - started

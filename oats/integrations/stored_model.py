@@ -285,7 +285,11 @@ def _stored_layer(
         # A base model was compressed, and saved as a part of a model with a head.
         longer = [key.removesuffix(".mask") for key in tensors if key.endswith(f".{name}.mask")]
         stored_name = longer[0] if len(longer) == 1 else name
-    tensors.pop(f"{stored_name}.weight", None)  # the marker
+    # The markers: of the layer, and of a fused projection that it is a part of.
+    for place in (stored_name, stored_name.rpartition(".")[0]):
+        marker = tensors.get(f"{place}.weight")
+        if marker is not None and (marker.dtype, marker.shape) == ("U8", (1,)):
+            del tensors[f"{place}.weight"]
     parts = {part: tensors.pop(f"{stored_name}.{part}", None) for part in TENSORS}
     found = {part: tensor for part, tensor in parts.items() if tensor is not None}
     for part, tensor in found.items():

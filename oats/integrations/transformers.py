@@ -45,7 +45,8 @@ from oats.integrations.stored_model import (
     parse_quantization_config,
     read_header,
 )
-from oats.nn import SparseLowRankLinear
+from oats.models.linear import fused_outputs, is_linear, like_linear, weight_of
+from oats.nn import SparseLowRankLinear, SplitLinear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -170,27 +171,23 @@ class OatsQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
-        layers: dict[str, SparseLowRankLinear] = {}
-        made: dict[nn.Linear, SparseLowRankLinear] = {}
+        places: dict[str, dict[str, dict[str, int]]] = {}
         markers = set()
         for saved_name, sizes in self.quantization_config.layers.items():
-            name, linear = _find_linear(model, saved_name)
-            check_sizes(saved_name, linear.out_features, linear.in_features, **sizes)
-            markers |= {f"{re.escape(known)}\\.weight$" for known in (saved_name, name)}
-            # A layer that the model has under several names is stored under each, and stays one layer.
+            name, part = _find_linear(model, saved_name)
+            places.setdefault(name, {})[part] = sizes
+            for place in (saved_name, f"{name}.{part}".rstrip(".")):
+                for known in (place, place.removesuffix(f".{part}")):
+                    markers.add(f"{re.escape(known)}\\.weight$")
+        # A layer that the model has under several names is stored under each, and stays one layer.
+        linears = {name: model.get_submodule(name) for name in places}
+        made: dict[nn.Module, nn.Module] = {}
+        for name, linear in linears.items():
             if linear not in made:
-                made[linear] = SparseLowRankLinear(
-                    linear.in_features,
-                    linear.out_features,
-                    sizes["rank"],
-                    sizes["nnz"],
-                    bias=linear.bias is not None,
-                    dtype=linear.weight.dtype,
-                    device="meta",
-                )
-            layers[name] = made[linear]
-        for name, layer in layers.items():
-            model.set_submodule(name, layer)
+                made[linear] = _unfilled(model, name, places[name])
+        for name, linear in linears.items():
+            model.set_submodule(name, made[linear])
+        layers = _layers(model)
         ignored = model._keys_to_ignore_on_load_unexpected
         # A list in transformers 5.0, which adds lists of its own; a set in later releases.
         kind = set if isinstance(ignored, set) else list
@@ -207,11 +204,14 @@ class OatsQuantizer(HfQuantizer):
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         # A name is what save_pretrained leaves in the model's configuration.
-        wanted: torch.dtype | None = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        made: dict[SparseLowRankLinear, nn.Linear] = {}
-        for name, layer in _layers(model).items():
+        wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype
+        with torch.device("meta"):
+            original = type(model)(model.config)  # has the kind of linear layer that belongs in each place
+        made: dict[nn.Module, nn.Module] = {}
+        for name, layer in _replacements(model).items():
             if layer not in made:
-                made[layer] = _dense(layer, wanted or layer.dtype)
+                bias = None if layer.bias is None else layer.bias.detach().to(wanted)
+                made[layer] = like_linear(original.get_submodule(name), layer.weight.to(wanted), bias)
             model.set_submodule(name, made[layer])
         return model
 
@@ -230,7 +230,7 @@ class OatsQuantizer(HfQuantizer):
         self.quantization_config.follow(model)
         model.config.quantization_config = self.quantization_config
         state_dict: dict[str, Tensor] = model.state_dict()
-        for name in layers:
+        for name in layers.keys() | _replacements(model).keys():
             # save_pretrained writes a tensor once, but each name of a shared layer needs all of its
             # tensors: only so can a model that has two layers there load them.
             if f"{name}.bias" in state_dict:
@@ -284,32 +284,71 @@ def _layer_table(model: nn.Module) -> dict[str, dict[str, int]]:
     return {name: {"rank": layer.rank, "nnz": layer.nnz} for name, layer in _layers(model).items()}
 
 
-def _dense(layer: SparseLowRankLinear, dtype: torch.dtype) -> nn.Linear:
-    linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-    linear.weight = nn.Parameter(layer.to_dense().to(dtype))
-    if layer.bias is not None:
-        linear.bias = nn.Parameter(layer.bias.detach().to(dtype))
-    return linear
+def _replacements(model: nn.Module) -> dict[str, SparseLowRankLinear | SplitLinear]:
+    """Every name of what stands in the place of a linear layer."""
+    parts = {
+        part for module in model.modules() if isinstance(module, SplitLinear) for part in module.values()
+    }
+    modules = model.named_modules(remove_duplicate=False)
+    return {
+        name: module
+        for name, module in modules
+        if isinstance(module, (SparseLowRankLinear, SplitLinear)) and module not in parts
+    }
 
 
-def _find_linear(model: PreTrainedModel, saved_name: str) -> tuple[str, nn.Linear]:
+def _find_linear(model: PreTrainedModel, saved_name: str) -> tuple[str, str]:
+    """Name of the linear layer in the model, and which part of it is meant ("" for the whole)."""
     # As transformers does for tensors: a model with a head and its base model load each other's checkpoints.
     prefix = f"{model.base_model_prefix}."
     for name in (saved_name, saved_name.removeprefix(prefix), prefix + saved_name):
-        try:
-            module = model.get_submodule(name)
-        except AttributeError:
-            continue
-        if isinstance(module, nn.Linear):
-            return name, module
-        raise FormatError(
-            f"config.json: quantization_config.layers names {saved_name!r}, which is a "
-            f"{type(module).__name__} in {type(model).__name__}, not a linear layer; {RETRY}"
-        )
+        for place, part in ((name, ""), name.rpartition(".")[::2]):
+            try:
+                module = model.get_submodule(place)
+            except AttributeError:
+                continue
+            if is_linear(module) and (not part or part in _fused_outputs(model, place)):
+                return place, part
+            if not part:
+                raise FormatError(
+                    f"config.json: quantization_config.layers names {saved_name!r}, which is a "
+                    f"{type(module).__name__} in {type(model).__name__}, not a linear layer; {RETRY}"
+                )
     raise FormatError(
         f"config.json: quantization_config.layers names {saved_name!r}, which is not in "
         f"{type(model).__name__}; load the checkpoint with the class it was saved from, or {RETRY}"
     )
+
+
+def _fused_outputs(model: nn.Module, name: str) -> dict[str, int]:
+    owner, _, attribute = name.rpartition(".")
+    return fused_outputs(model.get_submodule(owner), attribute)
+
+
+def _unfilled(model: nn.Module, name: str, parts: dict[str, dict[str, int]]) -> nn.Module:
+    """What replaces a linear layer: part → rank and nnz, as config.json has them, "" for the whole."""
+    linear = model.get_submodule(name)
+    weight = weight_of(linear)
+    d_out, d_in = weight.shape
+    outputs = {"": d_out} if "" in parts else _fused_outputs(model, name)
+    if outputs.keys() != parts.keys():
+        raise FormatError(
+            f"config.json: quantization_config.layers has the parts {sorted(parts)} of {name!r}, expected "
+            f"{sorted(outputs)}; {RETRY}"
+        )
+    layers = {}
+    for part, rows in outputs.items():
+        check_sizes(f"{name}.{part}" if part else name, rows, d_in, **parts[part])
+        layers[part] = SparseLowRankLinear(
+            d_in,
+            rows,
+            parts[part]["rank"],
+            parts[part]["nnz"],
+            bias=linear.bias is not None,
+            dtype=weight.dtype,
+            device="meta",
+        )
+    return layers[""] if "" in parts else SplitLinear(layers)
 
 
 def _check_headers(
