@@ -13,7 +13,7 @@ Pattern = str
 """``"row"``, ``"layer"``, or ``"N:M"`` such as ``"2:4"``."""
 
 METHODS = ("oats", "oats-hessian")
-OPTIONAL = frozenset({"method"})
+OPTIONAL = frozenset({"method", "block_matching"})
 """Settings beyond the published method: a checkpoint made without them does not name them."""
 
 DEFAULT_ITERATIONS = {"fast": 40, "exact": 80}
@@ -55,6 +55,8 @@ class OatsConfig:
             the weight's own dtype (bf16 for an fp16 weight).
         skip: glob patterns of layer names that stay dense, e.g. ``("*.down_proj",)``; one may be a str.
         seed: of the random start of the fast low-rank step.
+        block_matching: passes over the calibration data in which the kept values and the factors of each
+            block are tuned for the block's output (:mod:`oats.matching`); 0 is the published method.
 
     Raises:
         ConfigError: a setting is out of its range.
@@ -77,6 +79,7 @@ class OatsConfig:
     dtype: Literal["bf16", "fp32"] | None = None
     skip: tuple[str, ...] = ()
     seed: int = 0
+    block_matching: int = 0
     # transformers reads it from whatever is passed as `quantization_config`.
     quant_method: ClassVar[str] = "oats"
 
@@ -110,6 +113,11 @@ class OatsConfig:
             self.pattern,
         )
         _require(_is_whole(self.seed, 0), "seed must be a whole number of at least 0", self.seed)
+        _require(
+            _is_whole(self.block_matching, 0),
+            "block_matching must be a whole number of passes, at least 0",
+            self.block_matching,
+        )
         patterns = (self.skip,) if isinstance(self.skip, str) else self.skip
         _require(
             isinstance(patterns, (tuple, list)) and all(isinstance(p, str) for p in patterns),

@@ -280,8 +280,8 @@ def _check_hessian(hessian: Tensor, d_in: int, layer: str) -> None:
     if tuple(hessian.shape) != (d_in, d_in) or not hessian.is_floating_point() or not hessian.is_cpu:
         raise WeightError(
             f"{layer}: the Hessian must be a real ({d_in}, {d_in}) matrix on the CPU, one row for each input "
-            f"of the weight, got {tuple(hessian.shape)}, {hessian.dtype} on {hessian.device}; pass X Xᵀ summed "
-            "over the calibration tokens"
+            f"of the weight, got {tuple(hessian.shape)}, {hessian.dtype} on {hessian.device}; pass X Xᵀ "
+            "summed over the calibration tokens"
         )
     _check_all(torch.isfinite(hessian), "Hessian", "NaN or infinite", layer)
     _check_all(hessian.diagonal() >= 0, "Hessian's diagonal", "negative", layer)

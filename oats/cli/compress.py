@@ -47,6 +47,9 @@ def compress(
         bool, typer.Option("--split-gate-up", help="Decompose a fused gate_up_proj as gate and up.")
     ] = False,
     seed: Annotated[int, typer.Option(help="Seed of the fast low-rank step.")] = OatsConfig.seed,
+    match_blocks: Annotated[
+        int, typer.Option(help="Passes over the calibration text that tune each block's output; 2 is enough.")
+    ] = OatsConfig.block_matching,
     calibration: Annotated[
         Path | None,
         typer.Option(
@@ -73,6 +76,7 @@ def compress(
         dtype=dtype,  # type: ignore[arg-type]
         skip=tuple(skip or ()),
         seed=seed,
+        block_matching=match_blocks,
     )
 
     from oats.cli.console import human_bytes, print_json, progress_bar, results, settings_table, status
