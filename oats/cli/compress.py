@@ -116,6 +116,8 @@ def compress(
     report = {
         "model": model,
         "out": str(out),
+        "method": config.method,
+        "block_matching": config.block_matching,
         **config.to_dict(),
         "iterations": config.resolved_iterations,
         "calibration": {**text.settings(), "samples": samples, "length": length},
