@@ -140,7 +140,7 @@ def decompose_hessian(
     metric = _Metric.of(hessian, damping, dtype, layer)
     iterations = config.resolved_iterations if count else 1
 
-    low_rank = _LowRankStep(metric, tuple(scaled.shape), rank, config)
+    low_rank = _LowRankStep(metric, d_out, rank, fast=config.svd == "fast" and count > 0, seed=config.seed)
     if count:
         support = _support(scaled, metric, low_rank, count, iterations, config)
         sparse, u, v = _refit(scaled, support, metric, low_rank)
@@ -172,7 +172,8 @@ class _Metric:
         matrix = hessian.detach().double()
         root = matrix.diagonal().sqrt()
         # An input that was never active has a row of zeros, and is left to itself.
-        matrix = matrix / torch.where(root > 0, root, 1) / torch.where(root > 0, root, 1)[:, None]
+        root = torch.where(root > 0, root, 1)
+        matrix = matrix / root / root[:, None]
         matrix.diagonal()[:] = 1
         # Its diagonal is one: damping with diag(H) is damping with the identity.
         values, vectors = torch.linalg.eigh(matrix)
@@ -194,16 +195,19 @@ class _Metric:
 class _LowRankStep:
     """Best rank-r approximation in the metric, of matrices in its eigenbasis: ``SVD_r(E Λ^½) Λ^−½``."""
 
-    def __init__(self, metric: _Metric, shape: tuple[int, ...], rank: int, config: OatsConfig) -> None:
+    def __init__(self, metric: _Metric, d_out: int, rank: int, *, fast: bool, seed: int) -> None:
         self._root = metric.values.sqrt()
-        d_out, d_in = shape
+        self._rank = rank
+        d_in = len(self._root)
         self._approximate: Callable[[Tensor], tuple[Tensor, Tensor]]
-        if config.svd == "fast" and rank > 0 and rank + OVERSAMPLING < min(d_out, d_in):
-            self._approximate = WarmSubspace((d_out, d_in), rank, seed=config.seed).approximate
+        if fast and rank > 0 and rank + OVERSAMPLING < min(d_out, d_in):
+            self._approximate = WarmSubspace((d_out, d_in), rank, seed=seed).approximate
         else:
             self._approximate = partial(exact_low_rank, rank=rank)
 
     def __call__(self, rotated: Tensor) -> tuple[Tensor, Tensor]:
+        if self._rank == 0:
+            return rotated.new_zeros(len(rotated), 0), rotated.new_zeros(0, rotated.shape[1])
         u, v = self._approximate(rotated * self._root)
         return u, v / self._root
 
@@ -214,16 +218,20 @@ def _support(
     """Which entries are kept, by the alternating direction method of multipliers; their values beside it."""
     target = scaled @ metric.vectors
     # All but `sparse` are in the eigenbasis.
-    previous = thresholded = multipliers = torch.zeros_like(target)
+    previous = thresholded = torch.zeros_like(target)
+    multipliers = torch.zeros_like(target)
     first, last = PENALTY
     for i in range(iterations):
         rho = first * (last / first) ** (i / max(iterations - 1, 1))
         u, v = low_rank(target - torch.lerp(previous, thresholded, 1 + config.resolved_momentum))
         left = torch.addmm(target, u, v, alpha=-1)
-        free = (left * metric.values + rho * thresholded - multipliers) / (metric.values + rho)
-        sparse = keep_largest((free + multipliers / rho) @ metric.vectors.T, count, config.pattern)
+        # In place: at this size, fresh memory costs more than the arithmetic.
+        free = left.mul_(metric.values).add_(thresholded, alpha=rho).sub_(multipliers)
+        free.div_(metric.values + rho)
+        wanted = torch.add(free, multipliers, alpha=1 / rho)
+        sparse = keep_largest(wanted @ metric.vectors.T, count, config.pattern)
         previous, thresholded = thresholded, sparse @ metric.vectors
-        multipliers = multipliers + rho * (free - thresholded)
+        multipliers.add_(free.sub_(thresholded), alpha=rho)
     return sparse
 
 
