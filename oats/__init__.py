@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from oats.errors import OutputExistsError as OutputExistsError
     from oats.errors import UnsupportedModelError as UnsupportedModelError
     from oats.errors import WeightError as WeightError
+    from oats.hessian import decompose_hessian as decompose_hessian
     from oats.nn import SparseLowRankLinear as SparseLowRankLinear
     from oats.svd import TruncatedSVD as TruncatedSVD
     from oats.svd import truncated_svd as truncated_svd
@@ -37,6 +38,7 @@ _HOME = {
     "OatsConfig": "oats.config",
     "Decomposition": "oats.decomposition",
     "decompose": "oats.decomposition",
+    "decompose_hessian": "oats.hessian",
     "OatsError": "oats.errors",
     "CalibrationError": "oats.errors",
     "CheckpointError": "oats.errors",

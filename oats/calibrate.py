@@ -24,7 +24,7 @@ MIN_TOKENS = 16
 """Fewer tokens than this say nothing about the inputs of a layer."""
 
 # Sequences that run together hold about this many tokens: full-speed products, small beside a model.
-_TOKENS_PER_BATCH = 4096
+TOKENS_PER_BATCH = 4096
 
 # The key of a tensor whose keyword is not known: the model's first positional argument.
 _FIRST = ""
@@ -35,8 +35,15 @@ _EXPECTED = (
 )
 
 
-def as_batches(model: nn.Module, calibration: Calibration) -> list[dict[str, Tensor]]:
+def as_batches(
+    model: nn.Module, calibration: Calibration, tokens: int = TOKENS_PER_BATCH
+) -> list[dict[str, Tensor]]:
     """Calibration data as keyword arguments for the model.
+
+    Args:
+        model: what it is for.
+        calibration: data whose batches are kept where it comes in batches.
+        tokens: that a batch of a tensor (sequences, length) is to hold, about.
 
     Raises:
         CalibrationError: there is none, it is too short, or it does not fit the model.
@@ -51,9 +58,7 @@ def as_batches(model: nn.Module, calibration: Calibration) -> list[dict[str, Ten
                 f"calibration is {_describe(calibration)}; {_EXPECTED}. "
                 "For one sequence use calibration.unsqueeze(0)"
             )
-        per_batch = (
-            max(1, _TOKENS_PER_BATCH // max(calibration.shape[1], 1)) if calibration.dim() == 2 else 32
-        )
+        per_batch = max(1, tokens // max(calibration.shape[1], 1)) if calibration.dim() == 2 else 32
         items = calibration.split(per_batch) if calibration.numel() else []
     else:
         try:
@@ -82,7 +87,7 @@ def _as_batch(name: str, item: Any, where: str) -> dict[str, Tensor]:
         not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point() or ids.dtype == torch.bool
     ):
         raise CalibrationError(f"{where}: input_ids is {_describe(ids)}; {_EXPECTED}")
-    mask = _token_mask(item)
+    mask = token_mask(item)
     if ids is not None and mask is not None and mask.shape != ids.shape:
         raise CalibrationError(
             f"{where}: attention_mask has shape {tuple(mask.shape)}, but input_ids {tuple(ids.shape)}"
@@ -96,7 +101,8 @@ def _describe(value: object) -> str:
     return f"of type {type(value).__name__}"
 
 
-def _token_mask(batch: Mapping[str, Tensor]) -> Tensor | None:
+def token_mask(batch: Mapping[str, Tensor]) -> Tensor | None:
+    """Which tokens of a batch count, (batch, length) bool; None where all do."""
     mask = batch.get("attention_mask")
     return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
@@ -105,7 +111,7 @@ def _check_tokens(model: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> 
     ids = [batch["input_ids"] for batch in batches if batch.get("input_ids") is not None]
     counts = []
     for batch in batches:
-        mask = _token_mask(batch)
+        mask = token_mask(batch)
         if mask is not None:
             counts.append(int(mask.sum()))
         elif batch.get("input_ids") is not None:
@@ -144,8 +150,8 @@ class BlockRunner:
     ) -> None:
         """Hold nothing yet."""
         self._model, self._blocks, self._batches = model, blocks, batches
-        # What the block before returned for each batch: a tensor, or a tuple.
-        self._held: list[Any] = [None] * len(batches)
+        self.held: list[Any] = [None] * len(batches)
+        """What the block before returned for each batch: a tensor, or a tuple."""
         self.batch: dict[str, Tensor] = {}
         """The batch that is running, for hooks inside a block."""
 
@@ -161,10 +167,10 @@ class BlockRunner:
             outputs: list[Any] = []
             with ExitStack() as stack:
                 for before in range(index):
-                    stand_in = self._stand_in(before, index, self._held[i], ran)
-                    stack.enter_context(_replaced_forward(self._blocks[before], stand_in))
-                ending = self._ending(index, self._held[i], ran, outputs)
-                stack.enter_context(_replaced_forward(self._blocks[index], ending))
+                    stand_in = self._stand_in(before, index, self.held[i], ran)
+                    stack.enter_context(replaced_forward(self._blocks[before], stand_in))
+                ending = self._ending(index, self.held[i], ran, outputs)
+                stack.enter_context(replaced_forward(self._blocks[index], ending))
                 try:
                     self._call(batch)
                 except _Behind:
@@ -186,7 +192,7 @@ class BlockRunner:
     def advance(self, index: int) -> None:
         """Replace what is held by what block `index` makes of it."""
         for i, output in enumerate(self.run(index)):
-            self._held[i] = output
+            self.held[i] = output
 
     def _call(self, batch: dict[str, Tensor]) -> None:
         self._model(*[v for k, v in batch.items() if k == _FIRST], **{k: v for k, v in batch.items() if k})
@@ -254,7 +260,8 @@ def _any(test: Callable[[Tensor], Tensor], values: Iterable[Any]) -> bool:
 
 
 @contextmanager
-def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let a module compute something else for a while."""
     own = module.__dict__.get("forward")
     module.forward = forward
     try:
@@ -279,25 +286,60 @@ def second_moments(runner: BlockRunner, index: int, linears: Mapping[str, nn.Mod
     Returns:
         Name → (d_in,) float32. A layer that did not run is absent.
     """
-    sums: dict[str, Tensor] = {}
+    sums = _sum_over_inputs(runner, index, linears, lambda x: x.square().sum(0).double())
+    return {name: moment.float() for name, moment in sums.items()}
+
+
+def hessians(runner: BlockRunner, index: int, linears: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """``X Xᵀ`` over the tokens at the input X (d_in, tokens) of each linear layer of a block.
+
+    Args and tokens as in :func:`second_moments`, whose result is the diagonal.
+
+    Returns:
+        Name → (d_in, d_in) float32; layers that always shared their input share the tensor. A layer that did
+        not run is absent.
+    """
+    return _sum_over_inputs(runner, index, linears, lambda x: x.mT @ x)
+
+
+def _sum_over_inputs(
+    runner: BlockRunner, index: int, linears: Mapping[str, nn.Module], statistic: Callable[[Tensor], Tensor]
+) -> dict[str, Tensor]:
+    """Sum of a statistic of the inputs (tokens, d_in) of each layer, in float32, over the batches."""
+    # Of one batch: an input, its statistic, and the layers that it went to.
+    seen: list[tuple[Tensor, int, Tensor, list[str]]] = []
+    # Summed by the layers that shared it, so that q, k and v cost one statistic.
+    sums: dict[tuple[str, ...], Tensor] = {}
 
     def collect(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0].detach()
-            mask = _token_mask(runner.batch)
+            given = args[0]
+            for x, version, _statistic, names in seen:
+                if x is given and version == given._version:
+                    names.append(name)
+                    return
+            x = given.detach()
+            mask = token_mask(runner.batch)
             # OPT flattens batch and length before its first product.
             if mask is not None and x.shape[:-1] in (mask.shape, (mask.numel(),)):
                 x = x.reshape(-1, x.shape[-1])[mask.reshape(-1)]
-            moment = x.reshape(-1, x.shape[-1]).float().square().sum(0).double()
-            sums[name] = sums[name] + moment if name in sums else moment
+            value = statistic(x.reshape(-1, x.shape[-1]).float())
+            seen.append((given, given._version, value, [name]))
 
         return hook
 
     handles = [linear.register_forward_pre_hook(collect(name)) for name, linear in linears.items()]
     try:
         for _ in runner.run(index):
-            pass
+            for *_given, value, names in seen:
+                key = tuple(names)
+                sums[key] = sums[key].add_(value) if key in sums else value
+            seen.clear()
     finally:
         for handle in handles:
             handle.remove()
-    return {name: moment.float() for name, moment in sums.items()}
+    totals: dict[str, Tensor] = {}
+    for key, value in sums.items():
+        for name in key:
+            totals[name] = totals[name] + value if name in totals else value
+    return totals

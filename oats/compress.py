@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from oats.calibrate import BlockRunner, Calibration, as_batches, rehearse, second_moments
+from oats.calibrate import TOKENS_PER_BATCH, BlockRunner, Calibration, as_batches, rehearse
 from oats.config import OatsConfig
-from oats.decomposition import decompose
 from oats.errors import ConfigError, UnsupportedModelError
 from oats.format import DTYPES, storage_dtype
+from oats.matching import TOKENS_PER_STEP, match_block
+from oats.methods import decompose_by_method, input_statistics
 from oats.models import find_blocks
 from oats.models.linear import FUSED
 from oats.nn import SparseLowRankLinear, SplitLinear
@@ -46,6 +47,8 @@ class CompressionReport:
     layers: list[LayerReport] = field(default_factory=list)
     left_dense: dict[str, str] = field(default_factory=dict)
     """Weights of transformer blocks that were not compressed → why."""
+    matched: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """Block → the loss of :func:`oats.matching.match_block` before and after; where blocks were matched."""
 
     @property
     def parameters_before(self) -> int:
@@ -75,6 +78,9 @@ def compress_(
     one block's hidden states are held beyond the model. Embeddings and the head stay as they are. A layer
     that the model has in several places stays one layer, fitted to the first block that it is in.
 
+    With `OatsConfig.block_matching`, each block is then tuned to return, on what the compressed blocks before
+    it return, what the dense block returns in the dense model; twice the hidden states are held.
+
     What cannot work is found before the model is changed, as far as one sequence shows it.
 
     The model is converted to the dtype in which its layers are stored (`OatsConfig.dtype`; by default its
@@ -103,7 +109,7 @@ def compress_(
     if isinstance(split, str) or not set(split) <= set(FUSED):
         raise ConfigError(f"split is {split!r}, expected a collection of names out of {', '.join(FUSED)}")
     path, block_list = find_blocks(model, blocks)
-    batches = as_batches(model, calibration)
+    batches = as_batches(model, calibration, TOKENS_PER_STEP if config.block_matching else TOKENS_PER_BATCH)
     targets = find_targets(model, path, block_list, config, split)
     targets.check(config)
     report = CompressionReport(config, left_dense=dict(targets.left_dense))
@@ -119,15 +125,21 @@ def compress_(
             for batch in batches
         ]
         runner = BlockRunner(model, list(block_list), batches)
+        # What the dense blocks make of the data; only matching asks for it.
+        dense = BlockRunner(model, list(block_list), batches)
         done = 0
         for index, block in enumerate(targets.blocks):
-            moments = second_moments(runner, index, {name: target.module for name, target in block.items()})
+            modules = {name: target.module for name, target in block.items()}
+            statistics = input_statistics(runner, index, modules, config)
+            if config.block_matching:
+                dense.advance(index)
+            made: list[SparseLowRankLinear] = []
             for name, target in block.items():
-                if name not in moments:
+                if name not in statistics:
                     done += len(target.outputs) or 1
                     report.left_dense[name] = "it did not run on the calibration data"
                     continue
-                layer, parts = _decompose(name, target, moments.pop(name), config)
+                layer, parts = _decompose(name, target, statistics.pop(name), config)
                 if not report.layers and hasattr(model, "save_pretrained"):
                     from oats.integrations.transformers import attach
 
@@ -135,11 +147,15 @@ def compress_(
                     # weights, and from here on the walk may be interrupted.
                     attach(model, config)
                 _replace(model, target.module, layer)
+                made += [part for part in layer.modules() if isinstance(part, SparseLowRankLinear)]
                 for part in parts:
                     done += 1
                     report.layers.append(part)
                     if progress is not None:
                         progress(done, len(targets), part.name, part.relative_error)
+            if config.block_matching and made:
+                losses = match_block(runner, index, made, dense.held, config.block_matching)
+                report.matched[f"{path}.{index}"] = losses
             if index + 1 < len(targets.blocks):
                 runner.advance(index)
     if not report.layers:
@@ -153,7 +169,7 @@ def compress_(
 
 
 def _decompose(
-    name: str, target: Target, second_moment: Tensor, config: OatsConfig
+    name: str, target: Target, statistic: Tensor, config: OatsConfig
 ) -> tuple[nn.Module, list[LayerReport]]:
     """The layer that replaces the target, and what became of each of its matrices."""
     layers: dict[str, SparseLowRankLinear] = {}
@@ -161,7 +177,7 @@ def _decompose(
     for part, (weight, bias) in target.matrices().items():
         part_name = f"{name}.{part}" if part else name
         start = time.perf_counter()
-        result = decompose(weight.contiguous(), second_moment, **config.decompose_options(), name=part_name)
+        result = decompose_by_method(weight.contiguous(), statistic, config, part_name)
         layers[part] = layer = SparseLowRankLinear.from_decomposition(result, bias)
         seconds = time.perf_counter() - start
         d_out, d_in = weight.shape

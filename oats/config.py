@@ -12,6 +12,10 @@ from oats.errors import ConfigError
 Pattern = str
 """``"row"``, ``"layer"``, or ``"N:M"`` such as ``"2:4"``."""
 
+METHODS = ("oats", "oats-hessian")
+OPTIONAL = frozenset({"method", "block_matching"})
+"""Settings beyond the published method: a checkpoint made without them does not name them."""
+
 DEFAULT_ITERATIONS = {"fast": 40, "exact": 80}
 DEFAULT_MOMENTUM = {"fast": 0.9, "exact": 0.0}
 
@@ -37,6 +41,8 @@ class OatsConfig:
     reaches an error at least as low in a fraction of the time (docs/design.md).
 
     Args:
+        method: ``"oats"``, the published one, or ``"oats-hessian"``, which weighs a layer's error by the
+            whole Hessian of its inputs instead of its diagonal (:func:`oats.decompose_hessian`).
         compression: share of a layer's parameters that is removed, in [0, 1).
         rank_ratio: share of the parameters kept that goes to the low-rank part, in [0, 1].
         pattern: where non-zeros may sit: ``"row"`` keeps the same number in each row, ``"layer"``
@@ -49,6 +55,8 @@ class OatsConfig:
             the weight's own dtype (bf16 for an fp16 weight).
         skip: glob patterns of layer names that stay dense, e.g. ``("*.down_proj",)``; one may be a str.
         seed: of the random start of the fast low-rank step.
+        block_matching: passes over the calibration data in which the kept values and the factors of each
+            block are tuned for the block's output (:mod:`oats.matching`); 0 is the published method.
 
     Raises:
         ConfigError: a setting is out of its range.
@@ -61,6 +69,7 @@ class OatsConfig:
     oats.errors.ConfigError: compression must be in [0, 1), got 1.5
     """
 
+    method: Literal["oats", "oats-hessian"] = "oats"
     compression: float = 0.5
     rank_ratio: float = 0.25
     pattern: Pattern = "row"
@@ -70,10 +79,12 @@ class OatsConfig:
     dtype: Literal["bf16", "fp32"] | None = None
     skip: tuple[str, ...] = ()
     seed: int = 0
+    block_matching: int = 0
     # transformers reads it from whatever is passed as `quantization_config`.
     quant_method: ClassVar[str] = "oats"
 
     def __post_init__(self) -> None:
+        _require(self.method in METHODS, 'method must be "oats" or "oats-hessian"', self.method)
         _require(
             _is_number(self.compression) and 0 <= self.compression < 1,
             "compression must be in [0, 1)",
@@ -102,6 +113,11 @@ class OatsConfig:
             self.pattern,
         )
         _require(_is_whole(self.seed, 0), "seed must be a whole number of at least 0", self.seed)
+        _require(
+            _is_whole(self.block_matching, 0),
+            "block_matching must be a whole number of passes, at least 0",
+            self.block_matching,
+        )
         patterns = (self.skip,) if isinstance(self.skip, str) else self.skip
         _require(
             isinstance(patterns, (tuple, list)) and all(isinstance(p, str) for p in patterns),
@@ -121,13 +137,14 @@ class OatsConfig:
         return DEFAULT_MOMENTUM[self.svd] if self.momentum is None else self.momentum
 
     def decompose_options(self) -> dict[str, Any]:
-        """The keyword arguments of :func:`oats.decompose`."""
+        """The keyword arguments of :func:`oats.decompose` and :func:`oats.decompose_hessian`."""
         names = ("compression", "rank_ratio", "pattern", "svd", "iterations", "momentum", "seed")
         return {name: getattr(self, name) for name in names}
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as plain JSON values."""
-        return {**asdict(self), "skip": list(self.skip)}
+        """The settings as plain JSON values; those of `OPTIONAL` only where they are not the default."""
+        settings = {**asdict(self), "skip": list(self.skip)}
+        return {k: v for k, v in settings.items() if k not in OPTIONAL or v != getattr(OatsConfig, k)}
 
 
 def _is_number(value: object) -> bool:

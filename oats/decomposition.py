@@ -141,17 +141,17 @@ def decompose(
         seed=seed,
     )
     layer = name or "weight"
-    _check_weight(weight, layer)
+    check_weight(weight, layer)
     _check_second_moment(second_moment, weight.shape[1], layer)
     d_out, d_in = weight.shape
     check_inputs(d_in, config.pattern, layer)
     rank = rank_for(d_out, d_in, config.compression, config.rank_ratio, config.pattern)
-    count = _count(d_out, d_in, config)
+    count = kept_count(d_out, d_in, config)
 
     # Rounding decides which of two near-equal magnitudes stays, and the paths part from there: the published
     # algorithm is reproduced in float64 only.
     dtype = torch.float64 if config.svd == "exact" else torch.float32
-    root = _root_moment(second_moment.detach().to(weight.device))
+    root = root_moment(second_moment.detach().to(weight.device))
     scaled = weight.detach().to(dtype) * root.to(dtype)
     # Largest magnitude 1, so that no sum of squares overflows or vanishes.
     peak = float(scaled.abs().max()) or 1.0
@@ -184,7 +184,7 @@ def _alternate(
     else:
         approximate = partial(exact_low_rank, rank=rank)
 
-    norm = _norm(scaled) or 1.0
+    norm = frobenius_norm(scaled) or 1.0
     sparse = previous = torch.zeros_like(scaled)
     # One buffer for all matrices of this size: a fresh one costs a page fault every 4 KB.
     work = torch.empty_like(scaled, memory_format=torch.contiguous_format)
@@ -195,7 +195,7 @@ def _alternate(
         u, v = approximate(torch.sub(scaled, work, out=work))
         torch.addmm(scaled, u, v, alpha=-1, out=work)
         previous, sparse = sparse, keep_largest(work, count, config.pattern)
-        errors.append(_norm(work.sub_(sparse)) / norm)
+        errors.append(frobenius_norm(work.sub_(sparse)) / norm)
         # With momentum the error is not monotone.
         if errors[-1] <= min(errors):
             best = u, v
@@ -204,7 +204,7 @@ def _alternate(
     return *best, min(errors), len(errors)
 
 
-def _count(d_out: int, d_in: int, config: OatsConfig) -> int:
+def kept_count(d_out: int, d_in: int, config: OatsConfig) -> int:
     """What `keep_largest` takes as its count."""
     n_m = parse_n_m(config.pattern)
     if n_m is not None:
@@ -213,7 +213,7 @@ def _count(d_out: int, d_in: int, config: OatsConfig) -> int:
     return nnz_per_layer(d_out, d_in, *budget) if config.pattern == "layer" else nnz_per_row(d_in, *budget)
 
 
-def _root_moment(second_moment: Tensor) -> Tensor:
+def root_moment(second_moment: Tensor) -> Tensor:
     """√m in float64, the largest scaled to 1."""
     moment = second_moment.double()
     largest = moment.max()
@@ -222,12 +222,16 @@ def _root_moment(second_moment: Tensor) -> Tensor:
     return (moment / largest).clamp_min(MOMENT_FLOOR).sqrt()
 
 
-def _norm(matrix: Tensor) -> float:
-    # By rows: float32 sums stay short, and converting every element to float64 takes 25 times as long.
+def frobenius_norm(matrix: Tensor) -> float:
+    """Of a matrix, summed by rows first.
+
+    float32 sums of a row stay short, and converting every element to float64 takes 25 times as long.
+    """
     return float(torch.linalg.vector_norm(torch.linalg.vector_norm(matrix, dim=1).double()))
 
 
-def _check_weight(weight: Tensor, layer: str) -> None:
+def check_weight(weight: Tensor, layer: str) -> None:
+    """Refuse what cannot be decomposed, with a WeightError that names the layer."""
     if not isinstance(weight, Tensor):
         raise WeightError(f"{layer}: the weight must be a torch.Tensor, got {type(weight).__name__}")
     if not weight.is_cpu or weight.layout != torch.strided:
@@ -245,7 +249,7 @@ def _check_weight(weight: Tensor, layer: str) -> None:
             f"{layer}: the weight must have a floating dtype, got {weight.dtype}; "
             f"dequantise or convert it first"
         )
-    _check_all(torch.isfinite(weight.detach().float()), "weight", "NaN or infinite in float32", layer)
+    check_all(torch.isfinite(weight.detach().float()), "weight", "NaN or infinite in float32", layer)
 
 
 def _check_second_moment(second_moment: Tensor, d_in: int, layer: str) -> None:
@@ -264,11 +268,12 @@ def _check_second_moment(second_moment: Tensor, d_in: int, layer: str) -> None:
             f"{second_moment.device}; pass the sum of squares of each input over the calibration tokens"
         )
     values = second_moment.detach()
-    _check_all(torch.isfinite(values), "second_moment", "NaN or infinite", layer)
-    _check_all(values >= 0, "second_moment", "negative", layer)
+    check_all(torch.isfinite(values), "second_moment", "NaN or infinite", layer)
+    check_all(values >= 0, "second_moment", "negative", layer)
 
 
-def _check_all(good: Tensor, what: str, flaw: str, layer: str) -> None:
+def check_all(good: Tensor, what: str, flaw: str, layer: str) -> None:
+    """Raise a WeightError that says where the first of the values that are not good is."""
     if bool(good.all()):
         return
     bad = (~good).nonzero()

@@ -142,21 +142,22 @@ class SparseLowRankLinear(nn.Module):
         return cls.from_canonical(tensors, decomposition.sparse.shape[1], bias)
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, second_moment: Tensor, config: OatsConfig) -> SparseLowRankLinear:
+    def from_linear(cls, linear: nn.Linear, statistic: Tensor, config: OatsConfig) -> SparseLowRankLinear:
         """Decompose and pack the weight of `linear`.
 
         Args:
             linear: (d_in → d_out); left as it is.
-            second_moment: (d_in,), the sum or mean over tokens of x_j².
+            statistic: (d_in,), the sum or mean over tokens of x_j²; for the method "oats-hessian" that of
+                x xᵀ, (d_in, d_in).
             config: the compression's settings.
 
         Raises:
-            WeightError: the weight or the moments cannot be used.
+            WeightError: the weight or the statistic cannot be used.
             ConfigError: the settings cannot be met for this shape.
         """
-        from oats.decomposition import decompose
+        from oats.methods import decompose_by_method
 
-        decomposition = decompose(linear.weight, second_moment, **config.decompose_options())
+        decomposition = decompose_by_method(linear.weight, statistic, config)
         dtype = None if config.dtype is None else fmt.DTYPES[config.dtype]
         return cls.from_decomposition(decomposition, linear.bias, dtype)
 

@@ -161,6 +161,19 @@ def test_compress_prints_json(dense, text, tmp_path):
     assert entries(tmp_path) == ["out"]
 
 
+def test_compress_past_the_published_method(dense, text, tmp_path):
+    result = run(
+        "compress", dense, tmp_path / "out", "--calibration", text, *SMALL, "--json",
+        "--method", "oats-hessian", "--match-blocks", 1,
+    )  # fmt: skip
+    report = json.loads(result.stdout)
+    assert (report["method"], report["block_matching"]) == ("oats-hessian", 1)
+    info = json.loads(run("info", tmp_path / "out", "--json").stdout)
+    assert "oats-hessian" in json.dumps(info)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model(torch.arange(40)[None]).logits.isfinite().all()
+
+
 def test_the_same_command_gives_the_same_bytes(dense, compressed, text, tmp_path):
     run("compress", dense, tmp_path / "again", "--calibration", text, *SMALL)
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
@@ -180,6 +193,8 @@ def test_compress_calibrates_on_the_built_in_text(dense, tmp_path):
         (["--compression", "nan"], r"compression must be in"),
         (["--rank-ratio", "1.01"], r"rank_ratio must be in \[0, 1\], got 1.01"),
         (["--pattern", "4:2"], r"pattern must be .*, got '4:2'"),
+        (["--method", "hessian"], r'method must be "oats" or "oats-hessian", got \'hessian\''),
+        (["--match-blocks", "-1"], r"block_matching must be a whole number of passes, at least 0, got -1"),
         (["--svd", "magic"], r'svd must be "fast" or "exact", got \'magic\''),
         (["--iterations", "0"], r"iterations must be a whole number of at least 1, got 0"),
         (["--dtype", "int8"], r'dtype must be "bf16", "fp32" or None, got \'int8\''),

@@ -28,6 +28,8 @@ def test_explicit_values_win_over_defaults():
         *[("compression", v) for v in (-0.1, 1, 1.5, float("nan"), float("inf"), "0.5", None, True)],
         *[("rank_ratio", v) for v in (-0.1, 1.01, float("nan"), "0.25", None)],
         *[("pattern", v) for v in ("rows", "4:2", "0:4", "2:4:8", "", None, 2)],
+        *[("method", v) for v in ("hessian", "OATS", "", None)],
+        *[("block_matching", v) for v in (-1, 1.5, "2", None, True)],
         *[("svd", v) for v in ("full", "", None)],
         *[("iterations", v) for v in (0, -1, 2.5, "40", True)],
         *[("momentum", v) for v in (-0.1, 1, float("nan"), "0.9")],
@@ -59,6 +61,13 @@ def test_to_dict_is_json_and_rebuilds_the_config():
     config = OatsConfig(compression=0.4, skip=["*.down_proj"], pattern="2:4", seed=3)
     assert config.skip == ("*.down_proj",)
     assert OatsConfig(**json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_settings_past_the_published_method_are_named_only_where_they_are_used():
+    assert not {"method", "block_matching"} & OatsConfig().to_dict().keys()
+    config = OatsConfig(method="oats-hessian", block_matching=2)
+    assert config.to_dict()["method"] == "oats-hessian" and config.to_dict()["block_matching"] == 2
+    assert OatsConfig(**config.to_dict()) == config
 
 
 def test_one_pattern_to_skip():

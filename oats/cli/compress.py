@@ -18,6 +18,9 @@ def compress(
     out: Annotated[
         Path, typer.Argument(metavar="OUT", help="Directory to write; must be empty or not exist.")
     ],
+    method: Annotated[
+        str, typer.Option(help="oats (the published method), or oats-hessian (a lower loss, in more time).")
+    ] = OatsConfig.method,
     compression: Annotated[
         float, typer.Option(help="Share of each layer's parameters to remove.")
     ] = OatsConfig.compression,
@@ -44,6 +47,9 @@ def compress(
         bool, typer.Option("--split-gate-up", help="Decompose a fused gate_up_proj as gate and up.")
     ] = False,
     seed: Annotated[int, typer.Option(help="Seed of the fast low-rank step.")] = OatsConfig.seed,
+    match_blocks: Annotated[
+        int, typer.Option(help="Passes over the calibration text that tune each block's output; 2 is enough.")
+    ] = OatsConfig.block_matching,
     calibration: Annotated[
         Path | None,
         typer.Option(
@@ -61,14 +67,16 @@ def compress(
 ) -> None:
     """Compress MODEL without retraining and save it to OUT as a Hugging Face directory."""
     config = OatsConfig(
+        method=method,  # type: ignore[arg-type]  # OatsConfig checks it
         compression=compression,
         rank_ratio=rank_ratio,
         pattern=pattern,
-        svd=svd,  # type: ignore[arg-type]  # OatsConfig checks it
+        svd=svd,  # type: ignore[arg-type]
         iterations=iterations,
         dtype=dtype,  # type: ignore[arg-type]
         skip=tuple(skip or ()),
         seed=seed,
+        block_matching=match_blocks,
     )
 
     from oats.cli.console import human_bytes, print_json, progress_bar, results, settings_table, status
@@ -108,6 +116,8 @@ def compress(
     report = {
         "model": model,
         "out": str(out),
+        "method": config.method,
+        "block_matching": config.block_matching,
         **config.to_dict(),
         "iterations": config.resolved_iterations,
         "calibration": {**text.settings(), "samples": samples, "length": length},

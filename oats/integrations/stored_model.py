@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from oats import __version__
 from oats.bitmask import mask_columns
-from oats.config import OatsConfig
+from oats.config import OPTIONAL, OatsConfig
 from oats.errors import CheckpointError, ConfigError, FormatError
 from oats.format import FORMAT_VERSION, TENSORS
 
@@ -74,7 +74,10 @@ def parse_quantization_config(
             f"{FORMAT_VERSION} only; for a newer version upgrade with `pip install -U oats-torch`"
         )
     expected = _SETTINGS | {"layers"}
-    for problem, keys in (("unknown", given.keys() - expected), ("missing", expected - given.keys())):
+    for problem, keys in (
+        ("unknown", given.keys() - expected),
+        ("missing", expected - OPTIONAL - given.keys()),
+    ):
         if keys:
             raise FormatError(
                 f"{origin} has {problem} keys {sorted(keys)}; the file was edited or damaged, {RETRY}"
