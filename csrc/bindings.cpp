@@ -100,12 +100,13 @@ PYBIND11_MODULE(_core, m) {
 
   m.def(
       "unpack",
-      [](uintptr_t packed, uintptr_t mask, uintptr_t values, uintptr_t low_rank_u, uintptr_t low_rank_v) {
+      [](uintptr_t packed, uintptr_t mask, uintptr_t values, uintptr_t low_rank_u, uintptr_t low_rank_v,
+         int threads) {
         oats::unpack(pointer<const void>(packed), pointer<uint8_t>(mask), pointer(values),
-                     pointer(low_rank_u), pointer(low_rank_v));
+                     pointer(low_rank_u), pointer(low_rank_v), threads);
       },
       py::arg("packed"), py::arg("mask"), py::arg("values"), py::arg("low_rank_u"), py::arg("low_rank_v"),
-      py::call_guard<py::gil_scoped_release>());
+      py::arg("threads"), py::call_guard<py::gil_scoped_release>());
 
   m.def(
       "sparse_low_rank_linear",

@@ -86,10 +86,9 @@ def unpack(packed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     values = torch.empty(h["nnz"], dtype=dtype)
     low_rank_u = torch.empty(h["d_out"], h["rank"], dtype=dtype)
     low_rank_v = torch.empty(h["rank"], h["d_in"], dtype=dtype)
-    _core.unpack(
-        packed.data_ptr(), mask.data_ptr(), values.data_ptr(), low_rank_u.data_ptr(), low_rank_v.data_ptr()
-    )
-    return mask, values, low_rank_u, low_rank_v
+    parts = (mask, values, low_rank_u, low_rank_v)
+    _core.unpack(packed.data_ptr(), *(part.data_ptr() for part in parts), torch.get_num_threads())
+    return parts
 
 
 def packed_isa(packed: Tensor) -> str:

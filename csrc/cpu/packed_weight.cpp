@@ -19,17 +19,11 @@ constexpr uint64_t kMagic = 0x32305354414f;  // "OATS02", little endian
 // Kernels load and prefetch past the last value of the last strip.
 constexpr uint64_t kTail = 128;
 
-constexpr int kMaxLanes = 16;
-
 uint64_t aligned(uint64_t bytes) {
   return (bytes + 63) / 64 * 64;
 }
 int64_t mask_row_bytes(int64_t d_in) {
   return divide_up(d_in, 8);
-}
-
-bool bit(const uint8_t* row, int64_t i) {
-  return row[i / 8] >> (i % 8) & 1;
 }
 
 // Asks for pages of 2 MB where a buffer spans some; only memory that was not touched before gets them. A
@@ -77,41 +71,39 @@ void with_value_type(Dtype dtype, const F& f) {
   dtype == Dtype::fp32 ? f(uint32_t{}) : f(uint16_t{});
 }
 
-// Index of the cell of a strip and a group in a matrix of `strips` x `groups`.
-int64_t cell_index(int64_t strips, int64_t groups, int64_t strip, int64_t group) {
-  const int64_t block = strip / kStripsPerBlock;
-  return block * kStripsPerBlock * groups + group * strips_of_block(strips, block) + strip % kStripsPerBlock;
-}
-
-// Calls f(packed index, element index) for each element of a rows x columns factor.
+// Calls f(cell, strip, group) for each cell of one block of a matrix of `strips` x `groups`, in packed order.
 template <class F>
-void over_factor(const StripLayout& layout, int64_t rows, int64_t columns, const F& f) {
-  const int64_t strips = divide_up(rows, layout.lanes), groups = divide_up(columns, layout.group);
-  for (int64_t row = 0; row < rows; ++row) {
-    const int64_t strip = row / layout.lanes, lane = row % layout.lanes;
-    for (int64_t column = 0; column < columns; ++column) {
-      const int64_t cell = cell_index(strips, groups, strip, column / layout.group);
-      f((cell * layout.lanes + lane) * layout.group + column % layout.group, row * columns + column);
-    }
+void over_cells(int64_t strips, int64_t groups, int64_t block, const F& f) {
+  const int64_t first = block * kStripsPerBlock, last = first + strips_of_block(strips, block);
+  int64_t cell = first * groups;
+  for (int64_t group = 0; group < groups; ++group) {
+    for (int64_t strip = first; strip < last; ++strip) f(cell++, strip, group);
   }
 }
 
-// Calls f(mask word index, bit, row, column) for each place of one block, in packed order.
+// Calls f(packed index, element index) for each element of a rows x columns factor, in packed order.
 template <class F>
-void over_block(const PackedHeader& h, int64_t block, const F& f) {
-  const int64_t first = block * kStripsPerBlock, last = first + strips_of_block(h.strips, block);
-  int64_t word = first * h.groups;
-  for (int64_t g = 0; g < h.groups; ++g) {
-    for (int64_t strip = first; strip < last; ++strip, ++word) {
-      for (int lane = 0; lane < h.layout.lanes; ++lane) {
-        const int64_t row = strip * h.layout.lanes + lane;
-        for (int i = 0; i < h.layout.group; ++i) {
-          const int64_t column = g * h.layout.group + i;
-          if (row < h.d_out && column < h.d_in) f(word, lane * h.layout.group + i, row, column);
+void over_factor(const StripLayout& layout, int64_t rows, int64_t columns, int threads, const F& f) {
+  const int64_t strips = divide_up(rows, layout.lanes), groups = divide_up(columns, layout.group);
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t block = 0; block < divide_up(strips, kStripsPerBlock); ++block) {
+    over_cells(strips, groups, block, [&](int64_t cell, int64_t strip, int64_t group) {
+      const int64_t first_row = strip * layout.lanes, first_column = group * layout.group;
+      for (int64_t row = first_row; row < std::min(first_row + layout.lanes, rows); ++row) {
+        for (int64_t column = first_column; column < std::min(first_column + layout.group, columns);
+             ++column) {
+          f((cell * layout.lanes + row - first_row) * layout.group + column - first_column,
+            row * columns + column);
         }
       }
-    }
+    });
   }
+}
+
+// Calls f(place) for each one of a cell's mask word.
+template <class F>
+void over_places(uint32_t word, const F& f) {
+  for (; word; word &= word - 1) f(__builtin_ctz(word));
 }
 
 // First value of each row in the canonical order.
@@ -158,28 +150,39 @@ void pack(const CanonicalWeight& w, Isa isa, void* out, int threads) {
   auto* starts = reinterpret_cast<uint64_t*>(base + h.starts_at);
   for (int64_t b = 0; b <= h.blocks(); ++b) starts[b] = rows[std::min(b * block_rows, w.d_out)];
   const int64_t word_bytes = h.layout.lanes * h.layout.group / 8;
-  auto* masks = reinterpret_cast<uint8_t*>(base + h.masks_at);
+  const int64_t row_bytes = mask_row_bytes(w.d_in);
+  char* masks = base + h.masks_at;
   with_value_type(w.dtype, [&](auto type) {
     using Value = decltype(type);
     const auto* from = static_cast<const Value*>(w.values);
     auto* to = reinterpret_cast<Value*>(base + h.values_at);
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t b = 0; b < h.blocks(); ++b) {
-      uint64_t next = starts[b];
-      int64_t cursor[kStripsPerBlock * kMaxLanes];
-      for (int64_t i = 0; i < block_rows; ++i) cursor[i] = rows[std::min(b * block_rows + i, w.d_out)];
-      over_block(h, b, [&](int64_t word, int place, int64_t row, int64_t column) {
-        if (!bit(w.mask + row * mask_row_bytes(w.d_in), column)) return;
-        masks[word * word_bytes + place / 8] |= static_cast<uint8_t>(1u << place % 8);
-        to[next++] = from[cursor[row % block_rows]++];
+      Value* next = to + starts[b];
+      std::vector<int64_t> cursor(rows.begin() + b * block_rows,
+                                  rows.begin() + std::min((b + 1) * block_rows, w.d_out));
+      over_cells(h.strips, h.groups, b, [&](int64_t cell, int64_t strip, int64_t group) {
+        const int64_t first_row = strip * h.layout.lanes, column = group * h.layout.group;
+        const int64_t lanes = std::min<int64_t>(h.layout.lanes, w.d_out - first_row);
+        const uint8_t* byte = w.mask + first_row * row_bytes + column / 8;
+        uint32_t word = 0;
+        for (int64_t lane = 0; lane < lanes; ++lane, byte += row_bytes) {
+          const uint32_t bits = (*byte >> column % 8) & ((1u << h.layout.group) - 1);
+          word |= bits << (lane * h.layout.group);
+        }
+        std::memcpy(masks + cell * word_bytes, &word, word_bytes);
+        int64_t* lane_cursor = cursor.data() + first_row - b * block_rows;
+        over_places(word, [&](int place) { *next++ = from[lane_cursor[place / h.layout.group]++]; });
       });
     }
     const auto* u = static_cast<const Value*>(w.low_rank_u);
     const auto* v = static_cast<const Value*>(w.low_rank_v);
     auto* u_to = reinterpret_cast<Value*>(base + h.u_at);
     auto* v_to = reinterpret_cast<Value*>(base + h.v_at);
-    over_factor(h.layout, w.d_out, w.rank, [&](int64_t packed, int64_t plain) { u_to[packed] = u[plain]; });
-    over_factor(h.layout, w.rank, w.d_in, [&](int64_t packed, int64_t plain) { v_to[packed] = v[plain]; });
+    over_factor(h.layout, w.d_out, w.rank, threads,
+                [&](int64_t packed, int64_t plain) { u_to[packed] = u[plain]; });
+    over_factor(h.layout, w.rank, w.d_in, threads,
+                [&](int64_t packed, int64_t plain) { v_to[packed] = v[plain]; });
   });
 }
 
@@ -201,19 +204,29 @@ const char* packed_problem(const void* packed, size_t bytes) {
   return nullptr;
 }
 
-void unpack(const void* packed, uint8_t* mask, void* values, void* low_rank_u, void* low_rank_v) {
+void unpack(const void* packed, uint8_t* mask, void* values, void* low_rank_u, void* low_rank_v,
+            int threads) {
   PackedHeader h;
   std::memcpy(&h, packed, sizeof h);
   const char* base = static_cast<const char*>(packed);
   const int64_t row_bytes = mask_row_bytes(h.d_in), word_bytes = h.layout.lanes * h.layout.group / 8;
-  const auto* masks = reinterpret_cast<const uint8_t*>(base + h.masks_at);
+  const int64_t block_rows = kStripsPerBlock * h.layout.lanes;
+  const char* masks = base + h.masks_at;
   const auto* starts = reinterpret_cast<const uint64_t*>(base + h.starts_at);
+  const auto word_of = [&](int64_t cell) {
+    uint32_t word = 0;
+    std::memcpy(&word, masks + cell * word_bytes, word_bytes);
+    return word;
+  };
   std::memset(mask, 0, h.d_out * row_bytes);
+#pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t b = 0; b < h.blocks(); ++b) {
-    over_block(h, b, [&](int64_t word, int place, int64_t row, int64_t column) {
-      if (masks[word * word_bytes + place / 8] >> place % 8 & 1) {
+    over_cells(h.strips, h.groups, b, [&](int64_t cell, int64_t strip, int64_t group) {
+      over_places(word_of(cell), [&](int place) {
+        const int64_t row = strip * h.layout.lanes + place / h.layout.group;
+        const int64_t column = group * h.layout.group + place % h.layout.group;
         mask[row * row_bytes + column / 8] |= static_cast<uint8_t>(1u << column % 8);
-      }
+      });
     });
   }
   const std::vector<int64_t> rows = row_starts(mask, h.d_out, h.d_in);
@@ -221,20 +234,23 @@ void unpack(const void* packed, uint8_t* mask, void* values, void* low_rank_u, v
     using Value = decltype(type);
     const auto* from = reinterpret_cast<const Value*>(base + h.values_at);
     auto* to = static_cast<Value*>(values);
-    std::vector<int64_t> cursor(rows.begin(), rows.end());
+#pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t b = 0; b < h.blocks(); ++b) {
-      uint64_t next = starts[b];
-      over_block(h, b, [&](int64_t, int, int64_t row, int64_t column) {
-        if (bit(mask + row * row_bytes, column)) to[cursor[row]++] = from[next++];
+      const Value* next = from + starts[b];
+      std::vector<int64_t> cursor(rows.begin() + b * block_rows,
+                                  rows.begin() + std::min((b + 1) * block_rows, h.d_out));
+      over_cells(h.strips, h.groups, b, [&](int64_t cell, int64_t strip, int64_t) {
+        int64_t* lane_cursor = cursor.data() + strip * h.layout.lanes - b * block_rows;
+        over_places(word_of(cell), [&](int place) { to[lane_cursor[place / h.layout.group]++] = *next++; });
       });
     }
     auto* u = static_cast<Value*>(low_rank_u);
     auto* v = static_cast<Value*>(low_rank_v);
     const auto* u_from = reinterpret_cast<const Value*>(base + h.u_at);
     const auto* v_from = reinterpret_cast<const Value*>(base + h.v_at);
-    over_factor(h.layout, h.d_out, h.rank,
+    over_factor(h.layout, h.d_out, h.rank, threads,
                 [&](int64_t packed_at, int64_t plain) { u[plain] = u_from[packed_at]; });
-    over_factor(h.layout, h.rank, h.d_in,
+    over_factor(h.layout, h.rank, h.d_in, threads,
                 [&](int64_t packed_at, int64_t plain) { v[plain] = v_from[packed_at]; });
   });
 }

@@ -87,6 +87,6 @@ void pack(const CanonicalWeight& weight, Isa isa, void* out, int threads);
 const char* packed_problem(const void* packed, size_t bytes);
 
 // The inverse of pack(). Outputs have the sizes of CanonicalWeight.
-void unpack(const void* packed, uint8_t* mask, void* values, void* low_rank_u, void* low_rank_v);
+void unpack(const void* packed, uint8_t* mask, void* values, void* low_rank_u, void* low_rank_v, int threads);
 
 }  // namespace oats
