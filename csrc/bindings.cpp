@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include <string>
+#include <vector>
 
 #include "oats/isa.h"
 #include "oats/keep_largest.h"
@@ -25,6 +26,10 @@ oats::Isa isa_from(const std::string& name) {
 
 oats::Dtype dtype_from(int bytes) {
   return bytes == 4 ? oats::Dtype::fp32 : oats::Dtype::bf16;
+}
+
+oats::Projection projection_from(uintptr_t packed, uintptr_t bias, uintptr_t y, int64_t y_stride) {
+  return {pointer<const oats::PackedHeader>(packed), pointer<const char>(bias), pointer<char>(y), y_stride};
 }
 
 const oats::PackedHeader& header(uintptr_t packed, size_t bytes) {
@@ -112,10 +117,24 @@ PYBIND11_MODULE(_core, m) {
       "sparse_low_rank_linear",
       [](uintptr_t packed, uintptr_t x, int64_t batch, int64_t x_stride, uintptr_t bias, uintptr_t y,
          int64_t y_stride, int threads) {
-        oats::sparse_low_rank_linear(pointer<const void>(packed), pointer<const void>(x), batch, x_stride,
-                                     pointer<const void>(bias), pointer(y), y_stride, threads);
+        const oats::Projection projection = projection_from(packed, bias, y, y_stride);
+        oats::sparse_low_rank_linear(&projection, 1, pointer<const void>(x), batch, x_stride, threads);
       },
       py::call_guard<py::gil_scoped_release>());
+
+  // projections: packed, bias, y and y_stride of each, in one flat tuple.
+  m.def("sparse_low_rank_linears",
+        [](const py::tuple& numbers, uintptr_t x, int64_t batch, int64_t x_stride, int threads) {
+          std::vector<oats::Projection> projections(numbers.size() / 4);
+          for (size_t i = 0; i < projections.size(); ++i) {
+            const auto number = [&](size_t k) { return PyLong_AsSize_t(numbers[4 * i + k].ptr()); };
+            projections[i] = projection_from(number(0), number(1), number(2), static_cast<int64_t>(number(3)));
+          }
+          if (PyErr_Occurred()) throw py::error_already_set();
+          py::gil_scoped_release release;
+          oats::sparse_low_rank_linear(projections.data(), static_cast<int>(projections.size()),
+                                       pointer<const void>(x), batch, x_stride, threads);
+        });
 
   m.def(
       "keep_largest_in_rows",

@@ -22,6 +22,9 @@ def unpack(packed: int, mask: int, values: int, low_rank_u: int, low_rank_v: int
 def sparse_low_rank_linear(
     packed: int, x: int, batch: int, x_stride: int, bias: int, y: int, y_stride: int, threads: int, /
 ) -> None: ...
+def sparse_low_rank_linears(
+    projections: tuple[int, ...], x: int, batch: int, x_stride: int, threads: int, /
+) -> None: ...
 def keep_largest_in_rows(
     rows: int, number: int, columns: int, count: int, value_bytes: int, out: int, threads: int, /
 ) -> None: ...

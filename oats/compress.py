@@ -16,6 +16,7 @@ from oats.config import OatsConfig
 from oats.errors import ConfigError, UnsupportedModelError
 from oats.format import DTYPES, storage_dtype
 from oats.matching import TOKENS_PER_STEP, match_block
+from oats.merging import merge_projections_
 from oats.methods import decompose_by_method, input_statistics
 from oats.models import find_blocks
 from oats.models.linear import FUSED
@@ -158,6 +159,7 @@ def compress_(
                 report.matched[f"{path}.{index}"] = losses
             if index + 1 < len(targets.blocks):
                 runner.advance(index)
+    merge_projections_(model)
     if not report.layers:
         raise UnsupportedModelError(
             f"{type(model).__name__}: nothing was compressed; {reasons(report.left_dense)}"

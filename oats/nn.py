@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.modules.module import _has_any_global_hook
 
 from oats import format as fmt
 from oats import ops
@@ -242,15 +243,19 @@ class SparseLowRankLinear(nn.Module):
         if x.dtype is not self._dtype or x.dim() == 0 or x.shape[-1] != self.in_features or not x.is_cpu:
             x = self._accept(x)
         # The operator knows autograd and the compiler, and checks a bias that was replaced.
-        if (
-            not ops.is_plain(x)
-            or (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
-            or not (bias is None or (bias.dtype is self._dtype and bias.shape == (self.out_features,)))
-        ):
+        if not ops.is_plain(x) or (torch.is_grad_enabled() and x.requires_grad) or not self._is_plain(bias):
             if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
                 raise NotImplementedError("a sparse plus low-rank layer has no forward-mode derivative")
             return _LINEAR(x, packed, bias, self.out_features)  # type: ignore[no-any-return]
         return ops.linear(x, packed, bias, self.out_features)
+
+    def _is_plain(self, bias: Tensor | None) -> bool:
+        """Whether the kernels can take `bias` as it is, and no gradient of it is wanted."""
+        return bias is None or (
+            bias.dtype is self._dtype
+            and bias.shape == (self.out_features,)
+            and not (bias.requires_grad and torch.is_grad_enabled())
+        )
 
     def _accept(self, x: Tensor) -> Tensor:
         """`x` where it is unusual but right, else an error."""
@@ -338,8 +343,43 @@ class SparseLowRankLinear(nn.Module):
             self.pack_()
 
 
+def projections_of(layers: Iterable[nn.Module | None], x: Tensor) -> list[ops.Projection] | None:
+    """What :func:`oats.ops.linear_many` needs to do the work of several layers that all read `x`.
+
+    Returns:
+        None where only calling each layer does what the caller expects: it is of another kind, or has hooks;
+        or `x` has another dtype or size, or is one that autograd, a compiler or a tracer follows.
+    """
+    if not ops.is_plain(x) or x.dim() == 0 or (torch.is_grad_enabled() and x.requires_grad):
+        return None
+    if _has_any_global_hook():
+        return None
+    dtype, d_in = x.dtype, x.shape[-1]
+    projections: list[ops.Projection] = []
+    for layer in layers:
+        if type(layer) is not SparseLowRankLinear or layer.in_features != d_in:
+            return None
+        packed, bias = layer._buffers["packed"], layer._parameters["bias"]
+        if (
+            packed is None
+            or layer._dtype is not dtype
+            or not layer._is_plain(bias)
+            or layer._forward_hooks
+            or layer._forward_pre_hooks
+            or layer._backward_hooks
+            or layer._backward_pre_hooks
+            or "forward" in layer.__dict__
+        ):
+            return None
+        projections.append((packed, bias, layer.out_features))
+    return projections
+
+
 class SplitLinear(nn.ModuleDict):
     """A projection that computes several at once, as its parts: their outputs, one after another.
+
+    The parts are computed in one call of the kernels, where nothing (a hook, autograd, a compiler) needs to
+    see each of them.
 
     Args:
         parts: name → :class:`SparseLowRankLinear` of the same inputs, in the order of their outputs.
@@ -376,7 +416,10 @@ class SplitLinear(nn.ModuleDict):
         Returns:
             (…, out_features), in the same dtype.
         """
-        return torch.cat([part(x) for part in self.values()], dim=-1)
+        projections = projections_of(self._modules.values(), x)
+        if projections is None:
+            return torch.cat([part(x) for part in self.values()], dim=-1)
+        return ops.linear_joined(x, projections)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

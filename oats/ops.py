@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 # torch first: it loads the OpenMP runtime whose threads the core then shares.
 import torch
@@ -115,11 +116,8 @@ def linear(x: Tensor, packed: Tensor, bias: Tensor | None, d_out: int) -> Tensor
     The caller answers for the arguments: `packed` is from :func:`pack` on this machine, `x` (…, d_in)
     and `bias` (d_out,) are on the CPU and have its dtype.
     """
-    shape = x.shape
-    rows = x if x.dim() == 2 else x.reshape(-1, shape[-1])
-    if rows.stride(1) != 1 and rows.shape[1] != 1:
-        rows = rows.contiguous()
-    y = x.new_empty((*shape[:-1], d_out))
+    rows = _rows(x)
+    y = x.new_empty((*x.shape[:-1], d_out))
     _core.sparse_low_rank_linear(
         packed.data_ptr(),
         rows.data_ptr(),
@@ -131,6 +129,55 @@ def linear(x: Tensor, packed: Tensor, bias: Tensor | None, d_out: int) -> Tensor
         torch.get_num_threads(),
     )
     return y
+
+
+Projection = tuple[Tensor, Tensor | None, int]
+"""``packed``, ``bias`` and ``d_out`` of :func:`linear`."""
+
+
+def linear_many(x: Tensor, projections: Sequence[Projection]) -> list[Tensor]:
+    """What :func:`linear` returns for each of the projections, bit for bit, in one call of the kernels.
+
+    Args:
+        x: (…, d_in), read once for all.
+        projections: at least one, all of d_in inputs and the dtype of `x`.
+
+    Returns:
+        (…, d_out) for each of them.
+    """
+    outer = x.shape[:-1]
+    outputs = [x.new_empty((*outer, d_out)) for _, _, d_out in projections]
+    _linear_into(x, projections, [(y.data_ptr(), y.shape[-1]) for y in outputs])
+    return outputs
+
+
+def linear_joined(x: Tensor, projections: Sequence[Projection]) -> Tensor:
+    """The outputs of :func:`linear_many` one after another in one tensor, (…, sum of d_out)."""
+    width = sum(d_out for _, _, d_out in projections)
+    y = x.new_empty((*x.shape[:-1], width))
+    address, places = y.data_ptr(), []
+    for _, _, d_out in projections:
+        places.append((address, width))
+        address += d_out * y.itemsize
+    _linear_into(x, projections, places)
+    return y
+
+
+def _linear_into(x: Tensor, projections: Sequence[Projection], places: list[tuple[int, int]]) -> None:
+    """Compute the projections into `places`: address and elements from row to row of each output."""
+    rows = _rows(x)
+    numbers: list[int] = []
+    for (packed, bias, _), (address, stride) in zip(projections, places, strict=True):
+        numbers += (packed.data_ptr(), 0 if bias is None else bias.data_ptr(), address, stride)
+    _core.sparse_low_rank_linears(
+        tuple(numbers), rows.data_ptr(), rows.shape[0], rows.stride(0), torch.get_num_threads()
+    )
+
+
+def _rows(x: Tensor) -> Tensor:
+    """`x` as (rows, d_in), with the elements of a row side by side."""
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 
 @torch.library.custom_op("oats::sparse_low_rank_linear", mutates_args=(), device_types="cpu")

@@ -35,14 +35,14 @@ struct Tile {
 
 struct Panel {
   const Call& call;
-  const PackedHeader* w;
+  const PackedHeader* w;  // for what all projections share
   const StripKernels& strips;
   const ColumnKernels& kernels;
   int64_t first, columns;  // of the batch
   int64_t lanes, vectors, tiles;
-  int64_t block_rows, range_groups, range_words, rank_units;
+  int64_t block_rows, range_groups, range_words;
   uint32_t* activations;  // [tile][groups][columns of the tile]
-  uint32_t* low_rank;     // [tile][rank units][columns of the tile]
+  uint32_t** low_rank;    // of each projection: [tile][rank units][columns of the tile]
 
   struct Scratch {
     uint32_t* units;        // [row][range_groups + lanes]
@@ -55,7 +55,7 @@ struct Panel {
 
   Panel(const Call& call, int64_t first, Workspace& workspace)
       : call(call),
-        w(call.w),
+        w(call.first()),
         strips(strip_kernels(w->isa, w->dtype)),
         kernels(column_kernels(w->isa, w->dtype)),
         first(first),
@@ -63,10 +63,13 @@ struct Panel {
         lanes(w->layout.lanes),
         vectors(divide_up(columns, lanes)),
         tiles(divide_up(vectors, kernels.max_vectors)),
-        block_rows(std::min(kBlockRows, w->blocks() * kStripsPerBlock * lanes)),
+        block_rows(0),
         range_groups(std::min(kRangeGroups, w->groups)),
-        range_words(divide_up(range_groups, kGroupsPerWord)),
-        rank_units(w->rank_strips * lanes / w->layout.group) {
+        range_words(divide_up(range_groups, kGroupsPerWord)) {
+    for (int i = 0; i < call.count; ++i) {
+      const int64_t rows = call.projections[i].w->blocks() * kStripsPerBlock * lanes;
+      block_rows = std::max(block_rows, std::min(kBlockRows, rows));
+    }
     Cutter one(nullptr);
     cut_scratch(one);
     scratch_bytes = one.used();
@@ -78,9 +81,15 @@ struct Panel {
 
   void cut(Cutter& memory) {
     activations = memory.take<uint32_t>(w->groups * vectors * lanes);
-    low_rank = memory.take<uint32_t>(rank_units * vectors * lanes);
+    low_rank = memory.take<uint32_t*>(call.count);
+    for (int i = 0; i < call.count; ++i) {
+      auto* cut = memory.take<uint32_t>(rank_units(i) * vectors * lanes);
+      if (low_rank) low_rank[i] = cut;
+    }
     scratch = memory.take<char>(static_cast<int64_t>(scratch_bytes) * call.team);
   }
+
+  int64_t rank_units(int i) const { return call.projections[i].w->rank_strips * lanes / w->layout.group; }
 
   Scratch cut_scratch(Cutter& memory) const {
     Scratch s;
@@ -108,9 +117,9 @@ struct Panel {
 
   // sums [row][columns of the tile] += the rows of blocks [begin, end) of a factor times `inputs`,
   // `kGroupsPerWord` groups at a time so that their activations stay in L1 for all strips.
-  void dense(uint64_t factor_at, int64_t factor_strips, int64_t groups, int64_t begin, int64_t end,
-             const uint32_t* inputs, const Tile& t, float* sums) const {
-    const char* factor = reinterpret_cast<const char*>(w) + factor_at;
+  void dense(const PackedHeader* weight, uint64_t factor_at, int64_t factor_strips, int64_t groups,
+             int64_t begin, int64_t end, const uint32_t* inputs, const Tile& t, float* sums) const {
+    const char* factor = reinterpret_cast<const char*>(weight) + factor_at;
     const int64_t cell = lanes * w->layout.group * call.value_bytes();
     const int64_t width = t.vectors * lanes;
     for (int64_t g = 0; g < groups; g += kGroupsPerWord) {
@@ -125,44 +134,48 @@ struct Panel {
     }
   }
 
-  void low_rank_inputs(int64_t block, const Scratch& scratch) const {
-    const int64_t rows = strips_of_block(w->rank_strips, block) * lanes;
+  void low_rank_inputs(int projection, int64_t block, const Scratch& scratch) const {
+    const PackedHeader* weight = call.projections[projection].w;
+    const int64_t rows = strips_of_block(weight->rank_strips, block) * lanes;
     for (int64_t i = 0; i < tiles; ++i) {
       const Tile t = tile(i);
       const int64_t width = t.vectors * lanes;
       std::fill_n(scratch.sums, rows * width, 0.f);
-      dense(w->v_at, w->rank_strips, w->groups, block, block + 1, activations + t.first * w->groups, t,
-            scratch.sums);
+      dense(weight, weight->v_at, weight->rank_strips, w->groups, block, block + 1,
+            activations + t.first * w->groups, t, scratch.sums);
       for (int64_t row = 0; row < rows; row += lanes) {
         const int64_t unit = (block * kStripsPerBlock * lanes + row) / w->layout.group;
         kernels.sums_to_activations(scratch.sums + row * width, t.vectors,
-                                    low_rank + t.first * rank_units + unit * width);
+                                    low_rank[projection] + t.first * rank_units(projection) + unit * width);
       }
     }
   }
 
-  // Blocks [begin, end), at most block_rows of rows.
-  void outputs(int64_t begin, int64_t end, const Scratch& scratch) const {
-    const auto* starts = reinterpret_cast<const uint64_t*>(reinterpret_cast<const char*>(w) + w->starts_at);
+  // Blocks [begin, end) of a projection, at most block_rows of rows.
+  void outputs(int projection, int64_t begin, int64_t end, const Scratch& scratch) const {
+    const PackedHeader* weight = call.projections[projection].w;
+    const char* packed = reinterpret_cast<const char*>(weight);
+    const auto* starts = reinterpret_cast<const uint64_t*>(packed + weight->starts_at);
     const int64_t packed_rows = kStripsPerBlock * lanes, unit_stride = range_groups + lanes;
     const int64_t first_row = begin * packed_rows;
-    const int64_t rows = std::min(end * kStripsPerBlock, w->strips) * lanes - first_row;
+    const int64_t rows = std::min(end * kStripsPerBlock, weight->strips) * lanes - first_row;
     const void* values[kBlockRows];
     for (int64_t b = begin; b < end; ++b) {
-      values[b - begin] = reinterpret_cast<const char*>(w) + w->values_at + starts[b] * call.value_bytes();
+      values[b - begin] = packed + weight->values_at + starts[b] * call.value_bytes();
     }
     for (int64_t i = 0; i < tiles; ++i) {
       const Tile t = tile(i);
       float* sums = scratch.sums + t.first * rows;
       std::fill_n(sums, rows * t.vectors * lanes, 0.f);
-      dense(w->u_at, w->strips, w->rank_groups, begin, end, low_rank + t.first * rank_units, t, sums);
+      dense(weight, weight->u_at, weight->strips, weight->rank_groups, begin, end,
+            low_rank[projection] + t.first * rank_units(projection), t, sums);
     }
     for (int64_t g = 0; g < w->groups; g += range_groups) {
       const int64_t range_end = std::min(w->groups, g + range_groups);
       for (int64_t b = begin; b < end; ++b) {
         const int64_t row = (b - begin) * packed_rows;
         values[b - begin] =
-            kernels.gather(w, b, g, range_end, values[b - begin], scratch.units + row * unit_stride,
+            kernels.gather(weight, b, g, range_end, values[b - begin], scratch.units + row * unit_stride,
                            unit_stride, scratch.masks + row, rows);
       }
       for (int64_t i = 0; i < tiles; ++i) {
@@ -181,8 +194,10 @@ struct Panel {
       for (int64_t row = 0; row < rows; row += lanes) {
         const int64_t feature = first_row + row;
         kernels.store(scratch.sums + (t.first * rows + row * t.vectors * lanes), t.vectors, t.columns,
-                      call.bias_of(feature), static_cast<int>(std::min(lanes, w->d_out - feature)),
-                      call.output(first + t.first, feature), call.y_stride);
+                      call.bias_of(projection, feature),
+                      static_cast<int>(std::min(lanes, weight->d_out - feature)),
+                      call.output(projection, first + t.first, feature),
+                      call.projections[projection].y_stride);
       }
     }
   }
@@ -192,17 +207,23 @@ struct Panel {
     const Scratch mine = cut_scratch(memory);
     prepare(w->groups * part / parts, w->groups * (part + 1) / parts);
     wait_for_all(parts);
-    if (w->rank) {
-      const int64_t blocks = w->rank_blocks();
-      for (int64_t b = blocks * part / parts; b < blocks * (part + 1) / parts; ++b) low_rank_inputs(b, mine);
+    const int64_t rank_blocks = call.rank_blocks();
+    if (rank_blocks) {
+      call.split_rank(rank_blocks * part / parts, rank_blocks * (part + 1) / parts,
+                      [&](int i, int64_t begin, int64_t end) {
+                        for (int64_t b = begin; b < end; ++b) low_rank_inputs(i, b, mine);
+                      });
       wait_for_all(parts);
     }
-    const int64_t begin = block_boundary(w, part, parts, false),
-                  end = block_boundary(w, part + 1, parts, false);
-    const int64_t steps = divide_up((end - begin) * kStripsPerBlock * lanes, block_rows);
-    for (int64_t i = 0; i < steps; ++i) {
-      outputs(begin + (end - begin) * i / steps, begin + (end - begin) * (i + 1) / steps, mine);
-    }
+    call.split(block_boundary(call, part, parts, false), block_boundary(call, part + 1, parts, false),
+               [&](int i, int64_t begin, int64_t end) {
+                 const int64_t rows = (end - begin) * kStripsPerBlock * lanes;
+                 const int64_t steps = divide_up(rows, block_rows);
+                 for (int64_t step = 0; step < steps; ++step) {
+                   outputs(i, begin + (end - begin) * step / steps,
+                           begin + (end - begin) * (step + 1) / steps, mine);
+                 }
+               });
   }
 };
 

@@ -15,21 +15,26 @@ namespace {
 // Columns whose activations and sums are held at once; the weights are read again for each tile.
 constexpr int64_t kTileColumns = 128;
 
+// What one projection needs beside its weight.
+struct Sums {
+  uint32_t* low_rank;  // [rank units][columns]
+  float* sums;         // [block][columns][strip][lanes]
+  float* rank_sums;    // the same for V x
+};
+
 struct Tile {
   const Call& call;
-  const PackedHeader* w;
+  const PackedHeader* w;  // for what all projections share
   const StripKernels& kernels;
   int64_t first;  // of the batch
   int columns;
   bool direct;            // x already is what the kernels read
   uint32_t* activations;  // [groups][columns]
-  uint32_t* low_rank;     // [rank units][columns]
-  float* sums;            // [block][columns][strip][lanes]
-  float* rank_sums;       // the same for V x
+  Sums* sums;             // of each projection
 
   Tile(const Call& call, int64_t first, Workspace& workspace)
       : call(call),
-        w(call.w),
+        w(call.first()),
         kernels(strip_kernels(w->isa, w->dtype)),
         first(first),
         columns(static_cast<int>(std::min(call.batch - first, kTileColumns))) {
@@ -43,9 +48,14 @@ struct Tile {
 
   void cut(Cutter& memory) {
     activations = memory.take<uint32_t>(direct ? 0 : w->groups * columns);
-    low_rank = memory.take<uint32_t>(w->rank_strips * units_per_strip() * columns);
-    sums = memory.take<float>(w->strips * columns * w->layout.lanes);
-    rank_sums = memory.take<float>(w->rank_strips * columns * w->layout.lanes);
+    sums = memory.take<Sums>(call.count);
+    for (int i = 0; i < call.count; ++i) {
+      const PackedHeader* weight = call.projections[i].w;
+      const Sums cut{memory.take<uint32_t>(weight->rank_strips * units_per_strip() * columns),
+                     memory.take<float>(weight->strips * columns * w->layout.lanes),
+                     memory.take<float>(weight->rank_strips * columns * w->layout.lanes)};
+      if (sums) sums[i] = cut;
+    }
   }
 
   int64_t units_per_strip() const { return w->layout.lanes / w->layout.group; }
@@ -53,39 +63,42 @@ struct Tile {
   const uint32_t* inputs() const {
     return direct ? reinterpret_cast<const uint32_t*>(call.row_of_x(first)) : activations;
   }
-  // A block of a dense factor that is `groups` groups wide.
-  const char* factor(uint64_t at, int64_t groups, int64_t block) const {
+  // A block of a dense factor of `weight` that is `groups` groups wide.
+  const char* factor(const PackedHeader* weight, uint64_t at, int64_t groups, int64_t block) const {
     const int64_t cell = w->layout.lanes * w->layout.group * call.value_bytes();
-    return reinterpret_cast<const char*>(w) + at + block * kStripsPerBlock * groups * cell;
+    return reinterpret_cast<const char*>(weight) + at + block * kStripsPerBlock * groups * cell;
   }
 
   void prepare(int64_t begin, int64_t end) const {
     kernels.prepare(call.row_of_x(first), call.x_stride, w->d_in, columns, columns, begin, end, activations);
   }
 
-  void low_rank_inputs(int64_t block) const {
-    float* out = rank_sums + block * block_sums();
-    const int strips = strips_of_block(w->rank_strips, block);
-    kernels.dense(factor(w->v_at, w->groups, block), strips, w->groups, inputs(), columns, false, out);
+  void low_rank_inputs(int i, int64_t block) const {
+    const PackedHeader* weight = call.projections[i].w;
+    float* out = sums[i].rank_sums + block * block_sums();
+    const int strips = strips_of_block(weight->rank_strips, block);
+    kernels.dense(factor(weight, weight->v_at, w->groups, block), strips, w->groups, inputs(), columns, false,
+                  out);
     kernels.sums_to_activations(out, strips, columns,
-                                low_rank + block * kStripsPerBlock * units_per_strip() * columns);
+                                sums[i].low_rank + block * kStripsPerBlock * units_per_strip() * columns);
   }
 
-  void sparse(int64_t block) const {
-    kernels.sparse(w, block, inputs(), columns, sums + block * block_sums());
+  void sparse(int i, int64_t block) const {
+    kernels.sparse(call.projections[i].w, block, inputs(), columns, sums[i].sums + block * block_sums());
   }
 
-  void finish(int64_t block) const {
-    float* out = sums + block * block_sums();
-    const int strips = strips_of_block(w->strips, block);
-    if (w->rank) {
-      kernels.dense(factor(w->u_at, w->rank_groups, block), strips, w->rank_groups, low_rank, columns, true,
-                    out);
+  void finish(int i, int64_t block) const {
+    const PackedHeader* weight = call.projections[i].w;
+    float* out = sums[i].sums + block * block_sums();
+    const int strips = strips_of_block(weight->strips, block);
+    if (weight->rank) {
+      kernels.dense(factor(weight, weight->u_at, weight->rank_groups, block), strips, weight->rank_groups,
+                    sums[i].low_rank, columns, true, out);
     }
     const int64_t row = block * kStripsPerBlock * w->layout.lanes;
-    const int64_t valid = std::min(strips * static_cast<int64_t>(w->layout.lanes), w->d_out - row);
-    kernels.store(out, strips, columns, call.bias_of(row), static_cast<int>(valid), call.output(first, row),
-                  call.y_stride);
+    const int64_t valid = std::min(strips * static_cast<int64_t>(w->layout.lanes), weight->d_out - row);
+    kernels.store(out, strips, columns, call.bias_of(i, row), static_cast<int>(valid),
+                  call.output(i, first, row), call.projections[i].y_stride);
   }
 
   void run_part(int part, int parts) const {
@@ -93,17 +106,25 @@ struct Tile {
       prepare(w->groups * part / parts, w->groups * (part + 1) / parts);
       wait_for_all(parts);
     }
-    const int64_t rank_blocks = w->rank_blocks(), end = block_boundary(w, part + 1, parts, true);
-    const int64_t begin = block_boundary(w, part, parts, true);
-    for (int64_t b = rank_blocks * part / parts; b < rank_blocks * (part + 1) / parts; ++b)
-      low_rank_inputs(b);
-    for (int64_t b = begin; b < end; ++b) sparse(b);
-    if (w->rank == 0) {
-      for (int64_t b = begin; b < end; ++b) finish(b);
+    const auto finish_blocks = [&](int i, int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b) finish(i, b);
+    };
+    const int64_t rank_blocks = call.rank_blocks(), blocks = call.blocks();
+    const int64_t begin = block_boundary(call, part, parts, true),
+                  end = block_boundary(call, part + 1, parts, true);
+    call.split_rank(rank_blocks * part / parts, rank_blocks * (part + 1) / parts,
+                    [&](int i, int64_t first_block, int64_t last) {
+                      for (int64_t b = first_block; b < last; ++b) low_rank_inputs(i, b);
+                    });
+    call.split(begin, end, [&](int i, int64_t first_block, int64_t last) {
+      for (int64_t b = first_block; b < last; ++b) sparse(i, b);
+    });
+    if (rank_blocks == 0) {
+      call.split(begin, end, finish_blocks);
       return;
     }
     wait_for_all(parts);
-    for (int64_t b = w->blocks() * part / parts; b < w->blocks() * (part + 1) / parts; ++b) finish(b);
+    call.split(blocks * part / parts, blocks * (part + 1) / parts, finish_blocks);
   }
 };
 

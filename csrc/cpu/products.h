@@ -8,23 +8,60 @@
 #include <new>
 
 #include "oats/packed_weight.h"
+#include "oats/sparse_low_rank_linear.h"
 
 namespace oats {
 
-// One call, pointers in bytes.
+// One call. The projections agree in d_in, dtype and layout; their blocks are numbered through, and so are the
+// blocks of their V.
 struct Call {
-  const PackedHeader* w;
+  const Projection* projections;
+  int count;
   const char* x;
   int64_t batch, x_stride;
-  const char* bias;
-  char* y;
-  int64_t y_stride;
   int team;
 
-  int64_t value_bytes() const { return static_cast<int64_t>(dtype_bytes(w->dtype)); }
+  const PackedHeader* first() const { return projections[0].w; }
+  int64_t value_bytes() const { return static_cast<int64_t>(dtype_bytes(first()->dtype)); }
   const char* row_of_x(int64_t row) const { return x + row * x_stride * value_bytes(); }
-  char* output(int64_t row, int64_t feature) const { return y + (row * y_stride + feature) * value_bytes(); }
-  const char* bias_of(int64_t feature) const { return bias ? bias + feature * value_bytes() : nullptr; }
+  char* output(int i, int64_t row, int64_t feature) const {
+    return projections[i].y + (row * projections[i].y_stride + feature) * value_bytes();
+  }
+  const char* bias_of(int i, int64_t feature) const {
+    return projections[i].bias ? projections[i].bias + feature * value_bytes() : nullptr;
+  }
+  int64_t blocks() const {
+    int64_t blocks = 0;
+    for (int i = 0; i < count; ++i) blocks += projections[i].w->blocks();
+    return blocks;
+  }
+  int64_t rank_blocks() const {
+    int64_t blocks = 0;
+    for (int i = 0; i < count; ++i) blocks += projections[i].w->rank_blocks();
+    return blocks;
+  }
+
+  // visit(projection, its blocks [begin, end)) for what `begin` to `end` of all blocks is of each.
+  template <class Visit>
+  void split(int64_t begin, int64_t end, const Visit& visit) const {
+    split(begin, end, [](const PackedHeader* w) { return w->blocks(); }, visit);
+  }
+  // The same for the blocks of V.
+  template <class Visit>
+  void split_rank(int64_t begin, int64_t end, const Visit& visit) const {
+    split(begin, end, [](const PackedHeader* w) { return w->rank_blocks(); }, visit);
+  }
+
+ private:
+  template <class Blocks, class Visit>
+  void split(int64_t begin, int64_t end, const Blocks& blocks_of, const Visit& visit) const {
+    for (int i = 0; i < count && end > 0; ++i) {
+      const int64_t blocks = blocks_of(projections[i].w);
+      if (begin < blocks) visit(i, begin, end < blocks ? end : blocks);
+      begin = begin > blocks ? begin - blocks : 0;
+      end -= blocks;
+    }
+  }
 };
 
 // Memory that a thread keeps between its calls, up to a size that a process with many threads can afford.
@@ -83,9 +120,9 @@ inline void wait_for_all(int parts) {
   }
 }
 
-// The block of S where part `i` of `n` begins, so that each has the same number of bytes to read: of S and U,
-// or of S and of an even share of the blocks of V.
-int64_t block_boundary(const PackedHeader* w, int i, int n, bool with_v);
+// The block where part `i` of `n` begins, so that each has the same number of bytes to read: of S and U, or of
+// S and of an even share of the blocks of V.
+int64_t block_boundary(const Call& call, int i, int n, bool with_v);
 
 // Lanes are outputs: an expansion of the weights serves all columns. Bound by memory where they are few.
 void product_by_strips(const Call& call, Workspace& workspace);

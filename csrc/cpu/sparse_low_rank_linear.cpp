@@ -14,22 +14,24 @@ constexpr int64_t kBytesPerThread = 32 << 10;
 
 }  // namespace
 
-void sparse_low_rank_linear(const void* packed, const void* x, int64_t batch, int64_t x_stride,
-                            const void* bias, void* y, int64_t y_stride, int threads) {
+void sparse_low_rank_linear(const Projection* projections, int count, const void* x, int64_t batch,
+                            int64_t x_stride, int threads) {
   static thread_local Workspace workspace;
-  const auto* w = static_cast<const PackedHeader*>(packed);
-  if (w->d_out == 0 || batch == 0) return;
-  const int64_t useful = std::min<int64_t>(w->blocks(), static_cast<int64_t>(w->bytes) / kBytesPerThread);
-  const int team = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, useful)));
-  const Call call{w,
-                  static_cast<const char*>(x),
-                  batch,
-                  x_stride,
-                  static_cast<const char*>(bias),
-                  static_cast<char*>(y),
-                  y_stride,
-                  team};
-  if (batch < column_kernels(w->isa, w->dtype).min_columns) {
+  const Isa isa = projections[0].w->isa;
+  for (int i = 1; i < count; ++i) {
+    if (projections[i].w->isa == isa) continue;
+    // Activations are laid out for one kind of kernel.
+    sparse_low_rank_linear(projections, i, x, batch, x_stride, threads);
+    sparse_low_rank_linear(projections + i, count - i, x, batch, x_stride, threads);
+    return;
+  }
+  Call call{projections, count, static_cast<const char*>(x), batch, x_stride, 1};
+  int64_t bytes = 0;
+  for (int i = 0; i < count; ++i) bytes += static_cast<int64_t>(projections[i].w->bytes);
+  const int64_t useful = std::min<int64_t>(call.blocks(), bytes / kBytesPerThread);
+  if (batch == 0 || call.blocks() == 0) return;
+  call.team = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, useful)));
+  if (batch < column_kernels(isa, projections[0].w->dtype).min_columns) {
     product_by_strips(call, workspace);
   } else {
     product_by_columns(call, workspace);
@@ -37,30 +39,58 @@ void sparse_low_rank_linear(const void* packed, const void* x, int64_t batch, in
   workspace.trim();
 }
 
-int64_t block_boundary(const PackedHeader* w, int i, int n, bool with_v) {
+namespace {
+
+// Bytes of the first `block` blocks: of S, and of U where `with_u`.
+int64_t bytes_before(const PackedHeader* w, int64_t block, bool with_u) {
   const auto* starts = reinterpret_cast<const uint64_t*>(reinterpret_cast<const char*>(w) + w->starts_at);
   const auto value_bytes = static_cast<int64_t>(dtype_bytes(w->dtype));
   const int64_t cell = w->layout.lanes * w->layout.group;
-  const int64_t fixed = w->groups * cell / 8 + (with_v ? 0 : w->rank_groups * cell * value_bytes);
-  const auto bytes_before = [&](int64_t block) {
-    return static_cast<int64_t>(starts[block]) * value_bytes +
-           std::min(block * kStripsPerBlock, w->strips) * fixed;
-  };
+  const int64_t strip = w->groups * cell / 8 + (with_u ? w->rank_groups * cell * value_bytes : 0);
+  return static_cast<int64_t>(starts[block]) * value_bytes +
+         std::min(block * kStripsPerBlock, w->strips) * strip;
+}
+
+}  // namespace
+
+int64_t block_boundary(const Call& call, int i, int n, bool with_v) {
+  if (i == n) return call.blocks();
+  const PackedHeader* first = call.first();
+  const int64_t v_strip = first->groups * first->layout.lanes * first->layout.group * call.value_bytes();
+  const int64_t rank_blocks = call.rank_blocks();
   const auto v_bytes_before = [&](int part) {
-    const int64_t strips = std::min(w->rank_blocks() * part / n * kStripsPerBlock, w->rank_strips);
-    return with_v ? strips * w->groups * cell * value_bytes : 0;
+    int64_t strips = 0;
+    if (with_v) {
+      call.split_rank(0, rank_blocks * part / n, [&](int p, int64_t, int64_t end) {
+        strips += std::min(end * kStripsPerBlock, call.projections[p].w->rank_strips);
+      });
+    }
+    return strips * v_strip;
   };
-  if (i == n) return w->blocks();
-  const int64_t total = bytes_before(w->blocks()) + v_bytes_before(n);
+  int64_t total = v_bytes_before(n);
+  for (int p = 0; p < call.count; ++p) {
+    const PackedHeader* w = call.projections[p].w;
+    total += bytes_before(w, w->blocks(), !with_v);
+  }
   // A part whose blocks of V are already more than its share leaves the boundary where it is.
   int64_t wanted = 0;
   for (int part = 1; part <= i; ++part) wanted = std::max(wanted, total / n * part - v_bytes_before(part));
-  int64_t low = 0, high = w->blocks();
-  while (low < high) {
-    const int64_t middle = (low + high) / 2;
-    bytes_before(middle) < wanted ? low = middle + 1 : high = middle;
+  int64_t blocks = 0;
+  for (int p = 0; p < call.count; ++p) {
+    const PackedHeader* w = call.projections[p].w;
+    const int64_t bytes = bytes_before(w, w->blocks(), !with_v);
+    if (bytes >= wanted) {
+      int64_t low = 0, high = w->blocks();
+      while (low < high) {
+        const int64_t middle = (low + high) / 2;
+        bytes_before(w, middle, !with_v) < wanted ? low = middle + 1 : high = middle;
+      }
+      return blocks + low;
+    }
+    wanted -= bytes;
+    blocks += w->blocks();
   }
-  return low;
+  return blocks;
 }
 
 }  // namespace oats

@@ -45,6 +45,7 @@ from oats.integrations.stored_model import (
     parse_quantization_config,
     read_header,
 )
+from oats.merging import merge_projections_
 from oats.models.linear import fused_outputs, is_linear, like_linear, weight_of
 from oats.nn import SparseLowRankLinear, SplitLinear
 
@@ -200,6 +201,7 @@ class OatsQuantizer(HfQuantizer):
             if layer.bias is not None:
                 layer.bias.requires_grad_(False)  # transformers turns it on
         self.quantization_config.follow(model)
+        merge_projections_(model)
         return model
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
