@@ -112,9 +112,10 @@ def find_targets(
     for name, block in blocks.named_children():
         targets.blocks.append(_of_block(f"{path}.{name}", block, config, split, targets.left_dense, seen))
     if not len(targets):
+        compressed = any(isinstance(module, SparseLowRankLinear) for module in blocks.modules())
+        why = "they are compressed already" if compressed else reasons(targets.left_dense)
         raise UnsupportedModelError(
-            f"{type(model).__name__}: no linear layer to compress inside {path}; "
-            f"{reasons(targets.left_dense)}"
+            f"{type(model).__name__}: no linear layer to compress inside {path}; {why}"
         )
     _note_other_blocks(model, path, blocks, config, targets.left_dense)
     return targets

@@ -230,7 +230,7 @@ def test_compress_refuses_a_model_that_is_not_there(tmp_path):
 
 def test_compress_refuses_a_compressed_model(compressed, text, tmp_path):
     line = fails("compress", compressed, tmp_path / "out", "--calibration", text, *SMALL)
-    assert "no nn.Linear to compress" in line
+    assert "no linear layer to compress" in line and "they are compressed already" in line
     assert entries(tmp_path) == []
 
 
@@ -386,7 +386,7 @@ def test_what_other_runs_are_writing_is_left_alone(dense, text, tmp_path):
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_a_run_stopped_while_it_compresses_leaves_nothing(dense, text, tmp_path, how):
     command = ["compress", dense, tmp_path / "out", "--calibration", text, *SMALL]
-    interrupted("import oats.compress; oats.compress.decompose = hang", command, how)
+    interrupted("import oats.compress; oats.compress.decompose_by_method = hang", command, how)
     assert entries(tmp_path) == []
 
 
