@@ -123,18 +123,18 @@ PYBIND11_MODULE(_core, m) {
       py::call_guard<py::gil_scoped_release>());
 
   // projections: packed, bias, y and y_stride of each, in one flat tuple.
-  m.def("sparse_low_rank_linears",
-        [](const py::tuple& numbers, uintptr_t x, int64_t batch, int64_t x_stride, int threads) {
-          std::vector<oats::Projection> projections(numbers.size() / 4);
-          for (size_t i = 0; i < projections.size(); ++i) {
-            const auto number = [&](size_t k) { return PyLong_AsSize_t(numbers[4 * i + k].ptr()); };
-            projections[i] = projection_from(number(0), number(1), number(2), static_cast<int64_t>(number(3)));
-          }
-          if (PyErr_Occurred()) throw py::error_already_set();
-          py::gil_scoped_release release;
-          oats::sparse_low_rank_linear(projections.data(), static_cast<int>(projections.size()),
-                                       pointer<const void>(x), batch, x_stride, threads);
-        });
+  m.def("sparse_low_rank_linears", [](const py::tuple& numbers, uintptr_t x, int64_t batch, int64_t x_stride,
+                                      int threads) {
+    std::vector<oats::Projection> projections(numbers.size() / 4);
+    for (size_t i = 0; i < projections.size(); ++i) {
+      const auto number = [&](size_t k) { return PyLong_AsSize_t(numbers[4 * i + k].ptr()); };
+      projections[i] = projection_from(number(0), number(1), number(2), static_cast<int64_t>(number(3)));
+    }
+    if (PyErr_Occurred()) throw py::error_already_set();
+    py::gil_scoped_release release;
+    oats::sparse_low_rank_linear(projections.data(), static_cast<int>(projections.size()),
+                                 pointer<const void>(x), batch, x_stride, threads);
+  });
 
   m.def(
       "keep_largest_in_rows",

@@ -93,9 +93,9 @@ def unpack(packed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     values = torch.empty(h["nnz"], dtype=dtype)
     low_rank_u = torch.empty(h["d_out"], h["rank"], dtype=dtype)
     low_rank_v = torch.empty(h["rank"], h["d_in"], dtype=dtype)
-    parts = (mask, values, low_rank_u, low_rank_v)
-    _core.unpack(packed.data_ptr(), *(part.data_ptr() for part in parts), torch.get_num_threads())
-    return parts
+    addresses = (mask.data_ptr(), values.data_ptr(), low_rank_u.data_ptr(), low_rank_v.data_ptr())
+    _core.unpack(packed.data_ptr(), *addresses, torch.get_num_threads())
+    return mask, values, low_rank_u, low_rank_v
 
 
 def packed_isa(packed: Tensor) -> str:
@@ -176,9 +176,7 @@ def _linear_into(x: Tensor, projections: Sequence[Projection], places: list[tupl
     numbers: list[int] = []
     for (packed, bias, _), (address, stride) in zip(projections, places, strict=True):
         numbers += (packed.data_ptr(), 0 if bias is None else bias.data_ptr(), address, stride)
-    _core.sparse_low_rank_linears(
-        tuple(numbers), rows.data_ptr(), rows.shape[0], rows.stride(0), _threads()
-    )
+    _core.sparse_low_rank_linears(tuple(numbers), rows.data_ptr(), rows.shape[0], rows.stride(0), _threads())
 
 
 def _rows(x: Tensor) -> Tensor:

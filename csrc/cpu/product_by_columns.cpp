@@ -193,11 +193,10 @@ struct Panel {
       const Tile t = tile(i);
       for (int64_t row = 0; row < rows; row += lanes) {
         const int64_t feature = first_row + row;
-        kernels.store(scratch.sums + (t.first * rows + row * t.vectors * lanes), t.vectors, t.columns,
-                      call.bias_of(projection, feature),
-                      static_cast<int>(std::min(lanes, weight->d_out - feature)),
-                      call.output(projection, first + t.first, feature),
-                      call.projections[projection].y_stride);
+        kernels.store(
+            scratch.sums + (t.first * rows + row * t.vectors * lanes), t.vectors, t.columns,
+            call.bias_of(projection, feature), static_cast<int>(std::min(lanes, weight->d_out - feature)),
+            call.output(projection, first + t.first, feature), call.projections[projection].y_stride);
       }
     }
   }

@@ -12,8 +12,8 @@
 
 namespace oats {
 
-// One call. The projections agree in d_in, dtype and layout; their blocks are numbered through, and so are the
-// blocks of their V.
+// One call. The projections agree in d_in, dtype and layout; their blocks are numbered through, and so are
+// the blocks of their V.
 struct Call {
   const Projection* projections;
   int count;
@@ -120,8 +120,8 @@ inline void wait_for_all(int parts) {
   }
 }
 
-// The block where part `i` of `n` begins, so that each has the same number of bytes to read: of S and U, or of
-// S and of an even share of the blocks of V.
+// The block where part `i` of `n` begins, so that each has the same number of bytes to read: of S and U, or
+// of S and of an even share of the blocks of V.
 int64_t block_boundary(const Call& call, int i, int n, bool with_v);
 
 // Lanes are outputs: an expansion of the weights serves all columns. Bound by memory where they are few.
