@@ -15,8 +15,8 @@ from oats.calibrate import TOKENS_PER_BATCH, BlockRunner, Calibration, as_batche
 from oats.config import OatsConfig
 from oats.errors import ConfigError, UnsupportedModelError
 from oats.format import DTYPES, storage_dtype
+from oats.gated_mlp import merge_gated_mlps_
 from oats.matching import TOKENS_PER_STEP, match_block
-from oats.merging import merge_projections_
 from oats.methods import decompose_by_method, input_statistics
 from oats.models import find_blocks
 from oats.models.linear import FUSED
@@ -159,7 +159,7 @@ def compress_(
                 report.matched[f"{path}.{index}"] = losses
             if index + 1 < len(targets.blocks):
                 runner.advance(index)
-    merge_projections_(model)
+    merge_gated_mlps_(model)
     if not report.layers:
         raise UnsupportedModelError(
             f"{type(model).__name__}: nothing was compressed; {reasons(report.left_dense)}"

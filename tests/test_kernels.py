@@ -156,6 +156,43 @@ def test_bit_equal_for_any_thread_count(isa: str, batch: int) -> None:
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("isa", ISAS)
+def test_many_projections_are_bit_equal_to_single_calls(isa: str, dtype: torch.dtype) -> None:
+    # d_out, rank, density: more and fewer rows than a block, no low-rank part, nothing sparse.
+    shapes = [(200, 70, 0.4), (1, 1, 1.0), (150, 0, 0.5), (67, 20, 0.0), (300, 9, 0.1)]
+    d_in = 190
+    projections = [
+        (
+            ops.pack(**random_layer(d_out, d_in, rank, density, dtype, seed), isa=isa),
+            torch.randn(d_out).to(dtype) if seed % 2 else None,
+            d_out,
+        )
+        for seed, (d_out, rank, density) in enumerate(shapes)
+    ]
+    for batch in (1, 2, 5, 16, 40, 100, 600):
+        x = torch.randn(batch, d_in).to(dtype)
+        expected = [ops.linear(x, *projection) for projection in projections]
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            for chosen in (projections, projections[2:3], projections[:2]):
+                first = projections.index(chosen[0])
+                alone = expected[first : first + len(chosen)]
+                assert all(map(torch.equal, ops.linear_many(x, chosen), alone)), (batch, threads)
+                assert torch.equal(ops.linear_joined(x, chosen), torch.cat(alone, -1)), (batch, threads)
+
+
+@pytest.mark.parametrize("shape", [(70,), (2, 3, 70), (0, 70)], ids=str)
+def test_many_projections_of_any_input(shape: tuple[int, ...]) -> None:
+    # Packed for several instruction sets: they cannot share their activations.
+    layers = [random_layer(48, 70, 6, 0.4, torch.float32, seed) for seed in range(4)]
+    projections = [(ops.pack(**layer, isa=ISAS[-(i % 2)]), None, 48) for i, layer in enumerate(layers)]
+    for x in (torch.randn(shape), torch.randn(*shape[:-1], 140)[..., ::2]):
+        expected = [ops.linear(x, *projection) for projection in projections]
+        assert all(map(torch.equal, ops.linear_many(x, projections), expected))
+        assert torch.equal(ops.linear_joined(x, projections), torch.cat(expected, -1))
+
+
 def test_uneven_rows_split_by_bytes() -> None:
     layer = random_layer(256, 512, 8, 0.0, torch.float32)
     from oats.bitmask import encode

@@ -37,6 +37,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from oats import format as fmt
 from oats.config import OatsConfig
 from oats.errors import ConfigError, FormatError
+from oats.gated_mlp import merge_gated_mlps_
 from oats.integrations.stored_model import (
     RETRY,
     StoredTensor,
@@ -45,7 +46,6 @@ from oats.integrations.stored_model import (
     parse_quantization_config,
     read_header,
 )
-from oats.merging import merge_projections_
 from oats.models.linear import fused_outputs, is_linear, like_linear, weight_of
 from oats.nn import SparseLowRankLinear, SplitLinear
 
@@ -201,7 +201,7 @@ class OatsQuantizer(HfQuantizer):
             if layer.bias is not None:
                 layer.bias.requires_grad_(False)  # transformers turns it on
         self.quantization_config.follow(model)
-        merge_projections_(model)
+        merge_gated_mlps_(model)
         return model
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:

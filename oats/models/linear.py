@@ -14,40 +14,6 @@ _QUERY_KEY_VALUE = frozenset({"Phi3Attention", "Phi4MultimodalAttention"})
 _GATE_UP = frozenset({"Phi3MLP", "Phi4MultimodalMLP", "GlmMLP", "Glm4MLP"})
 
 
-_ATTENTION = ("q_proj", "k_proj", "v_proj")
-_GATED_MLP = ("gate_proj", "up_proj")
-_FAMILIES = (
-    *(
-        "Cohere",
-        "Gemma",
-        "Gemma2",
-        "Gemma3",
-        "Granite",
-        "Llama",
-        "Mistral",
-        "Olmo",
-        "Olmo2",
-        "Qwen2",
-        "Qwen3",
-    ),
-    "SmolLM3",
-)
-_READ_TOGETHER = {
-    **{f"{family}Attention": _ATTENTION for family in (*_FAMILIES, "Mixtral", "Phi", "Starcoder2")},
-    **{f"{family}MLP": _GATED_MLP for family in _FAMILIES},
-}
-
-
-def read_together(kind: type[nn.Module]) -> tuple[str, ...]:
-    """Names of the projections that modules of this class apply to the first argument of their ``forward``.
-
-    They apply each once, and do not change the argument before. Only classes of transformers are known; for
-    others the tuple is empty.
-    """
-    known = kind.__module__.startswith("transformers.models.")
-    return _READ_TOGETHER.get(kind.__name__, ()) if known else ()
-
-
 def is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether a module computes ``W x + b`` and nothing else: `nn.Linear`, or GPT-2's ``Conv1D``.
 
