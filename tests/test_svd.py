@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 import oats
 from oats.errors import ConfigError, WeightError
-from oats.svd import OVERSAMPLING, WarmSubspace, exact_low_rank, truncated_svd
+from oats.svd import OVERSAMPLING, WarmSubspace, exact_low_rank, singular_order, truncated_svd
 from tests.reference import truncated_svd as best_approximation
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -84,6 +84,32 @@ def test_subspace_carries_the_oversampling():
     u, v = subspace.approximate(normal(90, 80))
     assert (u.shape, v.shape) == ((90, 4), (4, 80))
     assert subspace._basis.shape == (80, 4 + OVERSAMPLING)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("exponent", [0.5, 2.0])
+def test_subspace_follows_differences(dtype, exponent):
+    matrix = with_spectrum(200, 150, torch.arange(1, 151).double() ** -exponent).float()
+    drift = normal(200, 150, seed=1) / 1e5
+    subspace = WarmSubspace((200, 150), 10)
+    u, v = subspace.approximate(matrix)
+    for step in range(1, 7):
+        current = matrix + step * drift
+        u, v = subspace.follow((current - u @ v).to(dtype))
+        torch.testing.assert_close(u.T @ u, torch.eye(10), atol=1e-5, rtol=0)
+        best = torch.linalg.matrix_norm(current - torch.mm(*exact_low_rank(current, 10)))
+        assert torch.linalg.matrix_norm(current - u @ v) < 1.005 * best
+    ordered = singular_order(u, v)
+    torch.testing.assert_close(torch.mm(*ordered), u @ v, atol=1e-5, rtol=0)
+    norms = torch.linalg.vector_norm(ordered[1], dim=1)
+    assert (norms.diff() <= 0).all()
+    expected = torch.linalg.svdvals(current)[:10]
+    torch.testing.assert_close(norms, expected, rtol=5e-3, atol=0)
+
+
+def test_subspace_follows_an_approximation_only():
+    with pytest.raises(RuntimeError, match="before approximate"):
+        WarmSubspace((90, 80), 4).follow(normal(90, 80))
 
 
 # truncated_svd
