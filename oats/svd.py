@@ -212,18 +212,14 @@ def _subspace_iteration(
     matrix: Tensor, rank: int, start: Tensor | None, width: int, passes: int, seed: int
 ) -> _Found:
     """Each pass multiplies `width` columns by the matrix and its transpose (Halko et al., algorithm 4.4)."""
-    basis = _power_passes(matrix, _start_columns(matrix, start, width, seed), passes - 1)
+    basis = _start_columns(matrix, start, width, seed)
+    for _ in range(passes - 1):
+        # Between products the columns only have to stay independent.
+        basis = _well_conditioned(matrix.mT @ _well_conditioned(matrix @ basis))
     u, v = _rayleigh_ritz(matrix, torch.linalg.qr(matrix @ basis).Q)
     u = u[:, :rank]
     q, s = _unit_columns(v[:rank].mT)
     return _sorted_with_residuals(matrix, u, s, q.mT)
-
-
-def _power_passes(matrix: Tensor, basis: Tensor, passes: int) -> Tensor:
-    for _ in range(passes):
-        # Between products the columns only have to stay independent.
-        basis = _well_conditioned(matrix.mT @ _well_conditioned(matrix @ basis))
-    return basis
 
 
 def _well_conditioned(block: Tensor) -> Tensor:
@@ -583,8 +579,10 @@ class WarmSubspace:
         Returns:
             u, v: as from `exact_low_rank`.
         """
-        self._basis = _power_passes(matrix, self._basis, self._passes - 1)
-        # Householder, not Cholesky: as fast here, and it completes the basis of a rank-deficient product.
+        # Householder, not Cholesky: it keeps directions far below the largest, which later passes would not
+        # find again, and completes the basis of a rank-deficient product.
+        for _ in range(self._passes - 1):
+            self._basis = torch.linalg.qr(matrix.mT @ torch.linalg.qr(matrix @ self._basis).Q).Q
         u, v = _rayleigh_ritz(matrix, torch.linalg.qr(matrix @ self._basis).Q)
         self._basis, self._passes = v.mT, 1
         self._last = u[:, : self._rank], v[: self._rank]
