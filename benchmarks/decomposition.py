@@ -2,11 +2,17 @@
 
     python benchmarks/decomposition.py --random 1024x1024 2048x2048
     python benchmarks/decomposition.py --random 4096x14336 --no-exact --repeat 1
-    python benchmarks/decomposition.py --model DIRECTORY --layer model.layers.8.mlp.up_proj.weight
+    python benchmarks/decomposition.py --weights DIRECTORY --layer model.layers.8.mlp.up_proj.weight
+    python benchmarks/decomposition.py --model phi-3-mini --compression 0.5
+    python benchmarks/decomposition.py --accuracy [--weights DIRECTORY]
 
 The full alternation is timed with `torch.linalg.svd` in float32. Where 80 take longer than `--longest`
 seconds, fewer are timed and the time is extrapolated, which the table marks with "≈". The error after 80 is
 computed in full, from the eigenvectors of the Gram matrix in float64 (the same step), unless `--no-exact`.
+
+`--model` times the layers of one block of a model in `oats.evaluate.shapes`, on random weights, and
+multiplies by the number of blocks. `--accuracy` compares final errors, with products in float32 and in
+bfloat16, on layers of many kinds, and no times.
 """
 
 from __future__ import annotations
@@ -16,13 +22,16 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import oats
+import oats.decomposition
 from oats.budget import nnz_per_row, rank_for
+from oats.evaluate.shapes import shapes_of
 from oats.selection import keep_largest
 
 PUBLISHED = 80
@@ -74,6 +83,67 @@ def moments(d_in: int) -> Tensor:
     return moment
 
 
+def normal(*shape: int, seed: int) -> Tensor:
+    """Gaussian entries."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def heavy_tailed(d_out: int, d_in: int) -> Tensor:
+    """Student's t with 3 degrees of freedom."""
+    chi = sum(normal(d_out, d_in, seed=seed).square() for seed in (6, 7, 8))
+    return normal(d_out, d_in, seed=5) / torch.as_tensor(chi / 3).sqrt()
+
+
+def low_rank_plus(noise: float, d_out: int, d_in: int) -> Tensor:
+    """Of an eighth of the full rank, plus noise of that size."""
+    inner = min(d_out, d_in) // 8
+    product = normal(d_out, inner, seed=7) @ normal(inner, d_in, seed=8) / inner**0.5
+    return product + noise * normal(d_out, d_in, seed=9)
+
+
+def power_law(exponent: float, d_out: int, d_in: int) -> Tensor:
+    """Singular values i^-exponent, random vectors."""
+    inner = min(d_out, d_in)
+    u, v = (torch.linalg.qr(normal(d, inner, seed=seed)).Q for d, seed in ((d_out, 3), (d_in, 4)))
+    return (u * torch.arange(1, inner + 1).float() ** -exponent) @ v.T
+
+
+KINDS: dict[str, Callable[[int, int], Tensor]] = {
+    "gaussian": partial(normal, seed=0),
+    "heavy-tailed": heavy_tailed,
+    "low rank + 0.3": partial(low_rank_plus, 0.3),
+    "low rank + 0.01": partial(low_rank_plus, 0.01),
+    "power law ½": partial(power_law, 0.5),
+    "power law 1": partial(power_law, 1.0),
+    "power law 2": partial(power_law, 2.0),
+}
+SHAPES = [(384, 384), (256, 640), (640, 384)]
+
+
+def decades(d_in: int, number: float) -> Tensor:
+    """Moments spread evenly over that many decades."""
+    share = torch.rand(d_in, generator=torch.Generator().manual_seed(99))
+    return torch.pow(10.0, number * (share - 0.5))
+
+
+MOMENTS: dict[str, tuple[Callable[[int], Tensor], float]] = {
+    "ones": (torch.ones, 0.5),
+    "log-normal": (moments, 0.4),
+    "6 decades": (partial(decades, number=6), 0.6),
+}
+"""Name → the second moments, and the compression they are tried at."""
+
+GEMMA = (
+    "model.layers.2.self_attn.q_proj.weight",
+    "model.layers.2.self_attn.k_proj.weight",
+    "model.layers.9.self_attn.o_proj.weight",
+    "model.layers.9.mlp.up_proj.weight",
+    "model.layers.14.mlp.down_proj.weight",
+    "model.layers.0.self_attn.v_proj.weight",
+    "model.layers.17.mlp.gate_proj.weight",
+)
+
+
 def weights(shapes: list[str], model: Path | None, layers: list[str]) -> Iterator[tuple[str, Tensor]]:
     """What is asked for, one after the other."""
     for shape in shapes:
@@ -88,11 +158,78 @@ def weights(shapes: list[str], model: Path | None, layers: list[str]) -> Iterato
                 yield names, torch.cat(parts, dim=1)
 
 
+def many_layers(model: Path | None) -> Iterator[tuple[str, Tensor, str]]:
+    """Kind, weight and the name of its moments."""
+    for shape in SHAPES:
+        for kind, make in KINDS.items():
+            for moment in MOMENTS:
+                yield kind, make(*shape), moment
+    for name, weight in weights([], model, list(GEMMA) if model else []):
+        for moment in MOMENTS:
+            yield name.removeprefix("model.layers.").removesuffix(".weight"), weight, moment
+
+
+def compare_errors(model: Path | None, momenta: list[float], exact: bool) -> None:
+    """Print one row a layer: the final errors relative to that of float32 products at the first momentum."""
+    headings = [f"{dtype}, momentum {m:g}" for m in momenta for dtype in ("float32", "bfloat16")]
+    print(f"| layer | shape | moments | ρ | 80 exact | {' | '.join(headings)} |")
+    print("|---" * (5 + len(headings)) + "|")
+    gaps: list[list[float]] = []
+    for kind, weight, name in many_layers(model):
+        make, compression = MOMENTS[name]
+        moment = make(weight.shape[1])
+        errors = []
+        for momentum in momenta:
+            for smallest in (weight.numel() + 1, 0):
+                oats.decomposition.BFLOAT16_FROM = smallest
+                result = oats.decompose(weight, moment, compression=compression, momentum=momentum)
+                errors.append(result.relative_error)
+        published = math.nan
+        if exact:
+            scaled = weight.double() * moment.double().sqrt()
+            count = nnz_per_row(weight.shape[1], compression, 0.25)
+            published = alternate(scaled, result.rank, count, by_gram, PUBLISHED)
+        gaps.append([100 * (error / errors[0] - 1) for error in (published, *errors[1:])])
+        cells = " | ".join(f"{gap:+.2f} %" for gap in gaps[-1][1:])
+        shape = " × ".join(map(str, weight.shape))
+        row = f"{kind} | {shape} | {name} | {compression} | {gaps[-1][0]:+.2f} % | {errors[0]:.5f} | {cells}"
+        print(f"| {row} |", flush=True)
+    for label, of in (("least", min), ("mean", statistics.mean), ("largest", max)):
+        columns = [f"{of(column):+.2f} %" for column in zip(*gaps, strict=True)]
+        print(f"| **{label} of {len(gaps)}** | | | | {columns[0]} | | {' | '.join(columns[1:])} |")
+
+
+def time_model(model: str, compressions: list[float]) -> None:
+    """Print one row a layer of a block, and what all blocks take."""
+    layers = shapes_of(model)
+    blocks = min(layer.count for layer in layers)
+    print("| layer | shape | in a block | ρ | seconds each | error | alternations |")
+    print("|---|---|---|---|---|---|---|")
+    for compression in compressions:
+        total = 0.0
+        for layer in layers:
+            weight = normal(layer.d_out, layer.d_in, seed=0)
+            parts = weight.chunk(3) if layer.name == "qkv_proj" else (weight,)
+            start = time.perf_counter()
+            results = [oats.decompose(part, moments(layer.d_in), compression=compression) for part in parts]
+            taken = (time.perf_counter() - start) / len(parts)
+            number = layer.count // blocks * len(parts)
+            total += taken * number
+            print(
+                f"| {layer.name} | {len(parts[0])} × {layer.d_in} | {number} | {compression} | {taken:.2f} | "
+                f"{results[0].relative_error:.5f} | {results[0].iterations} |",
+                flush=True,
+            )
+        print(
+            f"\nOne block: {total:.1f} s. {blocks} blocks, extrapolated: {blocks * total / 60:.1f} minutes.\n"
+        )
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--random", nargs="*", default=[], metavar="ROWSxCOLUMNS")
-    parser.add_argument("--model", type=Path, help="a directory with model.safetensors")
+    parser.add_argument("--weights", type=Path, help="a directory with model.safetensors")
     parser.add_argument("--layer", nargs="*", default=[], help="tensors of it")
     parser.add_argument("--compression", type=float, nargs="+", default=[0.3, 0.5, 0.6])
     parser.add_argument("--rank-ratio", type=float, default=0.25)
@@ -101,12 +238,22 @@ def main() -> None:
     parser.add_argument(
         "--no-exact", action="store_true", help="leave out the error after 80 full alternations"
     )
+    parser.add_argument("--model", help="a name in oats.evaluate.shapes: time one of its blocks")
+    parser.add_argument("--accuracy", action="store_true", help="compare errors on many layers")
+    parser.add_argument("--momentum", type=float, nargs="+", default=[0.9], help="for --accuracy")
     arguments = parser.parse_args()
 
+    if arguments.accuracy:
+        compare_errors(arguments.weights, arguments.momentum, not arguments.no_exact)
+        return
+    if arguments.model:
+        print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+        time_model(arguments.model, arguments.compression)
+        return
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; seconds and relative errors")
     print("| weight | shape | ρ | rank | 80 full SVDs | error | decompose | error | alternations | |")
     print("|---|---|---|---|---|---|---|---|---|---|")
-    for name, weight in weights(arguments.random, arguments.model, arguments.layer):
+    for name, weight in weights(arguments.random, arguments.weights, arguments.layer):
         d_out, d_in = weight.shape
         moment = moments(d_in)
         scaled = weight * moment.sqrt()

@@ -229,18 +229,20 @@ def _(packed: Tensor, d_out: int, d_in: int, dtype: torch.dtype) -> Tensor:
     return packed.new_empty((d_out, d_in), dtype=dtype)
 
 
-def keep_largest_in_rows(rows: Tensor, count: int) -> Tensor:
+def keep_largest_in_rows(rows: Tensor, count: int, out: Tensor | None = None) -> Tensor:
     """Zero all but the `count` entries of largest magnitude in each row.
 
     Args:
         rows: (n, columns), float32 or float64 on the CPU, finite.
         count: at least 0; of equal magnitudes the lowest column is kept.
+        out: to write to, contiguous, of the shape and dtype of `rows`; None means a new tensor.
 
     Returns:
-        A new tensor of the same shape and dtype.
+        `out`, or a new tensor of the same shape and dtype.
 
     Raises:
-        WeightError: `rows` is on another device, or has another dtype or number of dimensions.
+        WeightError: `rows` is on another device, or has another dtype or number of dimensions; or `out`
+            does not fit.
     """
     if not rows.is_cpu or rows.dim() != 2 or rows.dtype not in (torch.float32, torch.float64):
         raise WeightError(
@@ -248,7 +250,12 @@ def keep_largest_in_rows(rows: Tensor, count: int) -> Tensor:
             "on the CPU"
         )
     rows = rows.contiguous()
-    kept = torch.empty_like(rows)
+    kept = torch.empty_like(rows) if out is None else out
+    if kept.shape != rows.shape or kept.dtype != rows.dtype or not (kept.is_cpu and kept.is_contiguous()):
+        raise WeightError(
+            f"out is {kept.dtype} {tuple(kept.shape)} on {kept.device}, expected contiguous {rows.dtype} "
+            f"{tuple(rows.shape)} on the CPU"
+        )
     number, columns = rows.shape
     _core.keep_largest_in_rows(
         rows.data_ptr(), number, columns, count, rows.element_size(), kept.data_ptr(), torch.get_num_threads()

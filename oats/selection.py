@@ -8,7 +8,9 @@ from oats import ops
 from oats.config import Pattern, parse_n_m
 
 
-def keep_largest(residual: Tensor, count: int, pattern: Pattern = "row") -> Tensor:
+def keep_largest(
+    residual: Tensor, count: int, pattern: Pattern = "row", *, out: Tensor | None = None
+) -> Tensor:
     """Zero all but the entries of largest magnitude; of equal magnitudes the lowest column index is kept.
 
     Args:
@@ -16,9 +18,10 @@ def keep_largest(residual: Tensor, count: int, pattern: Pattern = "row") -> Tens
         count: how many stay, in each row for ``"row"``, in the matrix for ``"layer"``; an N:M
             pattern says it itself, and `count` is not used.
         pattern: ``"row"``, ``"layer"`` or ``"N:M"`` with d_in a multiple of M.
+        out: to write to, contiguous, of the shape and dtype of `residual`; None means a new tensor.
 
     Returns:
-        A new tensor of the same shape and dtype.
+        `out`, or a new tensor of the same shape and dtype.
 
     >>> import torch
     >>> keep_largest(torch.tensor([[1.0, -3.0, 2.0, -2.0]]), 2)
@@ -26,7 +29,8 @@ def keep_largest(residual: Tensor, count: int, pattern: Pattern = "row") -> Tens
     """
     n_m = parse_n_m(pattern)
     if n_m is not None:
-        return ops.keep_largest_in_rows(residual.view(-1, n_m[1]), n_m[0]).view_as(residual)
-    if pattern == "layer":
-        return ops.keep_largest_in_rows(residual.view(1, -1), count).view_as(residual)
-    return ops.keep_largest_in_rows(residual, count)
+        rows, count = (-1, n_m[1]), n_m[0]
+    else:
+        rows = (1, -1) if pattern == "layer" else (residual.shape[0], -1)
+    into = None if out is None else out.view(rows)
+    return ops.keep_largest_in_rows(residual.view(rows), count, into).view_as(residual)

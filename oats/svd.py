@@ -240,11 +240,7 @@ def _rayleigh_ritz(matrix: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
 
     v is a projection and not ``diag(s) Vᵀ``: each of its columns is accurate to the scale of that column.
     """
-    projected = q.mT @ matrix
-    # The Gram matrix squares the condition number, so in float64; it is small.
-    wide = projected.double()
-    rotation = torch.linalg.eigh(wide @ wide.mT).eigenvectors.flip(1).to(matrix.dtype)
-    return q @ rotation, rotation.mT @ projected
+    return singular_order(q, q.mT @ matrix)
 
 
 def _lanczos(
@@ -530,20 +526,24 @@ def exact_low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 class WarmSubspace:
     """Rank-r approximations of a slowly changing matrix, by block power iteration.
 
-    Each matrix costs one power pass from the dominant right subspace of the matrix before it, then
-    Rayleigh–Ritz (Halko, Martinsson and Tropp, SIAM Review 53(2), 2011, algorithm 4.4).
+    The first matrix takes several passes from a random start on `oversampling` columns more than the rank.
+    From then on one pass, of as many columns as the rank, follows it: `follow` where the difference to the
+    last approximation is at hand, `approximate` where only the matrix is.
 
     Args:
         shape: (m, n) of every matrix; rank + oversampling must be at most min(m, n).
         rank: of the approximations, at least 1.
         seed: of the random start; the global random state is neither read nor changed.
         device: where the matrices live.
-        oversampling: columns carried beyond the rank.
+        oversampling: columns carried beyond the rank by `approximate`.
 
     >>> subspace = WarmSubspace((40, 30), 2, oversampling=4)
     >>> matrix = torch.outer(torch.arange(40.0), torch.arange(30.0))
     >>> u, v = subspace.approximate(matrix)
     >>> torch.allclose(u @ v, matrix, rtol=1e-4, atol=1e-2)
+    True
+    >>> u, v = subspace.follow(2 * matrix - u @ v)
+    >>> torch.allclose(u @ v, 2 * matrix, rtol=1e-4, atol=1e-2)
     True
     """
 
@@ -565,9 +565,13 @@ class WarmSubspace:
         self._rank = rank
         self._basis = start.to(device)
         self._passes = START_PASSES
+        self._last: tuple[Tensor, Tensor] | None = None
 
     def approximate(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
         """Near-best rank-r approximation ``u @ v`` of the next matrix.
+
+        A power pass from the dominant right subspace of the matrix before it, then Rayleigh–Ritz (Halko,
+        Martinsson and Tropp, SIAM Review 53(2), 2011, algorithm 4.4).
 
         Args:
             matrix: (m, n), float32.
@@ -575,9 +579,66 @@ class WarmSubspace:
         Returns:
             u, v: as from `exact_low_rank`.
         """
-        for _ in range(self._passes):
-            # Householder, not Cholesky: as fast here, and it completes the basis of a rank-deficient product.
-            u, v = _rayleigh_ritz(matrix, torch.linalg.qr(matrix @ self._basis).Q)
-            self._basis = v.mT
-        self._passes = 1
-        return u[:, : self._rank], v[: self._rank]
+        # Householder, not Cholesky: it keeps directions far below the largest, which later passes would not
+        # find again, and completes the basis of a rank-deficient product.
+        for _ in range(self._passes - 1):
+            self._basis = torch.linalg.qr(matrix.mT @ torch.linalg.qr(matrix @ self._basis).Q).Q
+        u, v = _rayleigh_ritz(matrix, torch.linalg.qr(matrix @ self._basis).Q)
+        self._basis, self._passes = v.mT, 1
+        self._last = u[:, : self._rank], v[: self._rank]
+        return self._last
+
+    def follow(self, difference: Tensor) -> tuple[Tensor, Tensor]:
+        """Near-best rank-r approximation of the last one plus `difference`.
+
+        Orthogonal iteration, ``q = orth(A vᵀ)`` and ``v = qᵀ A`` with ``A = u v + difference``, which needs
+        no rotation because nothing is cut off. The products of the large part, u v, are small ones in
+        float32. So the difference may be rounded: its rounding is relative to itself, and no direction is
+        lost that is small beside the largest.
+
+        Args:
+            difference: (m, n), float32, or bfloat16, whose products are then computed from bfloat16 too.
+
+        Returns:
+            u: (m, rank), float32, orthonormal columns.
+            v: (rank, n), float32, ``uᵀ A``. Its rows are not orthogonal: `singular_order` makes them so.
+
+        Raises:
+            RuntimeError: before the first `approximate`.
+        """
+        if self._last is None:
+            raise RuntimeError("follow() before approximate(): there is no approximation to follow")
+        u, v = self._last
+        product = _product(difference, v.mT).addmm_(u, v @ v.mT)
+        q = torch.linalg.qr(product).Q
+        v = _product(q.mT, difference).addmm_(q.mT @ u, v)
+        self._basis, self._last = v.mT, (q, v)
+        return self._last
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` in float32, of factors that are rounded to bfloat16 if one is."""
+    if torch.bfloat16 in (a.dtype, b.dtype):
+        return (a.bfloat16() @ b.bfloat16()).float()
+    return a @ b
+
+
+def singular_order(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """The same product ``u @ v`` with rows of v that are orthogonal and of decreasing norm.
+
+    Args:
+        u: (m, rank), orthonormal columns.
+        v: (rank, n).
+
+    Returns:
+        u, v: as from `exact_low_rank`.
+
+    >>> u, v = singular_order(torch.eye(2), torch.tensor([[0.0, 1.0], [2.0, 0.0]]))
+    >>> v.abs()
+    tensor([[2., 0.],
+            [0., 1.]])
+    """
+    # The Gram matrix squares the condition number, so in float64; it is small.
+    wide = v.double()
+    rotation = torch.linalg.eigh(wide @ wide.mT).eigenvectors.flip(1).to(v.dtype)
+    return u @ rotation, rotation.mT @ v

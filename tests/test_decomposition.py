@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import oats
+from oats import decomposition
 from oats.budget import nnz_per_layer, nnz_per_row, rank_for
 from oats.errors import ConfigError, WeightError
 from oats.selection import keep_largest
@@ -190,12 +191,47 @@ def test_degenerate_weights(weight, svd):
     ) or (weight.count_nonzero() == 0 and result.relative_error == 0)
 
 
-@pytest.mark.parametrize("scale", [1e-38, 1e-30, 1e30, 1e38])
-def test_error_does_not_depend_on_the_scale_of_the_weight(scale):
+@pytest.mark.parametrize(
+    ("scale", "rounding"),
+    # Powers of two change no bit. The others do, and a support that differs in one entry takes another path.
+    [(2.0**-110, 1e-6), (2.0**100, 1e-6), (2.0**126, 1e-6), (1e-38, 0.02), (1e38, 0.02)],
+)
+def test_error_does_not_depend_on_the_scale_of_the_weight(scale, rounding):
     weight = normal(100, 90).clamp(-3, 3)
     plain = oats.decompose(weight, torch.ones(90))
     scaled = oats.decompose(weight * scale, torch.ones(90))
-    assert scaled.relative_error == pytest.approx(plain.relative_error, rel=1e-3)
+    assert scaled.relative_error == pytest.approx(plain.relative_error, rel=rounding)
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "structured"])
+@pytest.mark.parametrize("moment", ["ones", "decades"])
+def test_products_in_bfloat16_cost_no_accuracy(kind, moment, monkeypatch):
+    weight, second_moment = make_weight(kind, 160, 256), make_moment(moment, 256)
+    plain = oats.decompose(weight, second_moment)
+    monkeypatch.setattr(decomposition, "_difference_dtype", lambda scaled: torch.bfloat16)
+    first, second = (oats.decompose(weight, second_moment) for _ in range(2))
+    assert first.relative_error != plain.relative_error and torch.equal(first.sparse, second.sparse)
+    # Two paths end within a percent of each other; one that had lost small directions would end far above.
+    assert first.relative_error == pytest.approx(plain.relative_error, rel=0.02)
+    assert true_error(weight, second_moment, first) == pytest.approx(first.relative_error, rel=1e-4)
+
+
+def test_bfloat16_is_for_large_layers_of_cpus_that_have_it(monkeypatch):
+    small, large = torch.empty(10, 10), torch.empty(decomposition.BFLOAT16_FROM, 1)
+    for isa, expected in (("avx512_bf16", torch.bfloat16), ("avx2", torch.float32)):
+        monkeypatch.setattr(decomposition, "active_isa", lambda isa=isa: isa)
+        assert decomposition._difference_dtype(small) == torch.float32
+        assert decomposition._difference_dtype(large) == expected
+
+
+def test_factors_are_in_singular_order():
+    weight, moment = make_weight("heavy", 96, 128), make_moment("decades", 128)
+    result = oats.decompose(weight, moment)
+    u, v = result.low_rank_u, result.low_rank_v * moment.sqrt()
+    torch.testing.assert_close(u.T @ u, torch.eye(result.rank), atol=1e-5, rtol=0)
+    gram = v @ v.T
+    torch.testing.assert_close(gram, gram.diagonal().diag(), atol=1e-5 * float(gram.max()), rtol=0)
+    assert (gram.diagonal().diff() <= 0).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
@@ -319,6 +355,15 @@ def test_selection_agrees_with_a_stable_sort(d_out, groups, m, levels, seed, dat
     np.testing.assert_array_equal(
         keep_largest(matrix, 0, f"{n}:{m}"), reference.hard_threshold_n_m(plain, n, m)
     )
+
+
+@pytest.mark.parametrize("pattern", ["row", "layer", "2:4"])
+def test_selection_writes_where_it_is_told(pattern):
+    matrix, out = normal(6, 12), torch.full((6, 12), torch.nan)
+    assert keep_largest(matrix, 5, pattern, out=out).data_ptr() == out.data_ptr()
+    assert torch.equal(out, keep_largest(matrix, 5, pattern))
+    with pytest.raises(WeightError, match=r"^out is torch.float64 \(6, 12\)"):
+        keep_largest(matrix, 5, out=out.double())
 
 
 def test_selection_leaves_no_negative_zeros():
