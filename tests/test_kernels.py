@@ -175,9 +175,8 @@ def test_many_projections_are_bit_equal_to_single_calls(isa: str, dtype: torch.d
         expected = [ops.linear(x, *projection) for projection in projections]
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            for chosen in (projections, projections[2:3], projections[:2]):
-                first = projections.index(chosen[0])
-                alone = expected[first : first + len(chosen)]
+            for part in (slice(None), slice(2, 3), slice(2)):
+                chosen, alone = projections[part], expected[part]
                 assert all(map(torch.equal, ops.linear_many(x, chosen), alone)), (batch, threads)
                 assert torch.equal(ops.linear_joined(x, chosen), torch.cat(alone, -1)), (batch, threads)
 
