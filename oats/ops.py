@@ -29,6 +29,11 @@ _threads = torch.get_num_threads
 # The packed layout is read with aligned loads of one cache line.
 _ALIGNMENT = 64
 
+# The pool is torch's too. Without this, the first parallel region of a forked child, torch's or ours, would
+# wait for threads that only its parent has.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_core.release_threads)
+
 
 def active_isa() -> str:
     """The instruction set that new weights are packed for: the best one, or what ``OATS_ISA`` allows.

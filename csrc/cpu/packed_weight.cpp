@@ -218,7 +218,7 @@ void unpack(const void* packed, uint8_t* mask, void* values, void* low_rank_u, v
     std::memcpy(&word, masks + cell * word_bytes, word_bytes);
     return word;
   };
-  std::memset(mask, 0, h.d_out * row_bytes);
+  std::fill_n(mask, h.d_out * row_bytes, uint8_t{0});
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t b = 0; b < h.blocks(); ++b) {
     over_cells(h.strips, h.groups, b, [&](int64_t cell, int64_t strip, int64_t group) {

@@ -159,6 +159,8 @@ struct StripLoops {
                      float* sums) {
     const int64_t groups = weight->groups;
     with_strips(strips_of_block(weight->strips, block), [&](auto strips) {
+      // The chunks below set the sums, but a layer without inputs has none.
+      if (groups == 0) std::fill_n(sums, columns * strips * kLanes, 0.f);
       Kept source = kept(weight, block);
       if (columns <= kMaxColumns) {
         over_columns(columns, [&](auto width, int) {

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from oats import budget, ops
 from oats.bitmask import encode
 from oats.config import OatsConfig, parse_n_m
+from oats.gated_mlp import merge_gated_mlps_
 from oats.models import find_blocks
 from oats.models.linear import weight_of
 from oats.nn import SparseLowRankLinear, SplitLinear
@@ -80,6 +81,7 @@ def random_model(
         model.tie_weights()
         for module in others:
             _fill(model, module)
+    merge_gated_mlps_(model)
     return model.eval()
 
 

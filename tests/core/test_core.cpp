@@ -1,0 +1,396 @@
+// The core without Python, for `make test-sanitize`: every buffer has exactly the size that the headers of
+// csrc/include/oats promise, so that a read or write beside it is caught.
+//
+// Layers of small integers make every sum exact, in any order: their products are compared bit for bit, and
+// one term that is missing, doubled or taken from elsewhere shows. Layers of normal values are compared
+// within the bound of tests/test_kernels.py.
+#include <algorithm>
+#include <cmath>
+#include <cstdarg>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <type_traits>
+#include <vector>
+
+#include "oats/isa.h"
+#include "oats/keep_largest.h"
+#include "oats/packed_weight.h"
+#include "oats/sparse_low_rank_linear.h"
+
+namespace {
+
+using oats::Dtype;
+using oats::Isa;
+using oats::PackedHeader;
+using oats::Projection;
+
+int failures = 0, checks = 0;
+
+__attribute__((format(printf, 2, 3))) void check(bool holds, const char* format, ...) {
+  ++checks;
+  if (holds) return;
+  ++failures;
+  std::va_list arguments;
+  va_start(arguments, format);
+  std::fputs("FAILED: ", stderr);
+  std::vfprintf(stderr, format, arguments);
+  std::fputc('\n', stderr);
+  va_end(arguments);
+  if (failures < 20) return;
+  std::fputs("too many failures\n", stderr);
+  std::exit(1);
+}
+
+float to_float(float v) {
+  return v;
+}
+
+float to_float(uint16_t v) {
+  const uint32_t bits = static_cast<uint32_t>(v) << 16;
+  float out;
+  std::memcpy(&out, &bits, 4);
+  return out;
+}
+
+// Round to nearest, ties to even; finite values only.
+template <class Value>
+Value from_float(float v) {
+  if constexpr (std::is_same_v<Value, float>) {
+    return v;
+  } else {
+    uint32_t bits;
+    std::memcpy(&bits, &v, 4);
+    const uint32_t rest = bits & 0xffff, upper = bits >> 16;
+    return static_cast<uint16_t>(upper + (rest > 0x8000 || (rest == 0x8000 && upper % 2)));
+  }
+}
+
+// Of exactly `size` elements; null where there are none, as an empty tensor's address is.
+template <class T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t size) : size_(size), memory_(size ? new T[size] : nullptr) {}
+
+  T* data() { return memory_.get(); }
+  const T* data() const { return memory_.get(); }
+  int64_t size() const { return size_; }
+  T& operator[](int64_t i) { return memory_[i]; }
+  const T& operator[](int64_t i) const { return memory_[i]; }
+  bool operator==(const Buffer& other) const {
+    return size_ == other.size_ && (!size_ || !std::memcmp(data(), other.data(), size_ * sizeof(T)));
+  }
+
+ private:
+  int64_t size_;
+  std::unique_ptr<T[]> memory_;
+};
+
+struct Packed {
+  size_t bytes;
+  std::unique_ptr<void, decltype(&std::free)> memory;
+
+  explicit Packed(size_t bytes) : bytes(bytes), memory(std::aligned_alloc(64, bytes), &std::free) {
+    // pack() writes all of it.
+    std::memset(memory.get(), 0xa5, bytes);
+  }
+  void* data() const { return memory.get(); }
+  const PackedHeader& header() const { return *static_cast<const PackedHeader*>(data()); }
+};
+
+struct Shape {
+  int64_t d_out, d_in, rank;
+  double density;
+};
+
+// Strips are of 8 or 16 outputs, blocks of 4 strips, pieces of work of 256 outputs; groups are of 1 or 2
+// inputs, chunks of 48 groups, words of 64, ranges of 512.
+constexpr Shape kShapes[] = {
+    {1, 1, 0, 0},    {1, 1, 1, 1},      {1, 7, 0, 1},       {7, 1, 2, 0.5},      {5, 3, 4, 0},
+    {16, 64, 0, 1},  {17, 31, 3, 0.4},  {8, 50, 40, 0.3},   {33, 65, 17, 0},     {64, 128, 16, 1},
+    {66, 97, 1, 1},  {97, 129, 33, .5}, {130, 257, 70, .4}, {300, 1100, 9, .35}, {420, 260, 72, .9},
+    {257, 40, 0, 1}, {3, 2100, 5, 0.5}, {4, 0, 0, 0},       {4, 0, 3, 0},        {0, 9, 2, 0},
+};
+constexpr int64_t kBatches[] = {1, 2, 6, 7, 16, 33, 64, 100, 129, 520};
+constexpr int64_t kMaxBatch = 520;
+constexpr int kThreads[] = {1, 2, 3};
+
+// A layer, inputs for it, and what it makes of them.
+template <class Value>
+struct Case {
+  Shape shape;
+  bool exact;
+  int64_t nnz = 0;
+  Buffer<uint8_t> mask;
+  Buffer<Value> values, u, v, bias, x;
+  Buffer<double> y;     // S x + U (V x), in float64
+  Buffer<double> size;  // |S| |x| + |U| (|V| |x|)
+
+  static constexpr Dtype dtype = sizeof(Value) == 4 ? Dtype::fp32 : Dtype::bf16;
+
+  Case(const Shape& s, bool exact)
+      : shape(s),
+        exact(exact),
+        mask(s.d_out * oats::divide_up(s.d_in, 8)),
+        values(0),
+        u(s.d_out * s.rank),
+        v(s.rank * s.d_in),
+        bias(s.d_out),
+        x(kMaxBatch * s.d_in),
+        y(kMaxBatch * s.d_out),
+        size(kMaxBatch * s.d_out) {
+    std::mt19937 random(static_cast<uint32_t>(s.d_out * 7919 + s.d_in * 31 + s.rank));
+    std::normal_distribution<float> normal;
+    // V x must be exact in bf16, which has integers up to 256.
+    const auto value = [&](int largest, float scale) {
+      const int integer = static_cast<int>(random() % (2 * largest + 1)) - largest;
+      return from_float<Value>(exact ? static_cast<float>(integer) : normal(random) * scale);
+    };
+    std::vector<Value> kept;
+    std::vector<double> sparse(s.d_out * s.d_in, 0.0);
+    std::bernoulli_distribution keep(s.density);
+    std::fill_n(mask.data(), mask.size(), uint8_t{0});
+    for (int64_t i = 0; i < s.d_out * s.d_in; ++i) {
+      if (!keep(random)) continue;
+      const int64_t row = i / s.d_in, column = i % s.d_in;
+      mask[row * oats::divide_up(s.d_in, 8) + column / 8] |= static_cast<uint8_t>(1u << column % 8);
+      // Also zeros: a kept value is a bit of the mask, whatever it is.
+      kept.push_back(value(3, 1));
+      sparse[i] = to_float(kept.back());
+    }
+    nnz = static_cast<int64_t>(kept.size());
+    values = Buffer<Value>(nnz);
+    std::copy(kept.begin(), kept.end(), values.data());
+    const float shrink = 1 / std::sqrt(static_cast<float>(std::max<int64_t>(1, s.d_in)));
+    for (int64_t i = 0; i < u.size(); ++i) u[i] = value(2, 1);
+    for (int64_t i = 0; i < v.size(); ++i) v[i] = value(1, shrink);
+    for (int64_t i = 0; i < bias.size(); ++i) bias[i] = value(3, 1);
+    for (int64_t i = 0; i < x.size(); ++i) x[i] = value(1, 1);
+
+    std::vector<double> row(s.d_in), t(s.rank), t_size(s.rank);
+    for (int64_t b = 0; b < kMaxBatch; ++b) {
+      for (int64_t j = 0; j < s.d_in; ++j) row[j] = to_float(x[b * s.d_in + j]);
+      for (int64_t r = 0; r < s.rank; ++r) {
+        t[r] = t_size[r] = 0;
+        for (int64_t j = 0; j < s.d_in; ++j) {
+          const double term = to_float(v[r * s.d_in + j]) * row[j];
+          t[r] += term;
+          t_size[r] += std::abs(term);
+        }
+        if (exact && std::abs(t[r]) > 256) std::abort();
+      }
+      for (int64_t i = 0; i < s.d_out; ++i) {
+        double sum = 0, sum_size = 0;
+        for (int64_t j = 0; j < s.d_in; ++j) {
+          const double term = sparse[i * s.d_in + j] * row[j];
+          sum += term;
+          sum_size += std::abs(term);
+        }
+        for (int64_t r = 0; r < s.rank; ++r) {
+          sum += to_float(u[i * s.rank + r]) * t[r];
+          sum_size += std::abs(to_float(u[i * s.rank + r])) * t_size[r];
+        }
+        y[b * s.d_out + i] = sum;
+        size[b * s.d_out + i] = sum_size;
+      }
+    }
+  }
+
+  // |y - ŷ| <= bound() * (|S| |x| + |U| (|V| |x|) + |b|), as tests/test_kernels.py derives it.
+  double bound() const {
+    const double d_in = static_cast<double>(shape.d_in), rank = static_cast<double>(shape.rank);
+    const double sums = std::ldexp(8 + 4 * (std::sqrt(d_in) + std::sqrt(rank)), -24);
+    return dtype == Dtype::fp32 ? sums : sums + std::ldexp(1 + std::ldexp(1, -8), -7);
+  }
+};
+
+template <class Value>
+Packed pack(const Case<Value>& c, Isa isa, int threads) {
+  const auto& [d_out, d_in, rank, density] = c.shape;
+  Packed packed(oats::packed_bytes(d_out, d_in, rank, c.nnz, c.dtype, isa));
+  oats::pack({d_out, d_in, rank, c.nnz, c.dtype, c.mask.data(), c.values.data(), c.u.data(), c.v.data()}, isa,
+             packed.data(), threads);
+  return packed;
+}
+
+// "avx2 bf16 16 x 64, rank 0, density 1", valid until the next call.
+template <class Value>
+const char* name_of(const Case<Value>& c, Isa isa) {
+  static char name[128];
+  std::snprintf(name, sizeof name, "%s %s %s %lld x %lld, rank %lld, density %g", oats::isa_name(isa),
+                c.dtype == Dtype::fp32 ? "fp32" : "bf16", c.exact ? "integers" : "normal",
+                static_cast<long long>(c.shape.d_out), static_cast<long long>(c.shape.d_in),
+                static_cast<long long>(c.shape.rank), c.shape.density);
+  return name;
+}
+
+template <class Value>
+void check_unpack(const Case<Value>& c, Isa isa, const Packed& packed) {
+  const char* name = name_of(c, isa);
+  const char* problem = oats::packed_problem(packed.data(), packed.bytes);
+  check(!problem, "%s: refused: %s", name, problem ? problem : "");
+  Buffer<uint8_t> mask(c.mask.size());
+  Buffer<Value> values(c.nnz), u(c.u.size()), v(c.v.size());
+  oats::unpack(packed.data(), mask.data(), values.data(), u.data(), v.data(), 2);
+  check(mask == c.mask, "%s: unpacked mask", name);
+  check(values == c.values, "%s: unpacked values", name);
+  check(u == c.u, "%s: unpacked U", name);
+  check(v == c.v, "%s: unpacked V", name);
+}
+
+// Rows at an odd distance, and at `odd_address` one element behind an aligned one.
+template <class Value>
+void check_product(const Case<Value>& c, Isa isa, const Packed& packed, int64_t batch, int threads,
+                   bool odd_address) {
+  const int64_t d_out = c.shape.d_out, d_in = c.shape.d_in;
+  const int64_t x_stride = d_in + 1 + d_in % 2 * 2, y_stride = d_out + 2 - d_out % 2, shift = odd_address;
+  const Value gap = from_float<Value>(12345), nan = from_float<Value>(std::ldexp(1.9f, 127));
+
+  Buffer<Value> x(shift + (batch - 1) * x_stride + d_in), y(shift + (batch - 1) * y_stride + d_out);
+  std::fill_n(x.data(), x.size(), nan);
+  std::fill_n(y.data(), y.size(), gap);
+  for (int64_t b = 0; b < batch; ++b)
+    std::copy_n(c.x.data() + b * d_in, d_in, x.data() + shift + b * x_stride);
+  const bool with_bias = (batch + threads) % 2;
+  const Projection projection{reinterpret_cast<const PackedHeader*>(packed.data()),
+                              with_bias ? reinterpret_cast<const char*>(c.bias.data()) : nullptr,
+                              reinterpret_cast<char*>(y.data() + shift), y_stride};
+  oats::sparse_low_rank_linear(&projection, 1, x.data() + shift, batch, x_stride, threads);
+
+  int64_t wrong = 0, first_wrong = 0, spoilt = shift && y.size() && y[0] != gap;
+  for (int64_t b = 0; b < batch; ++b) {
+    for (int64_t i = 0; i < (b + 1 < batch ? y_stride : d_out); ++i) {
+      const Value got = y[shift + b * y_stride + i];
+      if (i >= d_out) {
+        spoilt += got != gap;
+        continue;
+      }
+      const double bias = with_bias ? to_float(c.bias[i]) : 0.0, expected = c.y[b * d_out + i] + bias;
+      const double difference = std::abs(to_float(got) - expected);
+      const bool right = c.exact ? to_float(got) == to_float(from_float<Value>(static_cast<float>(expected)))
+                                 : difference <= c.bound() * (c.size[b * d_out + i] + std::abs(bias));
+      if (!right && !wrong++) first_wrong = b * d_out + i;
+    }
+  }
+  const auto as_long = [](int64_t value) { return static_cast<long long>(value); };
+  check(!wrong, "%s: batch %lld, %d threads: %lld outputs wrong, the first is %lld of row %lld",
+        name_of(c, isa), as_long(batch), threads, as_long(wrong),
+        as_long(first_wrong % std::max(d_out, int64_t{1})),
+        as_long(first_wrong / std::max(d_out, int64_t{1})));
+  check(!spoilt, "%s: batch %lld, %d threads: %lld elements beside the outputs were written", name_of(c, isa),
+        as_long(batch), threads, as_long(spoilt));
+}
+
+// A header with any byte changed is refused, or describes a layer that can be used with its sizes.
+template <class Value>
+void check_damaged_headers(const Case<Value>& c, Isa isa) {
+  const Packed packed = pack(c, isa, 1);
+  auto* bytes = static_cast<uint8_t*>(packed.data());
+  const char* name = name_of(c, isa);
+  check(oats::packed_problem(bytes, packed.bytes - 64), "%s: truncated, yet accepted", name);
+  check(oats::packed_problem(bytes, packed.bytes + 64), "%s: extended, yet accepted", name);
+  check(oats::packed_problem(bytes, sizeof(PackedHeader) - 1), "%s: no header, yet accepted", name);
+  check(oats::packed_problem(bytes + 8, packed.bytes - 8), "%s: not aligned, yet accepted", name);
+  for (size_t i = 0; i < sizeof(PackedHeader); ++i) {
+    for (int change = 1; change < 256; ++change) {
+      const uint8_t before = bytes[i];
+      bytes[i] = static_cast<uint8_t>(before ^ change);
+      if (!oats::packed_problem(bytes, packed.bytes)) {
+        const PackedHeader& h = packed.header();
+        check(h.dtype == c.dtype && h.nnz == c.nnz, "%s: byte %zu of the header changed by %d, yet accepted",
+              name, i, change);
+        Buffer<uint8_t> mask(h.d_out * oats::divide_up(h.d_in, 8));
+        Buffer<Value> values(h.nnz), u(h.d_out * h.rank), v(h.rank * h.d_in), x(h.d_in), y(h.d_out);
+        std::fill_n(x.data(), x.size(), Value{});
+        oats::unpack(bytes, mask.data(), values.data(), u.data(), v.data(), 2);
+        const Projection projection{reinterpret_cast<const PackedHeader*>(bytes), nullptr,
+                                    reinterpret_cast<char*>(y.data()), h.d_out};
+        oats::sparse_low_rank_linear(&projection, 1, x.data(), 1, h.d_in, 2);
+      }
+      bytes[i] = before;
+    }
+  }
+}
+
+template <class Float>
+void check_keep_largest() {
+  std::mt19937 random(1);
+  for (const int64_t rows : {0, 1, 2, 5, 17}) {
+    for (const int64_t columns : {0, 1, 4, 63, 64, 65, 500, 2049}) {
+      for (const int kind : {0, 1, 2, 3}) {
+        Buffer<Float> in(rows * columns);
+        std::normal_distribution<Float> normal;
+        for (int64_t i = 0; i < in.size(); ++i) {
+          const Float value = normal(random);
+          in[i] = kind == 0   ? value
+                  : kind == 1 ? std::round(2 * value)             // many ties
+                  : kind == 2 ? std::exp(20 * value)              // more octaves than there are bins for
+                              : (value < 0 ? Float{0} : -value);  // half of them zero
+        }
+        for (const int64_t count : {int64_t{0}, int64_t{1}, columns / 3, columns - 1, columns, columns + 1}) {
+          Buffer<Float> expected(in.size());
+          std::fill_n(expected.data(), expected.size(), Float{0});
+          std::vector<int64_t> order(columns);
+          for (int64_t r = 0; r < rows && columns; ++r) {
+            const Float* row = in.data() + r * columns;
+            std::iota(order.begin(), order.end(), 0);
+            std::stable_sort(order.begin(), order.end(),
+                             [&](int64_t a, int64_t b) { return std::abs(row[a]) > std::abs(row[b]); });
+            for (int64_t i = 0; i < std::min(count, columns); ++i)
+              expected[r * columns + order[i]] = row[order[i]];
+          }
+          for (const int threads : kThreads) {
+            Buffer<Float> out(in.size());
+            oats::keep_largest_in_rows(in.data(), rows, columns, count, out.data(), threads);
+            const bool in_place = threads == 2;
+            if (in_place) {
+              std::copy_n(in.data(), in.size(), out.data());
+              oats::keep_largest_in_rows(out.data(), rows, columns, count, out.data(), threads);
+            }
+            check(out == expected, "keep_largest_in_rows<%s>: %lld of %lld x %lld, kind %d, %d threads%s",
+                  sizeof(Float) == 4 ? "float" : "double", static_cast<long long>(count),
+                  static_cast<long long>(rows), static_cast<long long>(columns), kind, threads,
+                  in_place ? ", in place" : "");
+          }
+        }
+      }
+    }
+  }
+}
+
+template <class Value>
+void check_layers() {
+  for (const Shape& shape : kShapes) {
+    for (const bool exact : {true, false}) {
+      const Case<Value> c(shape, exact);
+      for (int i = 0; i <= static_cast<int>(oats::best_isa()); ++i) {
+        const Isa isa = static_cast<Isa>(i);
+        for (const int threads : kThreads) {
+          const Packed packed = pack(c, isa, threads);
+          check_unpack(c, isa, packed);
+          for (const int64_t batch : kBatches) {
+            check_product(c, isa, packed, batch, threads, threads % 2);
+          }
+        }
+      }
+    }
+  }
+  for (int i = 0; i <= static_cast<int>(oats::best_isa()); ++i) {
+    check_damaged_headers(Case<Value>({70, 37, 5, 0.5}, true), static_cast<Isa>(i));
+  }
+}
+
+}  // namespace
+
+int main() {
+  check_keep_largest<float>();
+  check_keep_largest<double>();
+  check_layers<float>();
+  check_layers<uint16_t>();
+  std::printf("%s: %d of %d checks failed\n", oats::isa_name(oats::best_isa()), failures, checks);
+  return failures != 0;
+}
