@@ -14,10 +14,13 @@ namespace oats {
 
 namespace {
 
-constexpr uint64_t kMagic = 0x32305354414f;  // "OATS02", little endian
+constexpr uint64_t kMagic = 0x33305354414f;  // "OATS03", little endian
 
 // Kernels load and prefetch past the last value of the last strip.
 constexpr uint64_t kTail = 128;
+
+// Sizes up to here cannot overflow in header_for().
+constexpr int64_t kMaxDimension = int64_t{1} << 30;
 
 uint64_t aligned(uint64_t bytes) {
   return (bytes + 63) / 64 * 64;
@@ -38,6 +41,14 @@ void prefer_huge_pages(void* memory, size_t bytes) {
 #else
   (void)memory, (void)bytes;
 #endif
+}
+
+// FNV-1a over what stands before it: sizes that fit the same buffer, but another mask, are told apart.
+uint64_t header_check(const PackedHeader& h) {
+  const auto* bytes = reinterpret_cast<const unsigned char*>(&h);
+  uint64_t check = 0xcbf29ce484222325;
+  for (size_t i = 0; i < offsetof(PackedHeader, check); ++i) check = (check ^ bytes[i]) * 0x100000001b3;
+  return check;
 }
 
 PackedHeader header_for(int64_t d_out, int64_t d_in, int64_t rank, int64_t nnz, Dtype dtype, Isa isa) {
@@ -63,6 +74,7 @@ PackedHeader header_for(int64_t d_out, int64_t d_in, int64_t rank, int64_t nnz, 
   h.v_at = h.values_at + aligned(nnz * value_bytes);
   h.u_at = h.v_at + aligned(h.rank_strips * h.groups * cell * value_bytes);
   h.bytes = h.u_at + aligned(h.strips * h.rank_groups * cell * value_bytes) + kTail;
+  h.check = header_check(h);
   return h;
 }
 
@@ -193,7 +205,9 @@ const char* packed_problem(const void* packed, size_t bytes) {
   std::memcpy(&h, packed, sizeof h);
   if (h.magic != kMagic) return "this is not a packed weight";
   const int isa = static_cast<int>(h.isa);
-  if (isa < 0 || isa >= kIsaCount || h.d_out < 0 || h.d_in < 0 || h.rank < 0 || h.nnz < 0 ||
+  const auto possible = [](int64_t size, int64_t largest) { return 0 <= size && size <= largest; };
+  if (isa < 0 || isa >= kIsaCount || !possible(h.d_out, kMaxDimension) || !possible(h.d_in, kMaxDimension) ||
+      !possible(h.rank, kMaxDimension) || !possible(h.nnz, h.d_out * h.d_in) ||
       (h.dtype != Dtype::fp32 && h.dtype != Dtype::bf16)) {
     return "the packed buffer has a damaged header";
   }

@@ -38,8 +38,9 @@ struct Tile {
         kernels(strip_kernels(w->isa, w->dtype)),
         first(first),
         columns(static_cast<int>(std::min(call.batch - first, kTileColumns))) {
-    // One row of whole groups of 4 bytes is already [groups][1].
-    direct = columns == 1 && call.value_bytes() * w->layout.group == 4 && w->d_in % w->layout.group == 0;
+    // One row of whole groups of 4 bytes is already [groups][1], where it is aligned to them.
+    direct = columns == 1 && call.value_bytes() * w->layout.group == 4 && w->d_in % w->layout.group == 0 &&
+             reinterpret_cast<uintptr_t>(call.row_of_x(first)) % alignof(uint32_t) == 0;
     Cutter size(nullptr);
     cut(size);
     Cutter memory(workspace.reserve(size.used()));

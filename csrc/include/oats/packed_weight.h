@@ -60,8 +60,9 @@ struct PackedHeader {
   uint64_t starts_at;   // uint64[blocks + 1]: index of each block's first value
   uint64_t masks_at;    // [block][group][strip of the block] mask words
   uint64_t values_at;
-  uint64_t v_at;  // [block of rank_strips][group][strip of the block][lanes][group]
-  uint64_t u_at;  // [block of strips][rank_group][strip of the block][lanes][group]
+  uint64_t v_at;   // [block of rank_strips][group][strip of the block][lanes][group]
+  uint64_t u_at;   // [block of strips][rank_group][strip of the block][lanes][group]
+  uint64_t check;  // of all above
 
   int64_t blocks() const { return divide_up(strips, kStripsPerBlock); }
   int64_t rank_blocks() const { return divide_up(rank_strips, kStripsPerBlock); }
