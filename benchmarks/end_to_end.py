@@ -31,7 +31,7 @@ from transformers.utils import logging
 
 from oats import OatsConfig, ops
 from oats.cli.console import human_bytes
-from oats.evaluate.bandwidth import read_bandwidth
+from oats.evaluate.contenders import read_time
 from oats.evaluate.generation import bytes_per_token, decode_time, generation_speed
 from oats.evaluate.random_model import random_model
 from oats.evaluate.spread import Spread
@@ -142,14 +142,14 @@ def measure(model: str, forms: Sequence[str], options: argparse.Namespace) -> li
         made[form] = memory("VmHWM") - before if len(networks) == 1 else 0
     vocabulary = networks[forms[0]].get_input_embeddings().num_embeddings
     prompt = torch.randint(vocabulary, (options.prompt,), generator=torch.Generator().manual_seed(0))
-    read = read_bandwidth()
+    read = read_time()
     reads: list[float] = []
     speeds = generation_speed(
         networks,
         prompt,
         new_tokens=options.new_tokens,
         repetitions=options.repetitions,
-        progress=lambda *_: reads.append(read()),
+        progress=lambda *_: reads.append(1e9 * read()),
     )
     bandwidth = Spread.of(reads)
     rows = []
