@@ -37,9 +37,11 @@ HERE = Path(__file__).resolve().parent
 # Llama-3-8B and Llama-2-7B between them.
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (14336, 4096), (1024, 4096))
 BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 32, 64, 128, 256, 512, 1024, 2048)
-PEER_BATCHES = (1, 4, 16, 128)
+QUICK_BATCHES = (1, 4, 16, 128)
+# Of the peers: those of decoding, and one of a prompt.
+PEER_BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 128)
 # Of the comparison with unstructured pruning, beside the one of the whole run.
-PAPER_COMPRESSIONS = (0.3, 0.4)
+OTHER_COMPRESSIONS = (0.3, 0.4, 0.6, 0.7)
 # Lower instruction sets, and sparse plus low rank on DeepSparse, are shown on the first shape only.
 ISA_BATCHES = (1, 16, 128)
 
@@ -109,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run; the exit status is 1 where a result of ours is wrong or nothing could be measured."""
     options = _parser().parse_args(arguments)
     if options.quick:
-        options.shapes, options.batches = SHAPES[:1], PEER_BATCHES
+        options.shapes, options.batches = SHAPES[:1], QUICK_BATCHES
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     started = time.monotonic()
@@ -201,10 +203,10 @@ def _measure(options: argparse.Namespace, rows: list[Row], left_out: list[LeftOu
             timed(shape, options.batches, config, ours, shown)
         if options.peers and not options.quick:
             deepsparse = [peer for peer in peers if peer.name in ("torch", "DeepSparse")]
-            for share in PAPER_COMPRESSIONS:
-                ours = _ours(peer_batches)
+            for share in OTHER_COMPRESSIONS:
+                ours = _ours(QUICK_BATCHES)
                 budget = replace(config, compression=share)
-                timed(shapes[0], peer_batches, budget, ours, deepsparse)
+                timed(shapes[0], QUICK_BATCHES, budget, ours, deepsparse)
     finally:
         for contender in peers:
             contender.close()
