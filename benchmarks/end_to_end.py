@@ -1,12 +1,12 @@
-"""Whole models, dense bf16 against compressed bf16: tokens a second, memory, and where the time goes.
+"""Whole models, dense bf16 against compressed ones: tokens a second, memory, and where the time goes.
 
     python benchmarks/end_to_end.py                          # all three
-    python benchmarks/end_to_end.py phi-3-mini --json
+    python benchmarks/end_to_end.py phi-3-mini --forms dense oats oats-int8 oats-int4
 
 gemma-3-270m has its real weights, from ``.demo/``, where ``make demo`` leaves them. The others have the
 shapes of the published models and random weights: what they say is worth nothing, and takes as long. Each
-model has processes of its own. Its two forms are timed in turn in one process where both fit into memory,
-else one after the other; the read bandwidth is measured in between.
+model has processes of its own. Its forms are timed in turn in one process where all fit into memory, else one
+after the other; the read bandwidth is measured in between.
 
 Linux only: memory is what the kernel counts (VmHWM of /proc/self/status).
 """
@@ -37,6 +37,7 @@ from oats.evaluate.random_model import random_model
 from oats.evaluate.spread import Spread
 from oats.integrations.stored_model import directory_bytes
 from oats.nn import SparseLowRankLinear
+from oats.quantization import quantize_
 
 DEMO = Path(__file__).parent.parent / ".demo"
 REAL = {"gemma-3-270m": {"dense": "dense-bf16", "oats": "oats-50"}}
@@ -53,7 +54,8 @@ SHAPES: dict[str, PretrainedConfig] = {
         rope_parameters={"rope_type": "default", "rope_theta": 500000.0}, rms_norm_eps=1e-5,
     ),
 }  # fmt: skip
-FORMS = ("oats", "dense")
+# Name → values of OatsConfig, and bits of a stored weight at a compression: the mask takes one.
+FORMS = {"oats": (None, 16), "dense": (None, 16), "oats-int8": ("int8", 8.25), "oats-int4": ("int4", 5.5)}
 
 
 def main() -> None:
@@ -61,7 +63,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("models", nargs="*", metavar="MODEL", help=", ".join([*REAL, *SHAPES]))
     parser.add_argument("--compression", type=float, default=0.5, help="of the random models (default 0.5)")
-    parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS), help="default: both")
+    parser.add_argument(
+        "--forms", nargs="+", choices=FORMS, default=["oats", "dense"], help="default: oats dense"
+    )
     parser.add_argument("--prompt", type=int, default=128, help="tokens of the prompt (default 128)")
     parser.add_argument("--new-tokens", type=int, default=32, help="generated tokens (default 32)")
     parser.add_argument("--repetitions", type=int, default=5, help="timed runs of each form (default 5)")
@@ -74,7 +78,7 @@ def main() -> None:
     if unknown:
         parser.error(f"unknown model {unknown[0]}; choose from {', '.join([*REAL, *SHAPES])}")
     for model in set(models) & set(REAL):
-        for form in options.forms:
+        for form in set(options.forms) & {"oats", "dense"}:
             if not (options.demo / REAL[model][form]).is_dir():
                 parser.error(f"{options.demo / REAL[model][form]} is not there; run `make demo` first")
     if options.worker:
@@ -88,7 +92,7 @@ def main() -> None:
 
 
 def in_processes(model: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The rows of one model, from one process where both forms fit into memory, else from one for each."""
+    """The rows of one model, from one process where its forms fit into memory, else from one for each."""
     free = memory("MemAvailable", "/proc/meminfo")
     needed = {form: expected_bytes(model, form, options) for form in options.forms}
     groups = [list(needed)] if sum(needed.values()) < 0.9 * free else [[form] for form in needed]
@@ -120,12 +124,12 @@ def in_processes(model: str, options: argparse.Namespace) -> list[dict[str, Any]
 def expected_bytes(model: str, form: str, options: argparse.Namespace) -> int:
     """About what a process that holds the model takes."""
     if model in REAL:
-        return 2 * directory_bytes(options.demo / REAL[model][form])
+        return 2 * directory_bytes(options.demo / REAL[model][stored_as(form)])
     with torch.device("meta"):
         network = AutoModelForCausalLM.from_config(SHAPES[model])
     inside = sum(p.numel() for p in network.model.layers.parameters())
     outside = sum(p.numel() for p in network.parameters()) - inside
-    share = 1.0 if form == "dense" else 1 - options.compression + 1 / 16  # of 16 bits, the mask takes one
+    share = 1.0 if form == "dense" else (1 - options.compression) * FORMS[form][1] / 16 + 1 / 16
     return int(2 * (outside + share * inside)) + (1 << 30)
 
 
@@ -193,10 +197,19 @@ def compression_of(network: Any, options: argparse.Namespace) -> float | None:
 
 def make(model: str, form: str, options: argparse.Namespace) -> Any:
     """The model in one form."""
+    values, _ = FORMS[form]
     if model in REAL:
-        return AutoModelForCausalLM.from_pretrained(options.demo / REAL[model][form]).eval()
-    config = None if form == "dense" else OatsConfig(compression=options.compression)
+        network = AutoModelForCausalLM.from_pretrained(options.demo / REAL[model][stored_as(form)]).eval()
+        if values is not None:
+            quantize_(network, values)
+        return network
+    config = None if form == "dense" else OatsConfig(compression=options.compression, values=values)
     return random_model(SHAPES[model], config)
+
+
+def stored_as(form: str) -> str:
+    """The form on disk that a form is made from."""
+    return "dense" if form == "dense" else "oats"
 
 
 def memory(field: str, file: str = "/proc/self/status") -> int:
@@ -219,7 +232,8 @@ def show(rows: Sequence[Mapping[str, Any]], options: argparse.Namespace) -> None
     ):
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
-        form = "dense bf16" if row["form"] == "dense" else f"oats {row['compression']:.0%} bf16"
+        stored = FORMS[row["form"]][0] or "bf16"
+        form = "dense bf16" if row["form"] == "dense" else f"oats {row['compression']:.0%} {stored}"
         speeds = [
             f"{s['median']:.{d}f} ({s['p10']:.{d}f}–{s['p90']:.{d}f})"
             for s, d in ((row["decode_tokens_per_s"], 1), (row["prefill_tokens_per_s"], 0))

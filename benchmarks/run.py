@@ -19,6 +19,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from process import PeerError, PeerProcess
@@ -42,6 +43,7 @@ QUICK_BATCHES = (1, 4, 16, 128)
 PEER_BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 128)
 # Of the comparison with unstructured pruning, beside the one of the whole run.
 OTHER_COMPRESSIONS = (0.3, 0.4, 0.6, 0.7)
+CODES: tuple[Literal["int8", "int4"], ...] = ("int8", "int4")
 # Lower instruction sets, and sparse plus low rank on DeepSparse, are shown on the first shape only.
 ISA_BATCHES = (1, 16, 128)
 
@@ -213,8 +215,10 @@ def _measure(options: argparse.Namespace, rows: list[Row], left_out: list[LeftOu
 
 
 def _ours(unstructured_batches: Sequence[int]) -> list[Contender]:
+    exact = [compressed(dtype) for dtype in DTYPES]
+    codes = [compressed("bf16", storage=OatsConfig(values=values).storage) for values in CODES]
     plain = [_at(compressed(dtype, form="unstructured"), unstructured_batches) for dtype in DTYPES]
-    return [*(compressed(dtype) for dtype in DTYPES), *(plain if unstructured_batches else [])]
+    return [*exact, *codes, *(plain if unstructured_batches else [])]
 
 
 def _at(contender: Contender, batches: Sequence[int]) -> Contender:

@@ -1,6 +1,8 @@
 // pybind11: pointers and sizes in, nothing else. oats/ops.py owns the tensors and checks them.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
 #include <string>
 #include <vector>
 
@@ -25,8 +27,18 @@ oats::Isa isa_from(const std::string& name) {
   return isa;
 }
 
-oats::Dtype dtype_from(int bytes) {
-  return bytes == 4 ? oats::Dtype::fp32 : oats::Dtype::bf16;
+using Addresses = std::array<uintptr_t, 8>;
+
+oats::WeightShape shape_from(const py::tuple& numbers) {
+  const auto number = [&](size_t i) { return numbers[i].cast<int64_t>(); };
+  return {number(0),
+          number(1),
+          number(2),
+          number(3),
+          number(4) == 4 ? oats::Dtype::fp32 : oats::Dtype::bf16,
+          static_cast<oats::Storage>(number(5)),
+          static_cast<oats::Storage>(number(6)),
+          static_cast<int32_t>(number(7))};
 }
 
 oats::Projection projection_from(uintptr_t packed, uintptr_t bias, uintptr_t y, int64_t y_stride) {
@@ -61,60 +73,57 @@ PYBIND11_MODULE(_core, m) {
       },
       py::arg("mask"), py::arg("d_out"), py::arg("d_in"), py::call_guard<py::gil_scoped_release>());
 
+  // shape: as WeightShape; see oats/ops.py.
   m.def(
       "packed_bytes",
-      [](int64_t d_out, int64_t d_in, int64_t rank, int64_t nnz, int value_bytes, const std::string& isa) {
-        return oats::packed_bytes(d_out, d_in, rank, nnz, dtype_from(value_bytes), isa_from(isa));
+      [](const py::tuple& shape, const std::string& isa) {
+        return oats::packed_bytes(shape_from(shape), isa_from(isa));
       },
-      py::arg("d_out"), py::arg("d_in"), py::arg("rank"), py::arg("nnz"), py::arg("value_bytes"),
-      py::arg("isa"));
+      py::arg("shape"), py::arg("isa"));
 
+  // tensors: mask, values, low_rank_u, low_rank_v, their scales, and the codebook; 0 for those that are not.
   m.def(
       "pack",
-      [](int64_t d_out, int64_t d_in, int64_t rank, int64_t nnz, int value_bytes, uintptr_t mask,
-         uintptr_t values, uintptr_t low_rank_u, uintptr_t low_rank_v, const std::string& isa, uintptr_t out,
+      [](const py::tuple& shape, const Addresses& tensors, const std::string& isa, uintptr_t out,
          int threads) {
         const oats::Isa target = isa_from(isa);
-        const oats::CanonicalWeight weight{d_out,
-                                           d_in,
-                                           rank,
-                                           nnz,
-                                           dtype_from(value_bytes),
-                                           pointer<const uint8_t>(mask),
-                                           pointer<const void>(values),
-                                           pointer<const void>(low_rank_u),
-                                           pointer<const void>(low_rank_v)};
+        const oats::CanonicalWeight weight{shape_from(shape),
+                                           pointer<const uint8_t>(tensors[0]),
+                                           pointer<const void>(tensors[1]),
+                                           pointer<const void>(tensors[2]),
+                                           pointer<const void>(tensors[3]),
+                                           pointer<const uint16_t>(tensors[4]),
+                                           pointer<const uint16_t>(tensors[5]),
+                                           pointer<const uint16_t>(tensors[6]),
+                                           pointer<const int8_t>(tensors[7])};
         py::gil_scoped_release release;
         oats::pack(weight, target, pointer(out), threads);
       },
-      py::arg("d_out"), py::arg("d_in"), py::arg("rank"), py::arg("nnz"), py::arg("value_bytes"),
-      py::arg("mask"), py::arg("values"), py::arg("low_rank_u"), py::arg("low_rank_v"), py::arg("isa"),
-      py::arg("out"), py::arg("threads"));
+      py::arg("shape"), py::arg("tensors"), py::arg("isa"), py::arg("out"), py::arg("threads"));
 
   m.def(
       "packed_header",
       [](uintptr_t packed, size_t bytes) {
         const oats::PackedHeader& h = header(packed, bytes);
-        py::dict d;
-        d["d_out"] = h.d_out;
-        d["d_in"] = h.d_in;
-        d["rank"] = h.rank;
-        d["nnz"] = h.nnz;
-        d["value_bytes"] = oats::dtype_bytes(h.dtype);
-        d["isa"] = oats::isa_name(h.isa);
-        return d;
+        const oats::WeightShape& s = h.shape;
+        return py::make_tuple(
+            py::make_tuple(s.d_out, s.d_in, s.rank, s.nnz, oats::dtype_bytes(s.dtype),
+                           static_cast<int>(s.values), static_cast<int>(s.factors), s.scale_columns),
+            oats::isa_name(h.isa));
       },
       py::arg("packed"), py::arg("bytes"));
 
   m.def(
       "unpack",
-      [](uintptr_t packed, uintptr_t mask, uintptr_t values, uintptr_t low_rank_u, uintptr_t low_rank_v,
-         int threads) {
-        oats::unpack(pointer<const void>(packed), pointer<uint8_t>(mask), pointer(values),
-                     pointer(low_rank_u), pointer(low_rank_v), threads);
+      [](uintptr_t packed, const Addresses& tensors, int threads) {
+        const oats::UnpackedWeight weight{pointer<uint8_t>(tensors[0]),  pointer(tensors[1]),
+                                          pointer(tensors[2]),           pointer(tensors[3]),
+                                          pointer<uint16_t>(tensors[4]), pointer<uint16_t>(tensors[5]),
+                                          pointer<uint16_t>(tensors[6]), pointer<int8_t>(tensors[7])};
+        py::gil_scoped_release release;
+        oats::unpack(pointer<const void>(packed), weight, threads);
       },
-      py::arg("packed"), py::arg("mask"), py::arg("values"), py::arg("low_rank_u"), py::arg("low_rank_v"),
-      py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+      py::arg("packed"), py::arg("tensors"), py::arg("threads"));
 
   m.def(
       "sparse_low_rank_linear",

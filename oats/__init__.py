@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from oats.errors import WeightError as WeightError
     from oats.hessian import decompose_hessian as decompose_hessian
     from oats.nn import SparseLowRankLinear as SparseLowRankLinear
+    from oats.quantization import quantize_ as quantize_
     from oats.svd import TruncatedSVD as TruncatedSVD
     from oats.svd import truncated_svd as truncated_svd
 
@@ -48,6 +49,7 @@ _HOME = {
     "UnsupportedModelError": "oats.errors",
     "WeightError": "oats.errors",
     "SparseLowRankLinear": "oats.nn",
+    "quantize_": "oats.quantization",
     "TruncatedSVD": "oats.svd",
     "truncated_svd": "oats.svd",
 }

@@ -5,16 +5,22 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from oats.errors import ConfigError
+
+if TYPE_CHECKING:
+    from oats.storage import LowRank, Storage, Values
 
 Pattern = str
 """``"row"``, ``"layer"``, or ``"N:M"`` such as ``"2:4"``."""
 
 METHODS = ("oats", "oats-hessian")
-OPTIONAL = frozenset({"method", "block_matching"})
+OPTIONAL = frozenset({"method", "block_matching", "values", "low_rank", "scale_columns"})
 """Settings beyond the published method: a checkpoint made without them does not name them."""
+
+SCALE_COLUMNS = (64, 128)
+"""How many columns of a row may share a scale."""
 
 DEFAULT_ITERATIONS = {"fast": 40, "exact": 80}
 DEFAULT_MOMENTUM = {"fast": 0.9, "exact": 0.0}
@@ -51,12 +57,17 @@ class OatsConfig:
         iterations: alternations at most; None means 40 for ``fast``, 80 for ``exact``.
         momentum: extrapolation of the sparse part before the low-rank step, in [0, 1); None
             means 0.9 for ``fast``, 0 for ``exact``.
-        dtype: how the kept values and the factors are stored, ``"bf16"`` or ``"fp32"``; None means
-            the weight's own dtype (bf16 for an fp16 weight).
+        dtype: of the layers, ``"bf16"`` or ``"fp32"``: of what goes in and out, and of what is stored
+            exactly; None means the weight's own dtype (bf16 for an fp16 weight).
         skip: glob patterns of layer names that stay dense, e.g. ``("*.down_proj",)``; one may be a str.
         seed: of the random start of the fast low-rank step.
         block_matching: passes over the calibration data in which the kept values and the factors of each
             block are tuned for the block's output (:mod:`oats.matching`); 0 is the published method.
+        values: how the kept values are stored: ``"int8"`` or ``"int4"`` codes, or None for `dtype`, which
+            ``"bf16"`` and ``"fp32"`` set too.
+        low_rank: how the factors are stored: ``"int8"``, ``"bf16"`` or ``"fp32"``; None means as the values,
+            int8 beside int4.
+        scale_columns: columns of a row whose codes share a scale, 64 or 128.
 
     Raises:
         ConfigError: a setting is out of its range.
@@ -80,6 +91,9 @@ class OatsConfig:
     skip: tuple[str, ...] = ()
     seed: int = 0
     block_matching: int = 0
+    values: Literal["int8", "int4", "bf16", "fp32"] | None = None
+    low_rank: Literal["int8", "bf16", "fp32"] | None = None
+    scale_columns: int = 128
     # transformers reads it from whatever is passed as `quantization_config`.
     quant_method: ClassVar[str] = "oats"
 
@@ -118,6 +132,7 @@ class OatsConfig:
             "block_matching must be a whole number of passes, at least 0",
             self.block_matching,
         )
+        self._check_storage()
         patterns = (self.skip,) if isinstance(self.skip, str) else self.skip
         _require(
             isinstance(patterns, (tuple, list)) and all(isinstance(p, str) for p in patterns),
@@ -125,6 +140,45 @@ class OatsConfig:
             self.skip,
         )
         object.__setattr__(self, "skip", tuple(patterns))
+
+    def _check_storage(self) -> None:
+        exact = (None, "bf16", "fp32")
+        _require(
+            self.values in (*exact, "int8", "int4"),
+            'values must be "int8", "int4", "bf16", "fp32" or None',
+            self.values,
+        )
+        _require(
+            self.low_rank in (*exact, "int8"),
+            'low_rank must be "int8", "bf16", "fp32" or None',
+            self.low_rank,
+        )
+        _require(
+            isinstance(self.scale_columns, int) and self.scale_columns in SCALE_COLUMNS,
+            "scale_columns must be 64 or 128",
+            self.scale_columns,
+        )
+        named = {d for d in (self.dtype, self.values, self.low_rank) if d in ("bf16", "fp32")}
+        _require(
+            len(named) < 2,
+            "what is stored exactly has one dtype; dtype, values and low_rank must not name two",
+            tuple(sorted(named)),
+        )
+        object.__setattr__(self, "dtype", next(iter(named), None))
+        if self.values in exact:
+            object.__setattr__(self, "values", None)
+
+    @property
+    def storage(self) -> Storage:
+        """How the tensors of a layer are stored."""
+        from oats.storage import Storage
+
+        low_rank = self.low_rank or ("int8" if self.values else "exact")
+        codes: tuple[Values, LowRank] = (
+            self.values if self.values in ("int8", "int4") else "exact",
+            "int8" if low_rank == "int8" else "exact",
+        )
+        return Storage(*codes, self.scale_columns if codes != ("exact", "exact") else 0)
 
     @property
     def resolved_iterations(self) -> int:

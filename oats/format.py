@@ -1,4 +1,4 @@
-"""The format on disk: a matrix S + U V as four tensors (docs/format.md).
+"""The format on disk: a matrix S + U V as some tensors (docs/format.md).
 
 ========== ============== =========================== =============================================
 tensor     dtype          shape                       content
@@ -9,6 +9,8 @@ values     bf16 or fp32   (nnz,)                      kept values, in the row-ma
 low_rank_u as values      (d_out, rank)
 low_rank_v as values      (rank, d_in)
 ========== ============== =========================== =============================================
+
+Values and factors may also be integer codes, with tensors more for their scales (:mod:`oats.storage`).
 """
 
 from __future__ import annotations
@@ -19,12 +21,16 @@ from torch import Tensor
 from oats import ops
 from oats.bitmask import mask_columns
 from oats.errors import FormatError
+from oats.storage import EXACT, Storage
 
 FORMAT_VERSION = 1
-"""Version of the format that this release writes."""
+"""Version of the format of a model without codes: what readers of either version can load."""
+
+CODES_VERSION = 2
+"""Version of the format of a model in which a layer has codes."""
 
 TENSORS = ("mask", "values", "low_rank_u", "low_rank_v")
-"""Names of the tensors of one layer, in the order in which functions take them."""
+"""Names of the tensors that every layer has, in the order in which functions take them."""
 
 MARKER = torch.zeros(1, dtype=torch.uint8)
 """Stored as ``weight`` of each layer: a reader who does not know the format, and expects a dense weight
@@ -48,51 +54,69 @@ def validate(
     d_out: int,
     d_in: int,
     *,
-    mask: Tensor,
-    values: Tensor,
-    low_rank_u: Tensor,
-    low_rank_v: Tensor,
+    storage: Storage = EXACT,
     bias: Tensor | None = None,
+    **tensors: Tensor,
 ) -> None:
     """Check that the tensors of one layer agree with each other and with its shape.
+
+    Args:
+        name: of the layer, for error messages.
+        d_out: outputs.
+        d_in: inputs.
+        storage: how they are stored.
+        bias: (d_out,) or None.
+        tensors: ``mask``, ``values`` and the others that `storage` has.
 
     Raises:
         FormatError: they do not; the message names the layer, the tensor, and what was expected.
     """
-    if values.dtype not in DTYPES.values():
+    mask, values, low_rank_v = tensors["mask"], tensors["values"], tensors["low_rank_v"]
+    exact = [tensors[key] for key, stored in _KINDS.items() if getattr(storage, stored) == "exact"]
+    dtype = exact[0].dtype if exact else torch.bfloat16
+    if dtype not in DTYPES.values():
         raise FormatError(
-            f"{name}: values are {_short(values.dtype)}; this release stores bfloat16 or float32. "
+            f"{name}: values are {_short(dtype)}; this release stores bfloat16 or float32. "
             "Convert them, or compress the model again"
         )
-    rank = low_rank_v.shape[0] if low_rank_v.dim() == 2 else -1
-    expected = {
-        "mask": (mask, torch.uint8, (d_out, mask_columns(d_in))),
-        "values": (values, values.dtype, (values.numel(),)),
-        "low_rank_u": (low_rank_u, values.dtype, (d_out, max(rank, 0))),
-        "low_rank_v": (low_rank_v, values.dtype, (max(rank, 0), d_in)),
-    }
-    for tensor_name, (tensor, dtype, shape) in expected.items():
-        if tensor.dtype != dtype or tuple(tensor.shape) != shape:
+    readable = mask.dtype == torch.uint8 and mask.shape == (d_out, mask_columns(d_in))
+    population = ops.mask_population(mask, d_in) if readable else 0
+    # Of int4, the number of values is only in the mask.
+    nnz = values.numel() if storage.values != "int4" else max(population, 0)
+    rank = low_rank_v.shape[0] if low_rank_v.dim() == 2 else 0
+    for tensor_name, (expected, shape) in storage.tensors(d_out, d_in, rank, nnz, dtype).items():
+        tensor = tensors.get(tensor_name)
+        if tensor is None:
+            raise FormatError(f"{name}: {tensor_name} is missing; download or compress the checkpoint again")
+        if tensor.dtype != expected or tuple(tensor.shape) != shape:
             raise FormatError(
                 f"{name}: {tensor_name} is {_short(tensor.dtype)} {tuple(tensor.shape)}, expected "
-                f"{_short(dtype)} {shape} for a {d_out} x {d_in} layer; the checkpoint does not match its "
+                f"{_short(expected)} {shape} for a {d_out} x {d_in} layer; the checkpoint does not match its "
                 "config, download or compress it again"
             )
     if bias is not None and (tuple(bias.shape) != (d_out,) or not bias.is_floating_point()):
         raise FormatError(
             f"{name}: bias is {_short(bias.dtype)} {tuple(bias.shape)}, expected floating-point ({d_out},)"
         )
-    population = ops.mask_population(mask, d_in)
     if population < 0:
         raise FormatError(
             f"{name}: mask has a bit set past its last input (d_in = {d_in}); the file is damaged, "
             "download or compress it again"
         )
-    if population != values.numel():
+    if population != nnz:
         raise FormatError(
-            f"{name}: mask keeps {population} values but {values.numel()} are stored; the file is damaged, "
+            f"{name}: mask keeps {population} values but {nnz} are stored; the file is damaged, "
             "download or compress it again"
         )
+    for tensor_name, tensor in tensors.items():
+        if tensor_name.endswith("_scale") and not bool(tensor.isfinite().all()):
+            raise FormatError(
+                f"{name}: {tensor_name} is not finite; download or compress the checkpoint again"
+            )
+
+
+# What is stored → which field of a Storage says how.
+_KINDS = {"values": "values", "low_rank_u": "low_rank"}
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -14,8 +14,9 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from oats import format as fmt
 from oats import ops
-from oats.bitmask import encode, mask_columns
+from oats.bitmask import encode
 from oats.errors import ConfigError, FormatError
+from oats.storage import EXACT, Storage
 
 if TYPE_CHECKING:
     from oats.config import OatsConfig
@@ -41,9 +42,11 @@ class SparseLowRankLinear(nn.Module):
         rank: of the low-rank part.
         nnz: number of values kept in the sparse part.
         bias: whether there is a bias.
-        dtype: torch.bfloat16 or torch.float32, of values, factors, inputs and outputs; None means
+        dtype: torch.bfloat16 or torch.float32, of inputs, outputs, and what is stored exactly; None means
             torch's default dtype.
         device: where the canonical buffers are made; "meta" makes none.
+        storage: whether values and factors are stored exactly or as codes, which adds buffers for their
+            scales (docs/format.md).
 
     >>> from oats import OatsConfig
     >>> layer = SparseLowRankLinear.from_linear(nn.Linear(64, 32), torch.ones(64), OatsConfig())
@@ -68,17 +71,16 @@ class SparseLowRankLinear(nn.Module):
         bias: bool = True,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        storage: Storage = EXACT,
     ) -> None:
         """Make an uninitialised canonical layer."""
         super().__init__()
-        dtype = _supported(dtype or torch.get_default_dtype())
+        dtype = self._dtype = _supported(dtype or torch.get_default_dtype())
         self.in_features, self.out_features, self.rank, self.nnz = in_features, out_features, rank, nnz
-        self.register_buffer(
-            "mask", torch.empty(out_features, mask_columns(in_features), dtype=torch.uint8, device=device)
-        )
-        self.register_buffer("values", torch.empty(nnz, dtype=dtype, device=device))
-        self.register_buffer("low_rank_u", torch.empty(out_features, rank, dtype=dtype, device=device))
-        self.register_buffer("low_rank_v", torch.empty(rank, in_features, dtype=dtype, device=device))
+        self.storage = storage
+        tensors = storage.tensors(out_features, in_features, rank, nnz, dtype)
+        for name, (kind, shape) in tensors.items():
+            self.register_buffer(name, torch.empty(shape, dtype=kind, device=device))
         self.register_buffer("packed", None, persistent=False)
         self.register_parameter(
             "bias",
@@ -89,30 +91,41 @@ class SparseLowRankLinear(nn.Module):
 
     @classmethod
     def from_canonical(
-        cls, tensors: Mapping[str, Tensor], in_features: int, bias: Tensor | None = None, name: str = "layer"
+        cls,
+        tensors: Mapping[str, Tensor],
+        in_features: int,
+        bias: Tensor | None = None,
+        name: str = "layer",
+        *,
+        storage: Storage = EXACT,
+        dtype: torch.dtype | None = None,
     ) -> SparseLowRankLinear:
         """Make a packed layer from the tensors of :mod:`oats.format`.
 
         Args:
-            tensors: ``mask``, ``values``, ``low_rank_u`` and ``low_rank_v``.
+            tensors: ``mask``, ``values``, ``low_rank_u``, ``low_rank_v``, and the scales that `storage` has.
             in_features: d_in, which the mask alone does not tell.
             bias: (d_out,) or None.
             name: of the layer, for error messages.
+            storage: how values and factors are stored.
+            dtype: of inputs and outputs; None means that of the values, which codes do not tell.
 
         Raises:
             FormatError: the tensors disagree.
         """
         mask, values = tensors["mask"], tensors["values"]
+        nnz = values.numel() if storage.values != "int4" else ops.mask_population(mask, in_features)
         layer = cls(
             in_features,
             mask.shape[0],
             tensors["low_rank_v"].shape[0],
-            values.numel(),
+            nnz,
             bias=bias is not None,
-            dtype=values.dtype,
+            dtype=dtype or values.dtype,
             device="meta",
+            storage=storage,
         )
-        for tensor_name in fmt.TENSORS:
+        for tensor_name in layer._stored_names():
             setattr(layer, tensor_name, tensors[tensor_name])
         if bias is not None:
             layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
@@ -164,8 +177,13 @@ class SparseLowRankLinear(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the stored values, the inputs and the outputs."""
-        return self._dtype if self.values is None else self.values.dtype
+        """Of the inputs, the outputs, and what is stored exactly."""
+        if self.values is None or self.storage.values != "exact":
+            return self._dtype
+        return self.values.dtype
+
+    def _stored_names(self) -> list[str]:
+        return list(self.storage.tensors(0, 0, 0, 0, self._dtype))
 
     @property
     def weight(self) -> Tensor:
@@ -183,8 +201,10 @@ class SparseLowRankLinear(nn.Module):
     def canonical(self) -> dict[str, Tensor]:
         """The tensors of :mod:`oats.format`; computed where the layer is packed."""
         if self.packed is not None:
-            return dict(zip(fmt.TENSORS, ops.unpack(self.packed), strict=True))
-        return {name: getattr(self, name) for name in fmt.TENSORS}
+            return ops.unpack(self.packed)
+        tensors = {name: getattr(self, name) for name in self._stored_names()}
+        # A conversion of the module converts its scales, which come back without loss.
+        return {n: t.bfloat16() if n.endswith("_scale") else t for n, t in tensors.items()}
 
     def pack_(self, name: str = "layer") -> SparseLowRankLinear:
         """Check the canonical tensors, lay them out for this machine, and drop them.
@@ -203,19 +223,49 @@ class SparseLowRankLinear(nn.Module):
                 f"{name}: the weight is on {tensors['values'].device}; kernels exist for the CPU only, "
                 'load or move the model with device "cpu"'
             )
-        fmt.validate(name, self.out_features, self.in_features, **tensors, bias=self.bias)
-        if tensors["low_rank_v"].shape[0] != self.rank or tensors["values"].numel() != self.nnz:
+        fmt.validate(
+            name, self.out_features, self.in_features, storage=self.storage, bias=self.bias, **tensors
+        )
+        if self.storage.values == "int4":
+            nnz = ops.mask_population(tensors["mask"], self.in_features)
+        else:
+            nnz = tensors["values"].numel()
+        if tensors["low_rank_v"].shape[0] != self.rank or nnz != self.nnz:
             raise FormatError(
-                f"{name}: rank {tensors['low_rank_v'].shape[0]} and {tensors['values'].numel()} values, "
+                f"{name}: rank {tensors['low_rank_v'].shape[0]} and {nnz} values, "
                 f"expected rank {self.rank} and {self.nnz}; the checkpoint does not match its config"
             )
-        self._dtype = tensors["values"].dtype
+        self._dtype = _supported(self._exact_dtype(tensors))
         if self.bias is not None:
             self.bias.data = self.bias.data.to(self._dtype).contiguous()
-        self.packed = ops.pack(*tensors.values())
-        for tensor_name in fmt.TENSORS:
+        self.packed = ops.pack(**tensors, storage=self.storage, dtype=self._dtype)  # type: ignore[arg-type]
+        for tensor_name in tensors:
             setattr(self, tensor_name, None)
         return self
+
+    def _exact_dtype(self, tensors: Mapping[str, Tensor]) -> torch.dtype:
+        """The dtype of what is stored exactly, or the layer's own where nothing is."""
+        if self.storage.values == "exact":
+            return tensors["values"].dtype
+        return self._dtype if self.storage.low_rank != "exact" else tensors["low_rank_u"].dtype
+
+    def store_(self, tensors: Mapping[str, Tensor], storage: Storage, name: str = "layer") -> None:
+        """Replace what the layer stores by other tensors of the same shape of layer, and pack them.
+
+        Args:
+            tensors: those that `storage` has.
+            storage: how they are stored.
+            name: of the layer, for error messages.
+
+        Raises:
+            FormatError: they disagree.
+        """
+        for old in self._stored_names():
+            del self._buffers[old]
+        self.packed, self.storage = None, storage
+        for new in self._stored_names():
+            self.register_buffer(new, tensors[new])
+        self.pack_(name)
 
     def _unpack_(self) -> None:
         if self.packed is not None:
@@ -304,14 +354,14 @@ class SparseLowRankLinear(nn.Module):
             self.pack_(prefix.removesuffix(".") or "layer")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLowRankLinear:
-        if self.packed is None:
-            return super()._apply(fn, recurse)  # type: ignore[no-any-return, no-untyped-call]
         # What `fn` changes (dtype, device, contents) it must change in the canonical form.
         probe = torch.empty(0, dtype=self.dtype)
         changed = fn(probe)
-        if changed is probe:
-            return super()._apply(fn, recurse)  # type: ignore[no-any-return, no-untyped-call]
-        _supported(changed.dtype)
+        if self.packed is None or changed is probe:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            self._dtype = changed.dtype
+            return self
+        self._dtype = _supported(changed.dtype)
         self._unpack_()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if changed.is_cpu:

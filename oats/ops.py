@@ -7,7 +7,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 # torch first: it loads the OpenMP runtime whose threads the core then shares.
 import torch
@@ -15,8 +16,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from oats import _core
-from oats.bitmask import decode, mask_columns
 from oats.errors import ConfigError, FormatError, WeightError
+from oats.storage import EXACT, LOW_RANK, VALUES, Storage
 
 _VALUE_BYTES = {torch.float32: 4, torch.bfloat16: 2}
 _DTYPES = {bytes_: dtype for dtype, bytes_ in _VALUE_BYTES.items()}
@@ -64,48 +65,70 @@ def mask_population(mask: Tensor, d_in: int) -> int:
 
 
 def pack(
-    mask: Tensor, values: Tensor, low_rank_u: Tensor, low_rank_v: Tensor, *, isa: str | None = None
+    mask: Tensor,
+    values: Tensor,
+    low_rank_u: Tensor,
+    low_rank_v: Tensor,
+    *,
+    storage: Storage = EXACT,
+    dtype: torch.dtype | None = None,
+    isa: str | None = None,
+    **scales: Tensor,
 ) -> Tensor:
     """Lay a layer out for the kernels of one instruction set.
 
     The tensors are those of :mod:`oats.format`, already validated there.
 
     Args:
+        storage: how they are stored.
+        dtype: of inputs and outputs, torch.float32 or torch.bfloat16; None means that of the values.
         isa: a name from :func:`available_isas`; None means :func:`active_isa`.
+        scales: the tensors beyond these four that `storage` has.
 
     Returns:
         uint8 (n,), opaque: it depends on the instruction set and is never saved.
     """
     isa = active_isa() if isa is None else isa
     rank, d_in = low_rank_v.shape
-    sizes = (mask.shape[0], d_in, rank, values.numel(), _VALUE_BYTES[values.dtype])
-    packed = _aligned(_core.packed_bytes(*sizes, isa))
-    mask, values, u, v = (t.contiguous() for t in (mask, values, low_rank_u, low_rank_v))
-    addresses = (mask.data_ptr(), values.data_ptr(), u.data_ptr(), v.data_ptr())
-    _core.pack(*sizes, *addresses, isa, packed.data_ptr(), torch.get_num_threads())
+    nnz = values.numel() if storage.values != "int4" else mask_population(mask, d_in)
+    shape = (
+        *(mask.shape[0], d_in, rank, nnz, _VALUE_BYTES[dtype or values.dtype]),
+        *(VALUES.index(storage.values), LOW_RANK.index(storage.low_rank), storage.scale_columns),
+    )
+    packed = _aligned(_core.packed_bytes(shape, isa))
+    tensors = {"mask": mask, "values": values, "low_rank_u": low_rank_u, "low_rank_v": low_rank_v, **scales}
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    _core.pack(shape, _addresses(tensors), isa, packed.data_ptr(), torch.get_num_threads())
     return packed
 
 
-def unpack(packed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The inverse of :func:`pack`: mask, values, low_rank_u, low_rank_v.
+# In the order in which the core takes their addresses.
+_TENSORS = (
+    *("mask", "values", "low_rank_u", "low_rank_v"),
+    *("values_scale", "low_rank_u_scale", "low_rank_v_scale", "values_codebook"),
+)
+
+
+def _addresses(tensors: Mapping[str, Tensor]) -> list[int]:
+    return [tensors[name].data_ptr() if name in tensors else 0 for name in _TENSORS]
+
+
+def unpack(packed: Tensor) -> dict[str, Tensor]:
+    """The inverse of :func:`pack`: the tensors by name.
 
     Raises:
         FormatError: `packed` was not made by :func:`pack`, or for another kind of CPU.
     """
-    h = _header(packed)
-    dtype = _DTYPES[h["value_bytes"]]
-    mask = torch.empty(h["d_out"], mask_columns(h["d_in"]), dtype=torch.uint8)
-    values = torch.empty(h["nnz"], dtype=dtype)
-    low_rank_u = torch.empty(h["d_out"], h["rank"], dtype=dtype)
-    low_rank_v = torch.empty(h["rank"], h["d_in"], dtype=dtype)
-    addresses = (mask.data_ptr(), values.data_ptr(), low_rank_u.data_ptr(), low_rank_v.data_ptr())
-    _core.unpack(packed.data_ptr(), *addresses, torch.get_num_threads())
-    return mask, values, low_rank_u, low_rank_v
+    header = _header(packed)
+    shapes = header.storage.tensors(header.d_out, header.d_in, header.rank, header.nnz, header.dtype)
+    tensors = {name: torch.empty(shape, dtype=dtype) for name, (dtype, shape) in shapes.items()}
+    _core.unpack(packed.data_ptr(), _addresses(tensors), torch.get_num_threads())
+    return tensors
 
 
 def packed_isa(packed: Tensor) -> str:
     """The instruction set that a packed weight was laid out for."""
-    return str(_header(packed)["isa"])
+    return _header(packed).isa
 
 
 def is_plain(x: Tensor) -> bool:
@@ -205,11 +228,11 @@ def sparse_low_rank_linear(x: Tensor, packed: Tensor, bias: Tensor | None, d_out
         ValueError: `x`, `bias` or `d_out` does not fit it.
     """
     h = _header(packed)
-    dtype = _DTYPES[h["value_bytes"]]
-    if x.dim() == 0 or x.shape[-1] != h["d_in"] or x.dtype != dtype:
-        raise ValueError(f"x is {x.dtype} {tuple(x.shape)}, expected {dtype} (..., {h['d_in']})")
-    if d_out != h["d_out"]:
-        raise ValueError(f"d_out is {d_out}, but the packed weight has {h['d_out']} outputs")
+    dtype = h.dtype
+    if x.dim() == 0 or x.shape[-1] != h.d_in or x.dtype != dtype:
+        raise ValueError(f"x is {x.dtype} {tuple(x.shape)}, expected {dtype} (..., {h.d_in})")
+    if d_out != h.d_out:
+        raise ValueError(f"d_out is {d_out}, but the packed weight has {h.d_out} outputs")
     if bias is not None:
         if bias.shape != (d_out,) or bias.dtype != dtype:
             raise ValueError(f"bias is {bias.dtype} {tuple(bias.shape)}, expected {dtype} ({d_out},)")
@@ -225,8 +248,8 @@ def _(x: Tensor, packed: Tensor, bias: Tensor | None, d_out: int) -> Tensor:
 @torch.library.custom_op("oats::to_dense", mutates_args=(), device_types="cpu")
 def to_dense(packed: Tensor, d_out: int, d_in: int, dtype: torch.dtype) -> Tensor:
     """``S + U V`` of a packed weight, (d_out, d_in) in `dtype`, summed in fp32."""
-    mask, values, low_rank_u, low_rank_v = unpack(packed)
-    return (decode(mask, values.float(), d_in) + low_rank_u.float() @ low_rank_v.float()).to(dtype)
+    sparse, u, v = _header(packed).storage.exact_parts(unpack(packed), d_in)
+    return sparse.addmm_(u, v).to(dtype)
 
 
 @to_dense.register_fake
@@ -297,10 +320,25 @@ def _aligned(size: int) -> Tensor:
     return spare[-spare.data_ptr() % _ALIGNMENT :][:size]
 
 
-def _header(packed: Tensor) -> dict[str, int]:
+class _Header(NamedTuple):
+    """What a packed weight says of itself."""
+
+    d_out: int
+    d_in: int
+    rank: int
+    nnz: int
+    dtype: torch.dtype
+    storage: Storage
+    isa: str
+
+
+def _header(packed: Tensor) -> _Header:
     if packed.dtype != torch.uint8 or packed.dim() != 1 or packed.device.type != "cpu":
         raise FormatError("a packed weight is a 1-D uint8 tensor on the CPU, as oats.ops.pack makes it")
     try:
-        return dict(_core.packed_header(packed.data_ptr(), packed.numel()))
+        shape, isa = _core.packed_header(packed.data_ptr(), packed.numel())
     except ValueError as error:
         raise FormatError(f"{error}; pack the weight again on this machine") from error
+    d_out, d_in, rank, nnz, value_bytes, values, low_rank, scale_columns = shape
+    storage = Storage(VALUES[values], LOW_RANK[low_rank], scale_columns)
+    return _Header(d_out, d_in, rank, nnz, _DTYPES[value_bytes], storage, isa)

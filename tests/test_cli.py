@@ -93,11 +93,11 @@ def test_help_does_not_import_torch():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert result.stdout.splitlines()[-1] == "False", result.stderr
-    for command in ("compress", "eval", "generate", "bench", "info"):
+    for command in ("compress", "eval", "generate", "bench", "quantize", "info"):
         assert re.search(rf"\b{command}\b", result.stdout)
 
 
-@pytest.mark.parametrize("command", ["compress", "eval", "generate", "bench", "info"])
+@pytest.mark.parametrize("command", ["compress", "eval", "generate", "bench", "quantize", "info"])
 def test_help_of_a_command_has_an_example(command):
     assert f"Example: oats {command} " in run(command, "--help").stdout
 
@@ -524,7 +524,7 @@ def test_bench_says_that_other_processes_were_running(quick_bench, monkeypatch):
 
 def test_bench_refuses():
     assert "threads must be at least 1" in fails("bench", "--threads", 0)
-    assert 'dtype must be "bf16" or "fp32"' in fails("bench", "--dtype", "int4")
+    assert 'dtype must be "bf16", "fp32"' in fails("bench", "--dtype", "int2")
     assert "compression must be in" in fails("bench", "--compression", 2)
     assert "at least 1, got 0, 4096, [1] and 200" in fails("bench", "--d-out", 0)
     assert "batch must be a number, or some with commas between, got 'a'" in fails("bench", "--batch", "a")
@@ -594,7 +594,7 @@ def sizes(name, **values):
         (lambda config: config | {"quantization_config": "x"}, r"config is 'x', expected a JSON object"),
         (setting(layers=None), r"layers is None, expected an object"),
         (setting(layers={UP: {"rank": 5}}), r"is \{'rank': 5\}, expected \{\"rank\": a whole number"),
-        (setting(format_version=2), r"format_version is 2, but oats-torch .*`pip install -U oats-torch`"),
+        (setting(format_version=3), r"format_version is 3, but oats-torch .*`pip install -U oats-torch`"),
         (setting(svd=[]), r"quantization_config: "),
         (setting(blocks=1), r"unknown keys \['blocks'\]"),
         (sizes("extra"), r": extra: mask is missing"),
@@ -643,3 +643,28 @@ def test_load_model_takes_a_directory_with_one_gguf_file(tmp_path):
 def test_load_model_refuses_other_dtypes(dense):
     with pytest.raises(ConfigError, match='dtype must be "bf16" or "fp32", got \'fp16\''):
         checkpoint.load_model(dense, dtype="fp16")
+
+
+# --- quantize ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("values", ["int8", "int4"])
+def test_quantize(compressed, tmp_path, values):
+    out = tmp_path / "codes"
+    report = json.loads(run("quantize", compressed, out, "--values", values, "--json").stdout)
+    assert report["layer_bytes"] < (0.7 if values == "int8" else 0.5) * report["layer_bytes_before"]
+    layers = json.loads(run("info", out, "--json").stdout)["layers"]
+    assert {layer["dtype"] for layer in layers} == {values}
+    assert run("generate", out, "The quick", "--max-new-tokens", 4).exit_code == 0
+    # Once more, from the codes: back to numbers.
+    again = tmp_path / "exact"
+    assert run("quantize", out, again, "--values", "exact", "--low-rank", "exact").exit_code == 0
+    assert json.loads((again / "config.json").read_text())["quantization_config"]["format_version"] == 1
+
+
+def test_quantize_refuses(dense, compressed, tmp_path):
+    assert "no layer that oats compressed" in fails("quantize", dense, tmp_path / "out")
+    assert "values are 'int3'" in fails("quantize", compressed, tmp_path / "out", "--values", "int3")
+    assert "scale_columns is 100" in fails("quantize", compressed, tmp_path / "out", "--scale-columns", "100")
+    assert "holds the model itself" in fails("quantize", compressed, compressed)
+    assert entries(tmp_path) == []

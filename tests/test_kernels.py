@@ -101,7 +101,7 @@ def test_more_columns_than_are_held_at_once(isa: str) -> None:
 def test_any_shape(d_out, d_in, rank, density, batch, isa, dtype, seed) -> None:
     layer = random_layer(d_out, d_in, rank, density, dtype, seed)
     packed = ops.pack(**layer, isa=isa)
-    for tensor, name in zip(ops.unpack(packed), layer, strict=True):
+    for name, tensor in ops.unpack(packed).items():
         assert torch.equal(tensor, layer[name]), name
     x = torch.randn(batch, d_in, generator=torch.Generator().manual_seed(seed)).to(dtype)
     assert_close(ops.linear(x, packed, None, d_out), layer, x, None)

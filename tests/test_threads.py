@@ -48,9 +48,8 @@ def test_any_thread_count_of_torch(layer: dict[str, Tensor], packed: Tensor, bat
         assert_close(ops.linear(x, packed, None, D_OUT), layer, x, None)
         kept = ops.keep_largest_in_rows(x, 30)
         assert torch.equal(kept.count_nonzero(1), torch.full((batch,), 30))
-        assert all(
-            torch.equal(a, b) for a, b in zip(ops.unpack(ops.pack(**layer)), layer.values(), strict=True)
-        )
+        unpacked = ops.unpack(ops.pack(**layer))
+        assert all(torch.equal(unpacked[name], tensor) for name, tensor in layer.items())
 
 
 _ONE_RUNTIME = """

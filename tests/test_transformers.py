@@ -33,7 +33,7 @@ try:
 except ImportError:  # an earlier 5.x
     GgufConfig = None
 
-from oats import ConfigError, FormatError, OatsConfig, SparseLowRankLinear, compress_
+from oats import ConfigError, FormatError, OatsConfig, SparseLowRankLinear, compress_, quantize_
 from oats.integrations.stored_model import read_stored_model
 from oats.integrations.transformers import OatsQuantizationConfig, OatsQuantizer, attach
 
@@ -325,6 +325,34 @@ def test_a_fused_projection_without_one_of_its_parts(tmp_path: Path) -> None:
         load(tmp_path)
 
 
+@pytest.mark.parametrize(("values", "low_rank"), [("int8", "int8"), ("int4", "int8"), ("int4", "exact")])
+def test_codes(tmp_path: Path, values: Any, low_rank: Any) -> None:
+    model = llama(dtype=torch.bfloat16)
+    exact = tmp_path / "exact"
+    model.save_pretrained(exact)
+    quantize_(model, values, low_rank, 64)
+    before = logits(model)
+    model.save_pretrained(tmp_path / "codes")
+    config = quantization_config(tmp_path / "codes")
+    assert config["format_version"] == 2 and quantization_config(exact)["format_version"] == 1
+    assert (
+        config["layers"][f"{LAYER}"] | {"values": values, "low_rank": low_rank, "scale_columns": 64}
+        == (config["layers"][f"{LAYER}"])
+    )
+    assert torch.equal(logits(load(tmp_path / "codes")), before)
+    in_fp32 = load(tmp_path / "codes", dtype=torch.float32)
+    assert in_fp32.model.layers[0].mlp.up_proj.storage.values == values
+    torch.testing.assert_close(logits(in_fp32), before.float(), rtol=0.1, atol=0.1)
+    # A scale of another size is found before anything is read.
+    path = damaged(
+        tmp_path / "codes",
+        tmp_path,
+        set_tensor(f"{LAYER}.values_scale", lambda t: t[:, :1].clone()),
+    )
+    with pytest.raises(FormatError, match=r"values_scale has shape \(64, 1\), but config.json says"):
+        load(path)
+
+
 def test_base_model_prefix_in_both_directions(saved: Path, tmp_path: Path) -> None:
     whole = load(saved)
     bare, info = AutoModel.from_pretrained(saved, output_loading_info=True)
@@ -598,8 +626,8 @@ DAMAGE: dict[str, tuple[Callable[[Tensors, dict[str, Any]], None], str]] = {
         rf"{FILE}{LAYER}: low_rank_v has shape \(92, 4\), but config.json says \(4, 92\)",
     ),
     "newer version": (
-        set_config(format_version=2),
-        r"format_version is 2, but .* version 1 only; .*pip install -U",
+        set_config(format_version=3),
+        r"format_version is 3, but .* versions 1 and 2 only; .*pip install -U",
     ),
     "no version": (lambda tensors, config: config.pop("format_version"), "format_version is None"),
     "unknown key": (set_config(blocks=4), r"unknown keys \['blocks'\]"),

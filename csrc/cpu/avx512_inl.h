@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "oats/packed_weight.h"
+
 namespace oats {
 namespace {
 
@@ -55,6 +57,21 @@ inline uint32_t compress_units(uint32_t* units, __m512i row) {
   const __mmask16 used = _mm512_test_epi32_mask(row, row);
   _mm512_storeu_si512(units, _mm512_mask_compress_epi32(fresh_zero(), used, row));
   return used;
+}
+
+inline void decode_run(const uint8_t* run, const int8_t* codebook, int8_t* codes) {
+  static_assert(kRun == 128);
+  const __m512i table = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codebook)));
+  const __m512i bytes = _mm512_loadu_si512(run), low = _mm512_set1_epi8(15);
+  const __m512i high = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), low);
+  _mm512_storeu_si512(codes, _mm512_shuffle_epi8(table, _mm512_and_si512(bytes, low)));
+  _mm512_storeu_si512(codes + 64, _mm512_shuffle_epi8(table, high));
+}
+
+// Sixteen bf16 as fp32.
+inline __m512 load_bf16(const uint16_t* values) {
+  const __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(values)));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
 }
 
 }  // namespace

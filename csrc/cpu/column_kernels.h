@@ -11,7 +11,7 @@
 
 #include <cstdint>
 
-#include "oats/packed_weight.h"
+#include "strip_kernels.h"
 
 namespace oats {
 
@@ -24,20 +24,19 @@ struct ColumnKernels {
 
   // Non-zero units of a block, groups [begin, end), row by row: units[row * unit_stride] and on receive them
   // in order (and up to `lanes` units of anything behind them), bit g % 64 of masks[(g / 64) * mask_stride +
-  // row] says whether group begin + g has one. `values` are the block's at group `begin`, a multiple of 64;
-  // returns those at `end`.
-  const void* (*gather)(const PackedHeader* weight, int64_t block, int64_t begin, int64_t end,
-                        const void* values, uint32_t* units, int64_t unit_stride, uint64_t* masks,
-                        int64_t mask_stride);
+  // row] says whether group begin + g has one. Codes become what they stand for. `value` is the index in the
+  // block of the first value of group `begin`, a multiple of 64; returns that of `end`.
+  int64_t (*gather)(const PackedHeader* weight, int64_t block, int64_t begin, int64_t end, int64_t value,
+                    uint32_t* units, int64_t unit_stride, uint64_t* masks, int64_t mask_stride);
 
   // sums += S x over one word of groups, for `rows` rows (an even number); next[row] moves behind the units
   // used.
   void (*sparse)(const uint64_t* masks, const uint32_t** next, int rows, const uint32_t* activations,
                  int vectors, float* sums);
 
-  // sums += D x over groups [begin, end), for the `lanes` rows of one strip of a dense factor. `strip` is its
-  // first cell, of a block of `strips`. `activations` are those of group `begin`.
-  void (*dense)(const void* strip, int strips, int64_t begin, int64_t end, const uint32_t* activations,
+  // sums += D x over groups [begin, end), at most a word of them from a multiple of kGroupsPerWord on, for
+  // the `lanes` rows of one strip of a dense factor. `activations` are those of group `begin`.
+  void (*dense)(const FactorBlock& factor, int strip, int64_t begin, int64_t end, const uint32_t* activations,
                 int vectors, float* sums);
 
   // Sums of `lanes` rows of V x → activations of U.
@@ -48,12 +47,12 @@ struct ColumnKernels {
                 int64_t y_stride);
 };
 
-const ColumnKernels& column_kernels_scalar(Dtype dtype);
-const ColumnKernels& column_kernels_avx2(Dtype dtype);
-const ColumnKernels& column_kernels_avx512(Dtype dtype);
-const ColumnKernels& column_kernels_avx512_bf16(Dtype dtype);
+const ColumnKernels& column_kernels_scalar(Dtype dtype, Storage storage);
+const ColumnKernels& column_kernels_avx2(Dtype dtype, Storage storage);
+const ColumnKernels& column_kernels_avx512(Dtype dtype, Storage storage);
+const ColumnKernels& column_kernels_avx512_bf16(Dtype dtype, Storage storage);
 
-// dispatch.cpp
-const ColumnKernels& column_kernels(Isa isa, Dtype dtype);
+// dispatch.cpp. Only gather() and dense() differ between storages: those of S, and of U and V.
+const ColumnKernels& column_kernels(Isa isa, Dtype dtype, Storage storage);
 
 }  // namespace oats

@@ -3,6 +3,9 @@
 //   load_units(units), store_units(units, weights)   `lanes` units
 //   transpose(weights[lanes])                        a lanes x lanes square of units
 //   compress(units, weights)                         the non-zero units, in order; returns which were
+// `Stored` are the Traits of what is stored. Where that is codes, they have
+//   cell_scales(uint16_t*)               of the rows of a cell
+//   exact(weights, cell scales)          the Traits' weights for which they stand
 #pragma once
 
 #include <algorithm>
@@ -14,10 +17,10 @@
 namespace oats {
 namespace {
 
-template <class Traits>
+template <class Traits, class Stored = Traits>
 struct ColumnLoops {
   using Value = typename Traits::Value;
-  using Mask = typename Traits::Mask;
+  using StoredLoops = StripLoops<Stored>;
   using Vector = typename Traits::Vector;
   using Weights = typename Traits::Weights;
   static constexpr int kLanes = Traits::lanes;
@@ -33,20 +36,19 @@ struct ColumnLoops {
   template <int Vectors>
   static constexpr int kWordLines = kGroupsPerWord * Vectors * kLanes / 16;
 
-  static const void* gather(const PackedHeader* weight, int64_t block, int64_t begin, int64_t end,
-                            const void* values, uint32_t* units, int64_t unit_stride, uint64_t* masks,
-                            int64_t mask_stride) {
+  static int64_t gather(const PackedHeader* weight, int64_t block, int64_t begin, int64_t end, int64_t value,
+                        uint32_t* units, int64_t unit_stride, uint64_t* masks, int64_t mask_stride) {
     const int strips = strips_of_block(weight->strips, block), rows = strips * kLanes;
-    typename StripLoops<Traits>::Kept source = StripLoops<Traits>::kept(weight, block);
-    source.mask += begin * strips;
-    source.values = static_cast<const Value*>(values);
+    const auto* mask = StoredLoops::masks(weight, block) + begin * strips;
+    typename StoredLoops::Values values(weight, block, value);
     uint32_t* next[kStripsPerBlock * kLanes];
     for (int row = 0; row < rows; ++row) next[row] = units + row * unit_stride;
     std::memset(masks + (end - begin - 1) / kGroupsPerWord * mask_stride, 0, rows * sizeof(uint64_t));
     for (int64_t g = begin; g < end; g += kLanes) {
       alignas(64) uint32_t cells[kLanes * kStripsPerBlock * kLanes];
       const int64_t groups = std::min<int64_t>(end - g, kLanes);
-      for (int i = 0; i < groups * strips; ++i) Traits::store_units(cells + i * kLanes, source.next());
+      gather_cells(weight, block, g, groups, mask, values, cells);
+      mask += groups * strips;
       std::fill_n(cells + groups * rows, (kLanes - groups) * rows, 0u);
       uint64_t* word = masks + (g - begin) / kGroupsPerWord * mask_stride;
       const int64_t piece = g % kGroupsPerWord / kLanes;
@@ -62,7 +64,42 @@ struct ColumnLoops {
         }
       }
     }
-    return source.values;
+    return values.index();
+  }
+
+  // The units of `groups` groups from g on, at most kLanes.
+  static void gather_cells(const PackedHeader* weight, int64_t block, int64_t g, int64_t groups,
+                           const typename StoredLoops::Mask* mask, typename StoredLoops::Values& values,
+                           uint32_t* cells) {
+    const int strips = strips_of_block(weight->strips, block);
+    if constexpr (StoredLoops::kCodes) {
+      alignas(64) int8_t codes[kLanes * kStripsPerBlock * StoredLoops::kCell + StoredLoops::kSpare];
+      const auto* scales =
+          reinterpret_cast<const uint16_t*>(reinterpret_cast<const char*>(weight) + weight->values_scale_at) +
+          block * kStripsPerBlock * weight->scale_groups * kLanes +
+          g * kGroup / weight->shape.scale_columns * strips * kLanes;
+      typename Stored::CellScales scale[kStripsPerBlock];
+      for (int s = 0; s < strips; ++s) scale[s] = Stored::cell_scales(scales + s * kLanes);
+      const typename StoredLoops::Kept begin = values.source(mask, groups * strips, codes);
+      typename StoredLoops::Kept source = begin;
+      for (int64_t i = 0; i < groups; ++i) {
+        for (int s = 0; s < strips; ++s) {
+          typename StoredLoops::Weights cell[1];
+          source.next(cell);
+          Traits::store_units(cells + (i * strips + s) * kLanes, Stored::exact(cell[0], scale[s]));
+        }
+      }
+      values.used(begin, source);
+    } else {
+      const typename StoredLoops::Kept begin = values.source(mask, 0, nullptr);
+      typename StoredLoops::Kept source = begin;
+      for (int64_t i = 0; i < groups * strips; ++i) {
+        Weights cell[1];
+        source.next(cell);
+        Traits::store_units(cells + i * kLanes, cell[0]);
+      }
+      values.used(begin, source);
+    }
   }
 
   template <int Vectors>
@@ -141,11 +178,16 @@ struct ColumnLoops {
     }
   }
 
+  static uint32_t unit_of(const uint32_t* unit) { return *unit; }
+  static uint32_t unit_of(const Value* values) { return StripLoops<Traits>::unit(values, kGroup); }
+
   // Rows of a dense factor that share the loads of the activations.
-  template <int Vectors, int Rows>
-  static void dense_rows(const Value* strip, int strips, int64_t begin, int64_t end,
+  template <int Vectors, int Rows, class Cell>
+  static void dense_rows(const Cell* strip, int strips, int64_t begin, int64_t end,
                          const uint32_t* activations, float* sums) {
     constexpr int kColumns = Vectors * kLanes;
+    // Cells of values, or of units.
+    constexpr int kPerUnit = std::is_same_v<Cell, Value> ? kGroup : 1;
     for (int first = 0; first < kLanes; first += Rows) {
       Vector sum[Rows][Vectors];
       for (int r = 0; r < Rows; ++r) {
@@ -153,11 +195,11 @@ struct ColumnLoops {
           sum[r][i] = Traits::load(sums + (first + r) * kColumns + i * kLanes);
       }
       for (int64_t g = begin; g < end; ++g) {
-        const Value* weights = strip + (g * strips * kLanes + first) * kGroup;
+        const Cell* row = strip + (g * strips * kLanes + first) * kPerUnit;
         const uint32_t* x = activations + (g - begin) * kColumns;
 #pragma GCC unroll 8
         for (int r = 0; r < Rows; ++r) {
-          multiply_add(sum[r], StripLoops<Traits>::unit(weights + r * kGroup, kGroup), x);
+          multiply_add(sum[r], unit_of(row + r * kPerUnit), x);
         }
       }
       for (int r = 0; r < Rows; ++r) {
@@ -198,8 +240,9 @@ struct ColumnLoops {
     }
   };
 
+  template <class Cell>
   struct Dense {
-    const Value* strip;
+    const Cell* strip;
     int strips;
     int64_t begin, end;
     const uint32_t* activations;
@@ -216,9 +259,24 @@ struct ColumnLoops {
     with_vectors(vectors, Sparse{masks, next, rows, activations, sums});
   }
 
-  static void dense(const void* strip, int strips, int64_t begin, int64_t end, const uint32_t* activations,
-                    int vectors, float* sums) {
-    with_vectors(vectors, Dense{static_cast<const Value*>(strip), strips, begin, end, activations, sums});
+  static void dense(const FactorBlock& factor, int strip, int64_t begin, int64_t end,
+                    const uint32_t* activations, int vectors, float* sums) {
+    const auto* cells = static_cast<const typename Stored::Value*>(factor.cells) + strip * StoredLoops::kCell;
+    if constexpr (StoredLoops::kCodes) {
+      alignas(64) uint32_t exact[kGroupsPerWord * kLanes];
+      for (int64_t g = begin; g < end; g += StoredLoops::kScaledGroups) {
+        const auto scale = Stored::cell_scales(
+            factor.scales + (g * kGroup / factor.scale_columns * factor.strips + strip) * kLanes);
+        for (int64_t i = g; i < std::min(g + StoredLoops::kScaledGroups, end); ++i) {
+          Traits::store_units(
+              exact + (i - begin) * kLanes,
+              Stored::exact(Stored::weights(cells + i * factor.strips * StoredLoops::kCell), scale));
+        }
+      }
+      with_vectors(vectors, Dense<uint32_t>{exact, 1, 0, end - begin, activations, sums});
+    } else {
+      with_vectors(vectors, Dense<Value>{cells, factor.strips, begin, end, activations, sums});
+    }
   }
 
   static void sums_to_activations(const float* sums, int vectors, uint32_t* activations) {

@@ -3,38 +3,38 @@
 
 namespace oats {
 
-const StripKernels& strip_kernels(Isa isa, Dtype dtype) {
+const StripKernels& strip_kernels(Isa isa, Dtype dtype, Storage storage) {
 #ifdef OATS_X86
   switch (isa) {
     case Isa::avx512_bf16:
-      return strip_kernels_avx512_bf16(dtype);
+      return strip_kernels_avx512_bf16(dtype, storage);
     case Isa::avx512:
-      return strip_kernels_avx512(dtype);
+      return strip_kernels_avx512(dtype, storage);
     case Isa::avx2:
-      return strip_kernels_avx2(dtype);
+      return strip_kernels_avx2(dtype, storage);
     case Isa::scalar:
       break;
   }
 #endif
   static_cast<void>(isa);
-  return strip_kernels_scalar(dtype);
+  return strip_kernels_scalar(dtype, storage);
 }
 
-const ColumnKernels& column_kernels(Isa isa, Dtype dtype) {
+const ColumnKernels& column_kernels(Isa isa, Dtype dtype, Storage storage) {
 #ifdef OATS_X86
   switch (isa) {
     case Isa::avx512_bf16:
-      return column_kernels_avx512_bf16(dtype);
+      return column_kernels_avx512_bf16(dtype, storage);
     case Isa::avx512:
-      return column_kernels_avx512(dtype);
+      return column_kernels_avx512(dtype, storage);
     case Isa::avx2:
-      return column_kernels_avx2(dtype);
+      return column_kernels_avx2(dtype, storage);
     case Isa::scalar:
       break;
   }
 #endif
   static_cast<void>(isa);
-  return column_kernels_scalar(dtype);
+  return column_kernels_scalar(dtype, storage);
 }
 
 }  // namespace oats

@@ -37,7 +37,8 @@ Isa best_isa() {
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     if (!avx512) return Isa::avx2;
     const bool bf16 = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi") &&
-                      __builtin_cpu_supports("avx512vbmi2");
+                      __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vnni") &&
+                      __builtin_cpu_supports("avx512vpopcntdq");
     return bf16 ? Isa::avx512_bf16 : Isa::avx512;
   }();
   return best;

@@ -66,9 +66,13 @@ __m256 load_values(const uint16_t* values) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16));
 }
 
-template <class Stored>
-struct Avx2 : Stored {
-  using typename Stored::Value;
+__m256 load_values(const int8_t* codes) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes))));
+}
+
+template <class Io>
+struct Avx2 : Io {
+  using Value = typename Io::Element;
   static constexpr int lanes = 8, group = 1, registers = 12;
   using Mask = uint8_t;
   using Vector = __m256;
@@ -79,6 +83,7 @@ struct Avx2 : Stored {
   static void store(float* sums, Vector v) { _mm256_storeu_ps(sums, v); }
   static Weights expand(const Value* values, Mask mask) { return expand_lanes(load_values(values), mask); }
   static Weights weights(const Value* values) { return load_values(values); }
+  static Weights elements(const Value* x) { return load_values(x); }
   static Weights load_units(const uint32_t* units) {
     return _mm256_load_ps(reinterpret_cast<const float*>(units));
   }
@@ -100,15 +105,53 @@ struct Avx2 : Stored {
   }
 };
 
+template <class Io>
+struct Avx2Codes : Avx2<Io> {
+  using Value = int8_t;
+  using typename Avx2<Io>::Mask;
+  using Sum = __m256;
+  using CellScales = __m256;
+
+  static __m256 expand(const int8_t* codes, Mask mask) { return expand_lanes(load_values(codes), mask); }
+  static __m256 weights(const int8_t* codes) { return load_values(codes); }
+  static Sum no_sum() { return _mm256_setzero_ps(); }
+  static __m256 scales(const uint16_t* bf16) { return load_values(bf16); }
+  static __m256 add_scaled(__m256 v, Sum sum, __m256 scale) { return _mm256_fmadd_ps(sum, scale, v); }
+  static CellScales cell_scales(const uint16_t* bf16) { return load_values(bf16); }
+  static __m256 exact(__m256 w, CellScales scale) { return _mm256_mul_ps(w, scale); }
+  static void decode(const uint8_t* run, const int8_t* codebook, int8_t* codes) {
+    static_assert(kRun == 128);
+    const __m256i table =
+        _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codebook)));
+    const __m256i low = _mm256_set1_epi8(15);
+    for (int i = 0; i < 64; i += 32) {
+      const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(run + i));
+      const __m256i high = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), low);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + i),
+                          _mm256_shuffle_epi8(table, _mm256_and_si256(bytes, low)));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + 64 + i), _mm256_shuffle_epi8(table, high));
+    }
+  }
+};
+
 }  // namespace
 
-const StripKernels& strip_kernels_avx2(Dtype dtype) {
-  return dtype == Dtype::fp32 ? StripLoops<Avx2<Fp32Value>>::table() : StripLoops<Avx2<Bf16Value>>::table();
+const StripKernels& strip_kernels_avx2(Dtype dtype, Storage storage) {
+  if (storage == Storage::exact) {
+    return dtype == Dtype::fp32 ? StripLoops<Avx2<Fp32Element>>::table()
+                                : StripLoops<Avx2<Bf16Element>>::table();
+  }
+  return dtype == Dtype::fp32 ? StripLoops<Avx2Codes<Fp32Element>>::table()
+                              : StripLoops<Avx2Codes<Bf16Element>>::table();
 }
 
-const ColumnKernels& column_kernels_avx2(Dtype dtype) {
-  return dtype == Dtype::fp32 ? ColumnLoops<Avx2<Fp32Value>>::table(36)
-                              : ColumnLoops<Avx2<Bf16Value>>::table(36);
+const ColumnKernels& column_kernels_avx2(Dtype dtype, Storage storage) {
+  if (storage == Storage::exact) {
+    return dtype == Dtype::fp32 ? ColumnLoops<Avx2<Fp32Element>>::table(36)
+                                : ColumnLoops<Avx2<Bf16Element>>::table(36);
+  }
+  return dtype == Dtype::fp32 ? ColumnLoops<Avx2<Fp32Element>, Avx2Codes<Fp32Element>>::table(36)
+                              : ColumnLoops<Avx2<Bf16Element>, Avx2Codes<Bf16Element>>::table(36);
 }
 
 }  // namespace oats

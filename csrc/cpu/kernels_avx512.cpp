@@ -12,13 +12,20 @@ __m512 load_values(const float* values) {
 }
 
 __m512 load_values(const uint16_t* values) {
-  const __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(values)));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
+  return load_bf16(values);
 }
 
-template <class Stored>
-struct Avx512 : Stored {
-  using typename Stored::Value;
+__m512 load_values(const int8_t* codes) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes))));
+}
+
+__m512 expand_lanes(__m512 values, __mmask16 mask) {
+  return _mm512_mask_expand_ps(_mm512_castsi512_ps(fresh_zero()), mask, values);
+}
+
+template <class Io>
+struct Avx512 : Io {
+  using Value = typename Io::Element;
   static constexpr int lanes = 16, group = 1, registers = 24;
   using Mask = uint16_t;
   using Vector = __m512;
@@ -27,10 +34,9 @@ struct Avx512 : Stored {
   static Vector zero() { return _mm512_setzero_ps(); }
   static Vector load(const float* sums) { return _mm512_loadu_ps(sums); }
   static void store(float* sums, Vector v) { _mm512_storeu_ps(sums, v); }
-  static Weights expand(const Value* values, Mask mask) {
-    return _mm512_mask_expand_ps(_mm512_castsi512_ps(fresh_zero()), mask, load_values(values));
-  }
+  static Weights expand(const Value* values, Mask mask) { return expand_lanes(load_values(values), mask); }
   static Weights weights(const Value* values) { return load_values(values); }
+  static Weights elements(const Value* x) { return load_values(x); }
   static Weights load_units(const uint32_t* units) { return _mm512_load_ps(units); }
   static void store_units(uint32_t* units, Weights w) { _mm512_storeu_ps(units, w); }
   static void transpose(Weights (&square)[lanes]) { transpose_units(square); }
@@ -43,16 +49,42 @@ struct Avx512 : Stored {
   }
 };
 
+template <class Io>
+struct Avx512Codes : Avx512<Io> {
+  using Value = int8_t;
+  using Sum = __m512;
+  using CellScales = __m512;
+
+  static __m512 expand(const int8_t* codes, uint16_t mask) { return expand_lanes(load_values(codes), mask); }
+  static __m512 weights(const int8_t* codes) { return load_values(codes); }
+  static Sum no_sum() { return _mm512_setzero_ps(); }
+  static __m512 scales(const uint16_t* bf16) { return load_bf16(bf16); }
+  static __m512 add_scaled(__m512 v, Sum sum, __m512 scale) { return _mm512_fmadd_ps(sum, scale, v); }
+  static CellScales cell_scales(const uint16_t* bf16) { return load_bf16(bf16); }
+  static __m512 exact(__m512 w, CellScales scale) { return _mm512_mul_ps(w, scale); }
+  static void decode(const uint8_t* run, const int8_t* codebook, int8_t* codes) {
+    decode_run(run, codebook, codes);
+  }
+};
+
 }  // namespace
 
-const StripKernels& strip_kernels_avx512(Dtype dtype) {
-  return dtype == Dtype::fp32 ? StripLoops<Avx512<Fp32Value>>::table()
-                              : StripLoops<Avx512<Bf16Value>>::table();
+const StripKernels& strip_kernels_avx512(Dtype dtype, Storage storage) {
+  if (storage == Storage::exact) {
+    return dtype == Dtype::fp32 ? StripLoops<Avx512<Fp32Element>>::table()
+                                : StripLoops<Avx512<Bf16Element>>::table();
+  }
+  return dtype == Dtype::fp32 ? StripLoops<Avx512Codes<Fp32Element>>::table()
+                              : StripLoops<Avx512Codes<Bf16Element>>::table();
 }
 
-const ColumnKernels& column_kernels_avx512(Dtype dtype) {
-  return dtype == Dtype::fp32 ? ColumnLoops<Avx512<Fp32Value>>::table(60)
-                              : ColumnLoops<Avx512<Bf16Value>>::table(60);
+const ColumnKernels& column_kernels_avx512(Dtype dtype, Storage storage) {
+  if (storage == Storage::exact) {
+    return dtype == Dtype::fp32 ? ColumnLoops<Avx512<Fp32Element>>::table(60)
+                                : ColumnLoops<Avx512<Bf16Element>>::table(60);
+  }
+  return dtype == Dtype::fp32 ? ColumnLoops<Avx512<Fp32Element>, Avx512Codes<Fp32Element>>::table(60)
+                              : ColumnLoops<Avx512<Bf16Element>, Avx512Codes<Bf16Element>>::table(60);
 }
 
 }  // namespace oats

@@ -1,4 +1,4 @@
-// AVX-512 with VBMI2 (expansion of 16-bit lanes) and BF16 (products of pairs).
+// AVX-512 with VBMI2 (expansion of 16-bit lanes), and BF16 and VNNI (products of pairs).
 #include <immintrin.h>
 
 #include "avx512_inl.h"
@@ -9,7 +9,8 @@ namespace {
 
 // vdpbf16ps multiplies pairs, so a mask word covers 16 outputs x 2 inputs, and the pair of inputs
 // is an embedded broadcast. It treats denormals as zero and rounds each of its two additions.
-struct Avx512Bf16 : Bf16Value {
+struct Avx512Bf16 : Bf16Element {
+  using Value = uint16_t;
   static constexpr int lanes = 16, group = 2, registers = 24;
   using Mask = uint32_t;
   using Vector = __m512;
@@ -22,6 +23,7 @@ struct Avx512Bf16 : Bf16Value {
     return _mm512_mask_expand_epi16(fresh_zero(), mask, _mm512_loadu_si512(values));
   }
   static Weights weights(const Value* values) { return _mm512_loadu_si512(values); }
+  static Weights elements(const Value* x) { return _mm512_loadu_si512(x); }
   static Weights load_units(const uint32_t* units) { return _mm512_load_si512(units); }
   static void store_units(uint32_t* units, Weights w) { _mm512_storeu_si512(units, w); }
   static void transpose(Weights (&square)[lanes]) { transpose_units(square); }
@@ -32,15 +34,113 @@ struct Avx512Bf16 : Bf16Value {
   }
 };
 
+// vpdpwssd multiplies pairs of int16: codes as they are, and activations in units of 2^-15 of the largest of
+// 64, which rounds a bf16 less than it was rounded before down to 2^-7 of that largest.
+struct Avx512Codes : Avx512Bf16 {
+  using Value = int8_t;
+  using Sum = __m512i;
+  static constexpr bool scaled_activations = true;
+
+  static Weights expand(const int8_t* codes, Mask mask) {
+    return _mm512_mask_expand_epi16(fresh_zero(), mask, weights(codes));
+  }
+  static void expand_pair(const int8_t* codes, uint64_t mask, Weights& first, Weights& second) {
+    const __m512i bytes = _mm512_mask_expand_epi8(fresh_zero(), mask, _mm512_loadu_si512(codes));
+    first = _mm512_cvtepi8_epi16(_mm512_castsi512_si256(bytes));
+    second = _mm512_cvtepi8_epi16(_mm512_extracti64x4_epi64(bytes, 1));
+  }
+  static Weights weights(const int8_t* codes) {
+    return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)));
+  }
+  static Sum no_sum() { return _mm512_setzero_si512(); }
+  static Sum multiply_add(Sum sum, Weights w, uint32_t activation) {
+    // Not the intrinsic, with which GCC 12 copies each sum in every step of a loop.
+    const __m512i pair = _mm512_set1_epi32(static_cast<int>(activation));
+    asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(pair));
+    return sum;
+  }
+  static Vector scales(const uint16_t* bf16) { return load_bf16(bf16); }
+  static Vector times(Vector scale, float x_scale) { return _mm512_mul_ps(scale, _mm512_set1_ps(x_scale)); }
+  static Vector add_scaled(Vector v, Sum sum, Vector scale) {
+    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, v);
+  }
+  static void decode(const uint8_t* run, const int8_t* codebook, int8_t* codes) {
+    decode_run(run, codebook, codes);
+  }
+
+  static __m512 load_some(const uint16_t* x, __mmask16 valid) {
+    const __m512i bits = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(valid, x));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
+  }
+  static __m512 load_some(const float* x, __mmask16 valid) { return _mm512_maskz_loadu_ps(valid, x); }
+
+  // A NaN or infinity makes the scale one, and so all products of the column. Below 2^-100 all is zero: the
+  // inverse of the scale would overflow.
+  template <class T>
+  static float quantise(const T* x, int64_t count, uint32_t* units, int64_t stride) {
+    constexpr int kVectors = kScaledColumns / 16;
+    __m512 part[kVectors];
+    __m512i largest = _mm512_setzero_si512();
+    for (int i = 0; i < kVectors; ++i) {
+      const int64_t left = count - i * 16;
+      const auto valid = static_cast<__mmask16>(left >= 16 ? 0xffff : left > 0 ? (1u << left) - 1 : 0);
+      part[i] = load_some(x + (left > 0 ? i * 16 : 0), valid);
+      // Magnitudes order as integers, NaN above all.
+      largest = _mm512_max_epu32(largest, _mm512_castps_si512(_mm512_abs_ps(part[i])));
+    }
+    const int bits = static_cast<int>(_mm512_reduce_max_epu32(largest));
+    float magnitude;
+    std::memcpy(&magnitude, &bits, 4);
+    const bool tiny = magnitude < 0x1p-100f;
+    const __m512 inverse = _mm512_set1_ps(tiny ? 0.f : 32767.f / magnitude);
+    const int64_t pairs = divide_up(count, 2);
+    for (int i = 0; i < kVectors; ++i) {
+      const __m256i codes = _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(_mm512_mul_ps(part[i], inverse)));
+      if (stride == 1) {
+        if (i * 8 < pairs) {
+          const int64_t left = pairs - i * 8;
+          _mm256_mask_storeu_epi32(units + i * 8, static_cast<__mmask8>(left >= 8 ? 0xff : (1u << left) - 1),
+                                   codes);
+        }
+      } else {
+        alignas(32) uint32_t turned[8];
+        _mm256_store_si256(reinterpret_cast<__m256i*>(turned), codes);
+        for (int64_t j = 0; j < std::min<int64_t>(8, pairs - i * 8); ++j)
+          units[(i * 8 + j) * stride] = turned[j];
+      }
+    }
+    return tiny ? 0.f : magnitude / 32767.f;
+  }
+
+  // Of pairs: outputs 0 to 7, and 8 to 15.
+  struct CellScales {
+    __m512 low, high;
+  };
+  static CellScales cell_scales(const uint16_t* bf16) {
+    const __m512 scale = load_bf16(bf16);
+    const __m512i twice = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
+    return {_mm512_permutexvar_ps(twice, scale),
+            _mm512_permutexvar_ps(_mm512_add_epi32(twice, _mm512_set1_epi32(8)), scale)};
+  }
+  static Weights exact(Weights w, const CellScales& scale) {
+    const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm512_castsi512_si256(w)));
+    const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm512_extracti64x4_epi64(w, 1)));
+    return (__m512i)_mm512_cvtne2ps_pbh(_mm512_mul_ps(high, scale.high), _mm512_mul_ps(low, scale.low));
+  }
+};
+
 }  // namespace
 
 // fp32 gains nothing from these instructions.
-const StripKernels& strip_kernels_avx512_bf16(Dtype dtype) {
-  return dtype == Dtype::fp32 ? strip_kernels_avx512(dtype) : StripLoops<Avx512Bf16>::table();
+const StripKernels& strip_kernels_avx512_bf16(Dtype dtype, Storage storage) {
+  if (dtype == Dtype::fp32) return strip_kernels_avx512(dtype, storage);
+  return storage == Storage::exact ? StripLoops<Avx512Bf16>::table() : StripLoops<Avx512Codes>::table();
 }
 
-const ColumnKernels& column_kernels_avx512_bf16(Dtype dtype) {
-  return dtype == Dtype::fp32 ? column_kernels_avx512(dtype) : ColumnLoops<Avx512Bf16>::table(88);
+const ColumnKernels& column_kernels_avx512_bf16(Dtype dtype, Storage storage) {
+  if (dtype == Dtype::fp32) return column_kernels_avx512(dtype, storage);
+  return storage == Storage::exact ? ColumnLoops<Avx512Bf16>::table(88)
+                                   : ColumnLoops<Avx512Bf16, Avx512Codes>::table(88);
 }
 
 }  // namespace oats

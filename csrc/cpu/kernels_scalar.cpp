@@ -4,9 +4,9 @@
 namespace oats {
 namespace {
 
-template <class Stored>
-struct Scalar : Stored {
-  using typename Stored::Value;
+template <class Io>
+struct Scalar : Io {
+  using Value = typename Io::Element;
   static constexpr int lanes = 8, group = 1, registers = 8;
   using Mask = uint8_t;
   struct Vector {
@@ -21,18 +21,17 @@ struct Scalar : Stored {
     return v;
   }
   static void store(float* sums, const Vector& v) { std::memcpy(sums, v.lane, sizeof v.lane); }
-  static Weights expand(const Value* values, Mask mask) {
+  static Weights expand(const Value* values, Mask mask) { return expand_as(values, mask, Io::to_float); }
+  static Weights weights(const Value* values) { return expand_as(values, 0xff, Io::to_float); }
+  static Weights elements(const Value* x) { return weights(x); }
+  template <class T, class F>
+  static Weights expand_as(const T* values, Mask mask, const F& to_float) {
     Weights w;
     for (int i = 0; i < lanes; ++i) {
       const bool kept = mask >> i & 1;
-      w.lane[i] = kept ? Stored::to_float(*values) : 0.f;
+      w.lane[i] = kept ? to_float(*values) : 0.f;
       values += kept;
     }
-    return w;
-  }
-  static Weights weights(const Value* values) {
-    Weights w;
-    for (int i = 0; i < lanes; ++i) w.lane[i] = Stored::to_float(values[i]);
     return w;
   }
   static Weights load_units(const uint32_t* units) {
@@ -64,16 +63,56 @@ struct Scalar : Stored {
   }
 };
 
+template <class Io>
+struct ScalarCodes : Scalar<Io> {
+  using Value = int8_t;
+  using typename Scalar<Io>::Mask;
+  using typename Scalar<Io>::Vector;
+  using typename Scalar<Io>::Weights;
+  using Sum = Vector;
+  using CellScales = Vector;
+  using Scalar<Io>::lanes;
+
+  static Weights expand(const int8_t* codes, Mask mask) {
+    return Scalar<Io>::expand_as(codes, mask, [](int8_t code) { return static_cast<float>(code); });
+  }
+  static Weights weights(const int8_t* codes) { return expand(codes, 0xff); }
+  static Sum no_sum() { return {}; }
+  static Vector scales(const uint16_t* bf16) {
+    return Scalar<Io>::expand_as(bf16, 0xff, Bf16Element::to_float);
+  }
+  static Vector add_scaled(Vector v, const Sum& sum, const Vector& scale) {
+    for (int i = 0; i < lanes; ++i) v.lane[i] += sum.lane[i] * scale.lane[i];
+    return v;
+  }
+  static CellScales cell_scales(const uint16_t* bf16) { return scales(bf16); }
+  static Weights exact(const Weights& w, const CellScales& scale) { return add_scaled({}, w, scale); }
+  static void decode(const uint8_t* run, const int8_t* codebook, int8_t* codes) {
+    for (int i = 0; i < kRun / 2; ++i) {
+      codes[i] = codebook[run[i] & 15];
+      codes[kRun / 2 + i] = codebook[run[i] >> 4];
+    }
+  }
+};
+
 }  // namespace
 
-const StripKernels& strip_kernels_scalar(Dtype dtype) {
-  return dtype == Dtype::fp32 ? StripLoops<Scalar<Fp32Value>>::table()
-                              : StripLoops<Scalar<Bf16Value>>::table();
+const StripKernels& strip_kernels_scalar(Dtype dtype, Storage storage) {
+  if (storage == Storage::exact) {
+    return dtype == Dtype::fp32 ? StripLoops<Scalar<Fp32Element>>::table()
+                                : StripLoops<Scalar<Bf16Element>>::table();
+  }
+  return dtype == Dtype::fp32 ? StripLoops<ScalarCodes<Fp32Element>>::table()
+                              : StripLoops<ScalarCodes<Bf16Element>>::table();
 }
 
-const ColumnKernels& column_kernels_scalar(Dtype dtype) {
-  return dtype == Dtype::fp32 ? ColumnLoops<Scalar<Fp32Value>>::table(20)
-                              : ColumnLoops<Scalar<Bf16Value>>::table(20);
+const ColumnKernels& column_kernels_scalar(Dtype dtype, Storage storage) {
+  if (storage == Storage::exact) {
+    return dtype == Dtype::fp32 ? ColumnLoops<Scalar<Fp32Element>>::table(20)
+                                : ColumnLoops<Scalar<Bf16Element>>::table(20);
+  }
+  return dtype == Dtype::fp32 ? ColumnLoops<Scalar<Fp32Element>, ScalarCodes<Fp32Element>>::table(20)
+                              : ColumnLoops<Scalar<Bf16Element>, ScalarCodes<Bf16Element>>::table(20);
 }
 
 }  // namespace oats

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #ifdef __linux__
@@ -14,7 +15,7 @@ namespace oats {
 
 namespace {
 
-constexpr uint64_t kMagic = 0x33305354414f;  // "OATS03", little endian
+constexpr uint64_t kMagic = 0x34305354414f;  // "OATS04", little endian
 
 // Kernels load and prefetch past the last value of the last strip.
 constexpr uint64_t kTail = 128;
@@ -51,36 +52,99 @@ uint64_t header_check(const PackedHeader& h) {
   return check;
 }
 
-PackedHeader header_for(int64_t d_out, int64_t d_in, int64_t rank, int64_t nnz, Dtype dtype, Isa isa) {
-  const StripLayout layout = strip_kernels(isa, dtype).layout;
-  const uint64_t value_bytes = dtype_bytes(dtype);
+static_assert(std::has_unique_object_representations_v<PackedHeader>, "headers are compared byte by byte");
+
+PackedHeader header_for(const WeightShape& shape, Isa isa) {
+  const StripLayout layout = strip_kernels(isa, shape.dtype, Storage::exact).layout;
   const int64_t cell = static_cast<int64_t>(layout.lanes) * layout.group;
+  const int64_t factor_bits = storage_bits(shape.factors, shape.dtype);
   PackedHeader h{};
   h.magic = kMagic;
-  h.d_out = d_out;
-  h.d_in = d_in;
-  h.rank = rank;
-  h.nnz = nnz;
-  h.dtype = dtype;
+  h.shape = shape;
   h.isa = isa;
   h.layout = layout;
-  h.strips = divide_up(d_out, layout.lanes);
-  h.groups = divide_up(d_in, layout.group);
-  h.rank_strips = divide_up(rank, layout.lanes);
-  h.rank_groups = divide_up(rank, layout.group);
-  h.starts_at = aligned(sizeof(PackedHeader));
-  h.masks_at = h.starts_at + aligned((h.blocks() + 1) * sizeof(uint64_t));
-  h.values_at = h.masks_at + aligned(h.strips * h.groups * cell / 8);
-  h.v_at = h.values_at + aligned(nnz * value_bytes);
-  h.u_at = h.v_at + aligned(h.rank_strips * h.groups * cell * value_bytes);
-  h.bytes = h.u_at + aligned(h.strips * h.rank_groups * cell * value_bytes) + kTail;
+  h.value_bits = storage_bits(shape.values, shape.dtype);
+  h.strips = divide_up(shape.d_out, layout.lanes);
+  h.groups = divide_up(shape.d_in, layout.group);
+  h.rank_strips = divide_up(shape.rank, layout.lanes);
+  h.rank_groups = divide_up(shape.rank, layout.group);
+  if (shape.scale_columns) {
+    h.scale_groups = divide_up(shape.d_in, shape.scale_columns);
+    h.rank_scale_groups = divide_up(shape.rank, shape.scale_columns);
+  }
+  uint64_t end = 0;
+  const auto place = [&end](uint64_t bytes) {
+    const uint64_t at = end;
+    end += aligned(bytes);
+    return at;
+  };
+  const auto place_scales = [&](Storage storage, int64_t strips, int64_t groups) {
+    return place(storage == Storage::exact ? 0 : strips * layout.lanes * groups * sizeof(uint16_t));
+  };
+  place(sizeof(PackedHeader));
+  h.starts_at = place((h.blocks() + 1) * sizeof(uint64_t));
+  h.values_scale_at = place_scales(shape.values, h.strips, h.scale_groups);
+  h.masks_at = place(h.strips * h.groups * cell / 8);
+  // Of int4, each block begins with a run.
+  const int64_t spare = shape.values == Storage::int4 ? kRun * h.blocks() : 0;
+  h.values_at = place(divide_up((shape.nnz + spare) * h.value_bits, 8));
+  h.v_scale_at = place_scales(shape.factors, h.rank_strips, h.scale_groups);
+  h.v_at = place(h.rank_strips * h.groups * cell * factor_bits / 8);
+  h.u_scale_at = place_scales(shape.factors, h.strips, h.rank_scale_groups);
+  h.u_at = place(h.strips * h.rank_groups * cell * factor_bits / 8);
+  h.bytes = end + kTail;
+  return h;
+}
+
+// `header_for` with the codebook, and the check over all.
+PackedHeader checked_header(const WeightShape& shape, Isa isa, const int8_t* codebook) {
+  PackedHeader h = header_for(shape, isa);
+  if (shape.values == Storage::int4) std::memcpy(h.codebook, codebook, sizeof h.codebook);
   h.check = header_check(h);
   return h;
 }
 
-template <class F>
-void with_value_type(Dtype dtype, const F& f) {
-  dtype == Dtype::fp32 ? f(uint32_t{}) : f(uint16_t{});
+// Stored values by index.
+template <class T>
+struct Whole {
+  T* at;
+  T get(int64_t i) const { return at[i]; }
+  void set(int64_t i, T value) const { at[i] = value; }
+};
+struct Nibbles {
+  uint8_t* at;
+  uint8_t get(int64_t i) const { return at[i / 2] >> (i % 2 * 4) & 15; }
+  // Into a half that is zero.
+  void set(int64_t i, uint8_t value) const { at[i / 2] |= static_cast<uint8_t>(value << (i % 2 * 4)); }
+};
+
+// The same, in runs.
+struct PackedNibbles {
+  uint8_t* at;
+  static int64_t byte(int64_t i) { return i / kRun * (kRun / 2) + i % (kRun / 2); }
+  static int shift(int64_t i) { return i % kRun < kRun / 2 ? 0 : 4; }
+  uint8_t get(int64_t i) const { return at[byte(i)] >> shift(i) & 15; }
+  void set(int64_t i, uint8_t value) const { at[byte(i)] |= static_cast<uint8_t>(value << shift(i)); }
+};
+
+// Calls f(array of `values`, array of `others`) for the stored type of `bits`, of which `From` and `To` are
+// those of 4 bits.
+template <class From, class To, class F>
+void with_stored(int bits, const void* values, void* others, const F& f) {
+  const auto call = [&](auto* from, auto* to) {
+    using T = std::remove_pointer_t<decltype(to)>;
+    f(Whole<const T>{from}, Whole<T>{to});
+  };
+  switch (bits) {
+    case 32:
+      return call(static_cast<const uint32_t*>(values), static_cast<uint32_t*>(others));
+    case 16:
+      return call(static_cast<const uint16_t*>(values), static_cast<uint16_t*>(others));
+    case 8:
+      return call(static_cast<const uint8_t*>(values), static_cast<uint8_t*>(others));
+    case 4:
+      return f(From{static_cast<uint8_t*>(const_cast<void*>(values))}, To{static_cast<uint8_t*>(others)});
+  }
 }
 
 // Calls f(cell, strip, group) for each cell of one block of a matrix of `strips` x `groups`, in packed order.
@@ -146,36 +210,38 @@ int64_t mask_population(const uint8_t* mask, int64_t d_out, int64_t d_in) {
   return total;
 }
 
-size_t packed_bytes(int64_t d_out, int64_t d_in, int64_t rank, int64_t nnz, Dtype dtype, Isa isa) {
-  return header_for(d_out, d_in, rank, nnz, dtype, isa).bytes;
+size_t packed_bytes(const WeightShape& shape, Isa isa) {
+  return header_for(shape, isa).bytes;
 }
 
 void pack(const CanonicalWeight& w, Isa isa, void* out, int threads) {
-  const PackedHeader h = header_for(w.d_out, w.d_in, w.rank, w.nnz, w.dtype, isa);
+  const WeightShape& shape = w.shape;
+  const PackedHeader h = checked_header(shape, isa, w.codebook);
   char* base = static_cast<char*>(out);
   prefer_huge_pages(out, h.bytes);
   std::memset(out, 0, h.bytes);
   std::memcpy(out, &h, sizeof h);
 
-  const std::vector<int64_t> rows = row_starts(w.mask, w.d_out, w.d_in);
+  const std::vector<int64_t> rows = row_starts(w.mask, shape.d_out, shape.d_in);
   const int64_t block_rows = kStripsPerBlock * h.layout.lanes;
   auto* starts = reinterpret_cast<uint64_t*>(base + h.starts_at);
-  for (int64_t b = 0; b <= h.blocks(); ++b) starts[b] = rows[std::min(b * block_rows, w.d_out)];
+  starts[0] = 0;
+  for (int64_t b = 0; b < h.blocks(); ++b) {
+    const int64_t count = rows[std::min((b + 1) * block_rows, shape.d_out)] - rows[b * block_rows];
+    starts[b + 1] = starts[b] + (shape.values == Storage::int4 ? divide_up(count, kRun) * kRun : count);
+  }
   const int64_t word_bytes = h.layout.lanes * h.layout.group / 8;
-  const int64_t row_bytes = mask_row_bytes(w.d_in);
+  const int64_t row_bytes = mask_row_bytes(shape.d_in);
   char* masks = base + h.masks_at;
-  with_value_type(w.dtype, [&](auto type) {
-    using Value = decltype(type);
-    const auto* from = static_cast<const Value*>(w.values);
-    auto* to = reinterpret_cast<Value*>(base + h.values_at);
+  with_stored<Nibbles, PackedNibbles>(h.value_bits, w.values, base + h.values_at, [&](auto from, auto to) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t b = 0; b < h.blocks(); ++b) {
-      Value* next = to + starts[b];
+      int64_t next = starts[b];
       std::vector<int64_t> cursor(rows.begin() + b * block_rows,
-                                  rows.begin() + std::min((b + 1) * block_rows, w.d_out));
+                                  rows.begin() + std::min((b + 1) * block_rows, shape.d_out));
       over_cells(h.strips, h.groups, b, [&](int64_t cell, int64_t strip, int64_t group) {
         const int64_t first_row = strip * h.layout.lanes, column = group * h.layout.group;
-        const int64_t lanes = std::min<int64_t>(h.layout.lanes, w.d_out - first_row);
+        const int64_t lanes = std::min<int64_t>(h.layout.lanes, shape.d_out - first_row);
         const uint8_t* byte = w.mask + first_row * row_bytes + column / 8;
         uint32_t word = 0;
         for (int64_t lane = 0; lane < lanes; ++lane, byte += row_bytes) {
@@ -184,19 +250,42 @@ void pack(const CanonicalWeight& w, Isa isa, void* out, int threads) {
         }
         std::memcpy(masks + cell * word_bytes, &word, word_bytes);
         int64_t* lane_cursor = cursor.data() + first_row - b * block_rows;
-        over_places(word, [&](int place) { *next++ = from[lane_cursor[place / h.layout.group]++]; });
+        over_places(word,
+                    [&](int place) { to.set(next++, from.get(lane_cursor[place / h.layout.group]++)); });
       });
     }
-    const auto* u = static_cast<const Value*>(w.low_rank_u);
-    const auto* v = static_cast<const Value*>(w.low_rank_v);
-    auto* u_to = reinterpret_cast<Value*>(base + h.u_at);
-    auto* v_to = reinterpret_cast<Value*>(base + h.v_at);
-    over_factor(h.layout, w.d_out, w.rank, threads,
-                [&](int64_t packed, int64_t plain) { u_to[packed] = u[plain]; });
-    over_factor(h.layout, w.rank, w.d_in, threads,
-                [&](int64_t packed, int64_t plain) { v_to[packed] = v[plain]; });
   });
+  const auto pack_factor = [&](int64_t m, int64_t n, int bits, const StripLayout& layout, const void* plain,
+                               uint64_t at) {
+    with_stored<Nibbles, Nibbles>(bits, plain, base + at, [&](auto from, auto to) {
+      over_factor(layout, m, n, threads, [&](int64_t packed, int64_t i) { to.set(packed, from.get(i)); });
+    });
+  };
+  const auto pack_scales = [&](Storage storage, int64_t m, int64_t groups, const uint16_t* plain,
+                               uint64_t at) {
+    if (storage != Storage::exact) pack_factor(m, groups, 16, {h.layout.lanes, 1}, plain, at);
+  };
+  const int factor_bits = storage_bits(shape.factors, shape.dtype);
+  pack_factor(shape.d_out, shape.rank, factor_bits, h.layout, w.low_rank_u, h.u_at);
+  pack_factor(shape.rank, shape.d_in, factor_bits, h.layout, w.low_rank_v, h.v_at);
+  pack_scales(shape.values, shape.d_out, h.scale_groups, w.values_scale, h.values_scale_at);
+  pack_scales(shape.factors, shape.d_out, h.rank_scale_groups, w.low_rank_u_scale, h.u_scale_at);
+  pack_scales(shape.factors, shape.rank, h.scale_groups, w.low_rank_v_scale, h.v_scale_at);
 }
+
+namespace {
+
+// Whether the sizes and kinds in a header can be computed with.
+bool possible(const WeightShape& s) {
+  const auto within = [](int64_t size, int64_t largest) { return 0 <= size && size <= largest; };
+  const bool quantised = s.values != Storage::exact || s.factors != Storage::exact;
+  return within(s.d_out, kMaxDimension) && within(s.d_in, kMaxDimension) && within(s.rank, kMaxDimension) &&
+         within(s.nnz, s.d_out * s.d_in) && s.dtype <= Dtype::bf16 && s.values <= Storage::int4 &&
+         s.factors <= Storage::int8 &&
+         (quantised ? s.scale_columns == 64 || s.scale_columns == 128 : s.scale_columns == 0);
+}
+
+}  // namespace
 
 const char* packed_problem(const void* packed, size_t bytes) {
   if (reinterpret_cast<uintptr_t>(packed) % 64) return "the packed buffer is not aligned to 64 bytes";
@@ -205,25 +294,20 @@ const char* packed_problem(const void* packed, size_t bytes) {
   std::memcpy(&h, packed, sizeof h);
   if (h.magic != kMagic) return "this is not a packed weight";
   const int isa = static_cast<int>(h.isa);
-  const auto possible = [](int64_t size, int64_t largest) { return 0 <= size && size <= largest; };
-  if (isa < 0 || isa >= kIsaCount || !possible(h.d_out, kMaxDimension) || !possible(h.d_in, kMaxDimension) ||
-      !possible(h.rank, kMaxDimension) || !possible(h.nnz, h.d_out * h.d_in) ||
-      (h.dtype != Dtype::fp32 && h.dtype != Dtype::bf16)) {
-    return "the packed buffer has a damaged header";
-  }
+  if (isa < 0 || isa >= kIsaCount || !possible(h.shape)) return "the packed buffer has a damaged header";
   if (h.isa > best_isa()) return "the weight was packed for an instruction set that this CPU lacks";
-  const PackedHeader expected = header_for(h.d_out, h.d_in, h.rank, h.nnz, h.dtype, h.isa);
+  const PackedHeader expected = checked_header(h.shape, h.isa, h.codebook);
   if (std::memcmp(&h, &expected, sizeof h)) return "the packed buffer has a damaged header";
   if (h.bytes != bytes) return "the packed buffer has been truncated or extended";
   return nullptr;
 }
 
-void unpack(const void* packed, uint8_t* mask, void* values, void* low_rank_u, void* low_rank_v,
-            int threads) {
+void unpack(const void* packed, const UnpackedWeight& out, int threads) {
   PackedHeader h;
   std::memcpy(&h, packed, sizeof h);
+  const WeightShape& shape = h.shape;
   const char* base = static_cast<const char*>(packed);
-  const int64_t row_bytes = mask_row_bytes(h.d_in), word_bytes = h.layout.lanes * h.layout.group / 8;
+  const int64_t row_bytes = mask_row_bytes(shape.d_in), word_bytes = h.layout.lanes * h.layout.group / 8;
   const int64_t block_rows = kStripsPerBlock * h.layout.lanes;
   const char* masks = base + h.masks_at;
   const auto* starts = reinterpret_cast<const uint64_t*>(base + h.starts_at);
@@ -232,41 +316,60 @@ void unpack(const void* packed, uint8_t* mask, void* values, void* low_rank_u, v
     std::memcpy(&word, masks + cell * word_bytes, word_bytes);
     return word;
   };
-  std::fill_n(mask, h.d_out * row_bytes, uint8_t{0});
+  std::fill_n(out.mask, shape.d_out * row_bytes, uint8_t{0});
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t b = 0; b < h.blocks(); ++b) {
     over_cells(h.strips, h.groups, b, [&](int64_t cell, int64_t strip, int64_t group) {
       over_places(word_of(cell), [&](int place) {
         const int64_t row = strip * h.layout.lanes + place / h.layout.group;
         const int64_t column = group * h.layout.group + place % h.layout.group;
-        mask[row * row_bytes + column / 8] |= static_cast<uint8_t>(1u << column % 8);
+        out.mask[row * row_bytes + column / 8] |= static_cast<uint8_t>(1u << column % 8);
       });
     });
   }
-  const std::vector<int64_t> rows = row_starts(mask, h.d_out, h.d_in);
-  with_value_type(h.dtype, [&](auto type) {
-    using Value = decltype(type);
-    const auto* from = reinterpret_cast<const Value*>(base + h.values_at);
-    auto* to = static_cast<Value*>(values);
+  const std::vector<int64_t> rows = row_starts(out.mask, shape.d_out, shape.d_in);
+  const auto unpack_values = [&](auto from, auto to) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t b = 0; b < h.blocks(); ++b) {
-      const Value* next = from + starts[b];
+      int64_t next = starts[b];
       std::vector<int64_t> cursor(rows.begin() + b * block_rows,
-                                  rows.begin() + std::min((b + 1) * block_rows, h.d_out));
+                                  rows.begin() + std::min((b + 1) * block_rows, shape.d_out));
       over_cells(h.strips, h.groups, b, [&](int64_t cell, int64_t strip, int64_t) {
         int64_t* lane_cursor = cursor.data() + strip * h.layout.lanes - b * block_rows;
-        over_places(word_of(cell), [&](int place) { to[lane_cursor[place / h.layout.group]++] = *next++; });
+        over_places(word_of(cell),
+                    [&](int place) { to.set(lane_cursor[place / h.layout.group]++, from.get(next++)); });
       });
     }
-    auto* u = static_cast<Value*>(low_rank_u);
-    auto* v = static_cast<Value*>(low_rank_v);
-    const auto* u_from = reinterpret_cast<const Value*>(base + h.u_at);
-    const auto* v_from = reinterpret_cast<const Value*>(base + h.v_at);
-    over_factor(h.layout, h.d_out, h.rank, threads,
-                [&](int64_t packed_at, int64_t plain) { u[plain] = u_from[packed_at]; });
-    over_factor(h.layout, h.rank, h.d_in, threads,
-                [&](int64_t packed_at, int64_t plain) { v[plain] = v_from[packed_at]; });
+  };
+  with_stored<PackedNibbles, Nibbles>(h.value_bits, base + h.values_at, out.values, [&](auto from, auto to) {
+    if constexpr (std::is_same_v<decltype(to), Nibbles>) {
+      // Rows of two threads may meet in one byte.
+      std::vector<uint8_t> codes(shape.nnz + 1);
+      unpack_values(from, Whole<uint8_t>{codes.data()});
+      for (int64_t i = 0; i < shape.nnz; i += 2) {
+        to.at[i / 2] = static_cast<uint8_t>(codes[i] | codes[i + 1] << 4);
+      }
+    } else {
+      unpack_values(from, to);
+    }
   });
+  const auto unpack_factor = [&](int64_t m, int64_t n, int bits, const StripLayout& layout, uint64_t at,
+                                 void* plain) {
+    with_stored<Nibbles, Nibbles>(bits, base + at, plain, [&](auto from, auto to) {
+      over_factor(layout, m, n, threads,
+                  [&](int64_t packed_at, int64_t i) { to.set(i, from.get(packed_at)); });
+    });
+  };
+  const auto unpack_scales = [&](Storage storage, int64_t m, int64_t groups, uint64_t at, uint16_t* plain) {
+    if (storage != Storage::exact) unpack_factor(m, groups, 16, {h.layout.lanes, 1}, at, plain);
+  };
+  const int factor_bits = storage_bits(shape.factors, shape.dtype);
+  unpack_factor(shape.d_out, shape.rank, factor_bits, h.layout, h.u_at, out.low_rank_u);
+  unpack_factor(shape.rank, shape.d_in, factor_bits, h.layout, h.v_at, out.low_rank_v);
+  unpack_scales(shape.values, shape.d_out, h.scale_groups, h.values_scale_at, out.values_scale);
+  unpack_scales(shape.factors, shape.d_out, h.rank_scale_groups, h.u_scale_at, out.low_rank_u_scale);
+  unpack_scales(shape.factors, shape.rank, h.scale_groups, h.v_scale_at, out.low_rank_v_scale);
+  if (shape.values == Storage::int4) std::memcpy(out.codebook, h.codebook, sizeof h.codebook);
 }
 
 }  // namespace oats

@@ -37,7 +37,9 @@ struct Panel {
   const Call& call;
   const PackedHeader* w;  // for what all projections share
   const StripKernels& strips;
-  const ColumnKernels& kernels;
+  const ColumnKernels& kernels;  // for what does not depend on the storage
+  const ColumnKernels& values;   // of S
+  const ColumnKernels& factors;
   int64_t first, columns;  // of the batch
   int64_t lanes, vectors, tiles;
   int64_t block_rows, range_groups, range_words;
@@ -56,8 +58,10 @@ struct Panel {
   Panel(const Call& call, int64_t first, Workspace& workspace)
       : call(call),
         w(call.first()),
-        strips(strip_kernels(w->isa, w->dtype)),
-        kernels(column_kernels(w->isa, w->dtype)),
+        strips(strip_kernels(w->isa, w->shape.dtype, Storage::exact)),
+        kernels(column_kernels(w->isa, w->shape.dtype, Storage::exact)),
+        values(column_kernels(w->isa, w->shape.dtype, w->shape.values)),
+        factors(column_kernels(w->isa, w->shape.dtype, w->shape.factors)),
         first(first),
         columns(std::min(call.batch - first, kPanelColumns)),
         lanes(w->layout.lanes),
@@ -110,24 +114,22 @@ struct Panel {
   void prepare(int64_t begin, int64_t end) const {
     for (int64_t i = 0; i < tiles; ++i) {
       const Tile t = tile(i);
-      strips.prepare(call.row_of_x(first + t.first), call.x_stride, w->d_in, t.columns,
-                     static_cast<int>(t.vectors * lanes), begin, end, activations + t.first * w->groups);
+      strips.prepare(call.row_of_x(first + t.first), call.x_stride, w->shape.d_in, t.columns,
+                     static_cast<int>(t.vectors * lanes), begin, end,
+                     {activations + t.first * w->groups, nullptr});
     }
   }
 
   // sums [row][columns of the tile] += the rows of blocks [begin, end) of a factor times `inputs`,
   // `kGroupsPerWord` groups at a time so that their activations stay in L1 for all strips.
-  void dense(const PackedHeader* weight, uint64_t factor_at, int64_t factor_strips, int64_t groups,
-             int64_t begin, int64_t end, const uint32_t* inputs, const Tile& t, float* sums) const {
-    const char* factor = reinterpret_cast<const char*>(weight) + factor_at;
-    const int64_t cell = lanes * w->layout.group * call.value_bytes();
-    const int64_t width = t.vectors * lanes;
+  void dense(const PackedHeader* weight, bool is_v, int64_t begin, int64_t end, const uint32_t* inputs,
+             const Tile& t, float* sums) const {
+    const int64_t groups = is_v ? weight->groups : weight->rank_groups, width = t.vectors * lanes;
     for (int64_t g = 0; g < groups; g += kGroupsPerWord) {
       for (int64_t b = begin; b < end; ++b) {
-        const int count = strips_of_block(factor_strips, b);
-        for (int s = 0; s < count; ++s) {
-          kernels.dense(factor + (b * kStripsPerBlock * groups + s) * cell, count, g,
-                        std::min(groups, g + kGroupsPerWord), inputs + g * width, t.vectors,
+        const FactorBlock factor = factor_block(weight, is_v, b);
+        for (int s = 0; s < factor.strips; ++s) {
+          factors.dense(factor, s, g, std::min(groups, g + kGroupsPerWord), inputs + g * width, t.vectors,
                         sums + ((b - begin) * kStripsPerBlock + s) * lanes * width);
         }
       }
@@ -141,8 +143,7 @@ struct Panel {
       const Tile t = tile(i);
       const int64_t width = t.vectors * lanes;
       std::fill_n(scratch.sums, rows * width, 0.f);
-      dense(weight, weight->v_at, weight->rank_strips, w->groups, block, block + 1,
-            activations + t.first * w->groups, t, scratch.sums);
+      dense(weight, true, block, block + 1, activations + t.first * w->groups, t, scratch.sums);
       for (int64_t row = 0; row < rows; row += lanes) {
         const int64_t unit = (block * kStripsPerBlock * lanes + row) / w->layout.group;
         kernels.sums_to_activations(scratch.sums + row * width, t.vectors,
@@ -154,29 +155,23 @@ struct Panel {
   // Blocks [begin, end) of a projection, at most block_rows of rows.
   void outputs(int projection, int64_t begin, int64_t end, const Scratch& scratch) const {
     const PackedHeader* weight = call.projections[projection].w;
-    const char* packed = reinterpret_cast<const char*>(weight);
-    const auto* starts = reinterpret_cast<const uint64_t*>(packed + weight->starts_at);
     const int64_t packed_rows = kStripsPerBlock * lanes, unit_stride = range_groups + lanes;
     const int64_t first_row = begin * packed_rows;
     const int64_t rows = std::min(end * kStripsPerBlock, weight->strips) * lanes - first_row;
-    const void* values[kBlockRows];
-    for (int64_t b = begin; b < end; ++b) {
-      values[b - begin] = packed + weight->values_at + starts[b] * call.value_bytes();
-    }
+    int64_t next_value[kBlockRows] = {};  // of each block
     for (int64_t i = 0; i < tiles; ++i) {
       const Tile t = tile(i);
       float* sums = scratch.sums + t.first * rows;
       std::fill_n(sums, rows * t.vectors * lanes, 0.f);
-      dense(weight, weight->u_at, weight->strips, weight->rank_groups, begin, end,
-            low_rank[projection] + t.first * rank_units(projection), t, sums);
+      dense(weight, false, begin, end, low_rank[projection] + t.first * rank_units(projection), t, sums);
     }
     for (int64_t g = 0; g < w->groups; g += range_groups) {
       const int64_t range_end = std::min(w->groups, g + range_groups);
       for (int64_t b = begin; b < end; ++b) {
         const int64_t row = (b - begin) * packed_rows;
-        values[b - begin] =
-            kernels.gather(weight, b, g, range_end, values[b - begin], scratch.units + row * unit_stride,
-                           unit_stride, scratch.masks + row, rows);
+        next_value[b - begin] =
+            values.gather(weight, b, g, range_end, next_value[b - begin], scratch.units + row * unit_stride,
+                          unit_stride, scratch.masks + row, rows);
       }
       for (int64_t i = 0; i < tiles; ++i) {
         const Tile t = tile(i);
@@ -193,10 +188,11 @@ struct Panel {
       const Tile t = tile(i);
       for (int64_t row = 0; row < rows; row += lanes) {
         const int64_t feature = first_row + row;
-        kernels.store(
-            scratch.sums + (t.first * rows + row * t.vectors * lanes), t.vectors, t.columns,
-            call.bias_of(projection, feature), static_cast<int>(std::min(lanes, weight->d_out - feature)),
-            call.output(projection, first + t.first, feature), call.projections[projection].y_stride);
+        kernels.store(scratch.sums + (t.first * rows + row * t.vectors * lanes), t.vectors, t.columns,
+                      call.bias_of(projection, feature),
+                      static_cast<int>(std::min(lanes, weight->shape.d_out - feature)),
+                      call.output(projection, first + t.first, feature),
+                      call.projections[projection].y_stride);
       }
     }
   }

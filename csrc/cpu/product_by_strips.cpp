@@ -17,42 +17,53 @@ constexpr int64_t kTileColumns = 128;
 
 // What one projection needs beside its weight.
 struct Sums {
-  uint32_t* low_rank;  // [rank units][columns]
-  float* sums;         // [block][columns][strip][lanes]
-  float* rank_sums;    // the same for V x
+  Activations low_rank;  // V x: [rank units][columns]
+  float* sums;           // [block][columns][strip][lanes]
+  float* rank_sums;      // the same for V x
 };
 
 struct Tile {
   const Call& call;
-  const PackedHeader* w;  // for what all projections share
-  const StripKernels& kernels;
+  const PackedHeader* w;       // for what all projections share
+  const StripKernels& values;  // of S
+  const StripKernels& factors;
   int64_t first;  // of the batch
   int columns;
-  bool direct;            // x already is what the kernels read
-  uint32_t* activations;  // [groups][columns]
-  Sums* sums;             // of each projection
+  bool direct;                // x already is what the kernels read
+  Activations plain, scaled;  // x: [groups][columns]; those that a kernel asks for
+  bool with_plain, with_scaled;
+  Sums* sums;  // of each projection
 
   Tile(const Call& call, int64_t first, Workspace& workspace)
       : call(call),
         w(call.first()),
-        kernels(strip_kernels(w->isa, w->dtype)),
+        values(strip_kernels(w->isa, w->shape.dtype, w->shape.values)),
+        factors(strip_kernels(w->isa, w->shape.dtype, w->shape.factors)),
         first(first),
         columns(static_cast<int>(std::min(call.batch - first, kTileColumns))) {
+    const bool low_rank = call.rank_blocks() > 0;
+    with_scaled = values.scaled_activations || (low_rank && factors.scaled_activations);
+    with_plain = !values.scaled_activations || (low_rank && !factors.scaled_activations);
     // One row of whole groups of 4 bytes is already [groups][1], where it is aligned to them.
-    direct = columns == 1 && call.value_bytes() * w->layout.group == 4 && w->d_in % w->layout.group == 0 &&
+    direct = columns == 1 && call.value_bytes() * w->layout.group == 4 &&
+             w->shape.d_in % w->layout.group == 0 &&
              reinterpret_cast<uintptr_t>(call.row_of_x(first)) % alignof(uint32_t) == 0;
     Cutter size(nullptr);
     cut(size);
     Cutter memory(workspace.reserve(size.used()));
     cut(memory);
+    if (direct) plain.units = reinterpret_cast<uint32_t*>(const_cast<char*>(call.row_of_x(first)));
   }
 
   void cut(Cutter& memory) {
-    activations = memory.take<uint32_t>(direct ? 0 : w->groups * columns);
+    plain = {memory.take<uint32_t>(with_plain && !direct ? w->groups * columns : 0), nullptr};
+    scaled = {memory.take<uint32_t>(with_scaled ? w->groups * columns : 0),
+              memory.take<float>(with_scaled ? divide_up(w->shape.d_in, kScaledColumns) * columns : 0)};
     sums = memory.take<Sums>(call.count);
     for (int i = 0; i < call.count; ++i) {
       const PackedHeader* weight = call.projections[i].w;
-      const Sums cut{memory.take<uint32_t>(weight->rank_strips * units_per_strip() * columns),
+      const Sums cut{{memory.take<uint32_t>(weight->rank_strips * units_per_strip() * columns),
+                      memory.take<float>(weight->rank_blocks() * columns)},
                      memory.take<float>(weight->strips * columns * w->layout.lanes),
                      memory.take<float>(weight->rank_strips * columns * w->layout.lanes)};
       if (sums) sums[i] = cut;
@@ -61,50 +72,52 @@ struct Tile {
 
   int64_t units_per_strip() const { return w->layout.lanes / w->layout.group; }
   int64_t block_sums() const { return kStripsPerBlock * columns * w->layout.lanes; }
-  const uint32_t* inputs() const {
-    return direct ? reinterpret_cast<const uint32_t*>(call.row_of_x(first)) : activations;
-  }
-  // A block of a dense factor of `weight` that is `groups` groups wide.
-  const char* factor(const PackedHeader* weight, uint64_t at, int64_t groups, int64_t block) const {
-    const int64_t cell = w->layout.lanes * w->layout.group * call.value_bytes();
-    return reinterpret_cast<const char*>(weight) + at + block * kStripsPerBlock * groups * cell;
+  Activations inputs(const StripKernels& kernels) const {
+    return kernels.scaled_activations ? scaled : plain;
   }
 
-  void prepare(int64_t begin, int64_t end) const {
-    kernels.prepare(call.row_of_x(first), call.x_stride, w->d_in, columns, columns, begin, end, activations);
+  void prepare(int part, int parts) const {
+    const auto run = [&](const StripKernels& kernels, int64_t step) {
+      const int64_t steps = divide_up(w->groups, step);
+      kernels.prepare(call.row_of_x(first), call.x_stride, w->shape.d_in, columns, columns,
+                      steps * part / parts * step, std::min(steps * (part + 1) / parts * step, w->groups),
+                      inputs(kernels));
+    };
+    if (with_scaled) run(values.scaled_activations ? values : factors, kScaledColumns / w->layout.group);
+    if (with_plain && !direct) run(values.scaled_activations ? factors : values, 1);
   }
 
   void low_rank_inputs(int i, int64_t block) const {
-    const PackedHeader* weight = call.projections[i].w;
+    const FactorBlock v = factor_block(call.projections[i].w, true, block);
     float* out = sums[i].rank_sums + block * block_sums();
-    const int strips = strips_of_block(weight->rank_strips, block);
-    kernels.dense(factor(weight, weight->v_at, w->groups, block), strips, w->groups, inputs(), columns, false,
-                  out);
-    kernels.sums_to_activations(out, strips, columns,
-                                sums[i].low_rank + block * kStripsPerBlock * units_per_strip() * columns);
+    factors.dense(v, w->groups, inputs(factors), columns, false, out);
+    const Activations low_rank = sums[i].low_rank;
+    factors.sums_to_activations(out, v.strips, columns,
+                                {low_rank.units + block * kStripsPerBlock * units_per_strip() * columns,
+                                 low_rank.scales + block * columns});
   }
 
   void sparse(int i, int64_t block) const {
-    kernels.sparse(call.projections[i].w, block, inputs(), columns, sums[i].sums + block * block_sums());
+    values.sparse(call.projections[i].w, block, inputs(values), columns, sums[i].sums + block * block_sums());
   }
 
   void finish(int i, int64_t block) const {
     const PackedHeader* weight = call.projections[i].w;
     float* out = sums[i].sums + block * block_sums();
     const int strips = strips_of_block(weight->strips, block);
-    if (weight->rank) {
-      kernels.dense(factor(weight, weight->u_at, weight->rank_groups, block), strips, weight->rank_groups,
-                    sums[i].low_rank, columns, true, out);
+    if (weight->shape.rank) {
+      factors.dense(factor_block(weight, false, block), weight->rank_groups, sums[i].low_rank, columns, true,
+                    out);
     }
     const int64_t row = block * kStripsPerBlock * w->layout.lanes;
-    const int64_t valid = std::min(strips * static_cast<int64_t>(w->layout.lanes), weight->d_out - row);
-    kernels.store(out, strips, columns, call.bias_of(i, row), static_cast<int>(valid),
-                  call.output(i, first, row), call.projections[i].y_stride);
+    const int64_t valid = std::min(strips * static_cast<int64_t>(w->layout.lanes), weight->shape.d_out - row);
+    values.store(out, strips, columns, call.bias_of(i, row), static_cast<int>(valid),
+                 call.output(i, first, row), call.projections[i].y_stride);
   }
 
   void run_part(int part, int parts) const {
-    if (!direct) {
-      prepare(w->groups * part / parts, w->groups * (part + 1) / parts);
+    if (with_scaled || !direct) {
+      prepare(part, parts);
       wait_for_all(parts);
     }
     const auto finish_blocks = [&](int i, int64_t begin, int64_t end) {

@@ -9,6 +9,7 @@
 
 #include "oats/packed_weight.h"
 #include "oats/sparse_low_rank_linear.h"
+#include "strip_kernels.h"
 
 namespace oats {
 
@@ -22,7 +23,7 @@ struct Call {
   int team;
 
   const PackedHeader* first() const { return projections[0].w; }
-  int64_t value_bytes() const { return static_cast<int64_t>(dtype_bytes(first()->dtype)); }
+  int64_t value_bytes() const { return static_cast<int64_t>(dtype_bytes(first()->shape.dtype)); }
   const char* row_of_x(int64_t row) const { return x + row * x_stride * value_bytes(); }
   char* output(int i, int64_t row, int64_t feature) const {
     return projections[i].y + (row * projections[i].y_stride + feature) * value_bytes();
@@ -63,6 +64,20 @@ struct Call {
     }
   }
 };
+
+// A block of U or of V.
+inline FactorBlock factor_block(const PackedHeader* w, bool is_v, int64_t block) {
+  const WeightShape& shape = w->shape;
+  const char* base = reinterpret_cast<const char*>(w);
+  const int64_t groups = is_v ? w->groups : w->rank_groups;
+  const int64_t scale_groups = is_v ? w->scale_groups : w->rank_scale_groups;
+  const int64_t first = block * kStripsPerBlock, lanes = w->layout.lanes;
+  const int64_t cell_bytes = lanes * w->layout.group * storage_bits(shape.factors, shape.dtype) / 8;
+  const auto* scales = reinterpret_cast<const uint16_t*>(base + (is_v ? w->v_scale_at : w->u_scale_at));
+  return {base + (is_v ? w->v_at : w->u_at) + first * groups * cell_bytes,
+          scales + first * scale_groups * lanes, shape.scale_columns,
+          strips_of_block(is_v ? w->rank_strips : w->strips, block)};
+}
 
 // Memory that a thread keeps between its calls, up to a size that a process with many threads can afford.
 class Workspace {

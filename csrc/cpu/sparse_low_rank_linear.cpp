@@ -17,9 +17,13 @@ constexpr int64_t kBytesPerThread = 32 << 10;
 void sparse_low_rank_linear(const Projection* projections, int count, const void* x, int64_t batch,
                             int64_t x_stride, int threads) {
   static thread_local Workspace workspace;
-  const Isa isa = projections[0].w->isa;
+  const PackedHeader* first = projections[0].w;
   for (int i = 1; i < count; ++i) {
-    if (projections[i].w->isa == isa) continue;
+    const PackedHeader* w = projections[i].w;
+    if (w->isa == first->isa && w->shape.values == first->shape.values &&
+        w->shape.factors == first->shape.factors) {
+      continue;
+    }
     // Activations are laid out for one kind of kernel.
     sparse_low_rank_linear(projections, i, x, batch, x_stride, threads);
     sparse_low_rank_linear(projections + i, count - i, x, batch, x_stride, threads);
@@ -31,7 +35,7 @@ void sparse_low_rank_linear(const Projection* projections, int count, const void
   const int64_t useful = std::min<int64_t>(call.blocks(), bytes / kBytesPerThread);
   if (batch == 0 || call.blocks() == 0) return;
   call.team = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, useful)));
-  if (batch < column_kernels(isa, projections[0].w->dtype).min_columns) {
+  if (batch < column_kernels(first->isa, first->shape.dtype, first->shape.values).min_columns) {
     product_by_strips(call, workspace);
   } else {
     product_by_columns(call, workspace);
@@ -41,13 +45,16 @@ void sparse_low_rank_linear(const Projection* projections, int count, const void
 
 namespace {
 
-// Bytes of the first `block` blocks: of S, and of U where `with_u`.
+int64_t factor_bits(const PackedHeader* w) {
+  return storage_bits(w->shape.factors, w->shape.dtype);
+}
+
+// Bytes of the first `block` blocks: of S, and of U where `with_u`. Scales are left out: they are few.
 int64_t bytes_before(const PackedHeader* w, int64_t block, bool with_u) {
   const auto* starts = reinterpret_cast<const uint64_t*>(reinterpret_cast<const char*>(w) + w->starts_at);
-  const auto value_bytes = static_cast<int64_t>(dtype_bytes(w->dtype));
   const int64_t cell = w->layout.lanes * w->layout.group;
-  const int64_t strip = w->groups * cell / 8 + (with_u ? w->rank_groups * cell * value_bytes : 0);
-  return static_cast<int64_t>(starts[block]) * value_bytes +
+  const int64_t strip = w->groups * cell / 8 + (with_u ? w->rank_groups * cell * factor_bits(w) / 8 : 0);
+  return static_cast<int64_t>(starts[block]) * w->value_bits / 8 +
          std::min(block * kStripsPerBlock, w->strips) * strip;
 }
 
@@ -56,7 +63,7 @@ int64_t bytes_before(const PackedHeader* w, int64_t block, bool with_u) {
 int64_t block_boundary(const Call& call, int i, int n, bool with_v) {
   if (i == n) return call.blocks();
   const PackedHeader* first = call.first();
-  const int64_t v_strip = first->groups * first->layout.lanes * first->layout.group * call.value_bytes();
+  const int64_t v_strip = first->groups * first->layout.lanes * first->layout.group * factor_bits(first) / 8;
   const int64_t rank_blocks = call.rank_blocks();
   const auto v_bytes_before = [&](int part) {
     int64_t strips = 0;

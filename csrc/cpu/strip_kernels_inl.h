@@ -3,21 +3,30 @@
 //
 // A `Traits` names the layout and four instructions:
 //   lanes, group, registers         the layout, and how many vector registers may hold sums
+//   Element                         of x, y and bias; to_float(Element), from_float(float)
 //   Value, Mask, Vector, Weights    types of a stored value, a mask word, sums, expanded weights
 //   zero(), load(sums), store(...)  sums
 //   expand(values, mask)            the kept values in their lanes, zero elsewhere
 //   weights(values)                 lanes * group dense values
+//   elements(Element*)              the same, of x
 //   multiply_add(sum, weights, activation)
-//   to_float(Value), from_float(float)
 //   transpose(weights[lanes])       a lanes x lanes square of units
 //   store_units(units, weights)     `lanes` units
+// and, where Value is a code (int8_t):
+//   Sum, no_sum()                   sums of codes; multiply_add takes and returns them
+//   scales(uint16_t*)               of `lanes` rows
+//   times(scales, float)
+//   add_scaled(vector, sum, scales)
+//   expand_pair(values, mask of 64 bits, two cells)    where masks have 32
+//   decode(run, codebook, codes)    the kRun codes of int4
+//   scaled_activations              whether units are int16 with a scale; if so,
+//   quantise(elements or sums, count, units, stride)   kScaledColumns inputs of one column; returns the scale
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
-#include <utility>
 
 #include "strip_kernels.h"
 
@@ -36,6 +45,7 @@ using Constant = std::integral_constant<int, N>;
 
 template <class Traits>
 struct StripLoops {
+  using Element = typename Traits::Element;
   using Value = typename Traits::Value;
   using Mask = typename Traits::Mask;
   using Vector = typename Traits::Vector;
@@ -43,51 +53,98 @@ struct StripLoops {
   static constexpr int kLanes = Traits::lanes;
   static constexpr int kGroup = Traits::group;
   static constexpr int kCell = kLanes * kGroup;
+  static constexpr int64_t kScaledGroups = kScaledColumns / kGroup;
+  static constexpr bool kCodes = std::is_same_v<Value, int8_t>;
   // Columns whose sums, for all strips of a block, fit into registers.
   static constexpr int kMaxColumns = Traits::registers / kStripsPerBlock;
 
-  // Where the cells of a product come from, one by one. Passed by value: that keeps them in registers.
+  // Where the cells of a product come from, a group's at a time. Passed by value: that keeps them in
+  // registers.
   struct Kept {
     const Mask* mask;
     const Value* values;
-    Weights next() {
-      const Mask m = *mask++;
-      const Weights cell = Traits::expand(values, m);
-      __builtin_prefetch(reinterpret_cast<const char*>(values) + kPrefetchBytes);
-      values += __builtin_popcount(m);
-      return cell;
+    template <int Strips>
+    void next(Weights (&cells)[Strips]) {
+      int s = 0;
+      if constexpr (kCodes && std::is_same_v<Mask, uint32_t>) {
+        // Two cells of bytes fill a vector.
+#pragma GCC unroll 4
+        for (; s + 2 <= Strips; s += 2) {
+          uint64_t pair;
+          std::memcpy(&pair, mask, sizeof pair);
+          mask += 2;
+          Traits::expand_pair(values, pair, cells[s], cells[s + 1]);
+          __builtin_prefetch(reinterpret_cast<const char*>(values) + kPrefetchBytes);
+          values += __builtin_popcountll(pair);
+        }
+      }
+#pragma GCC unroll 4
+      for (; s < Strips; ++s) {
+        const Mask m = *mask++;
+        cells[s] = Traits::expand(values, m);
+        __builtin_prefetch(reinterpret_cast<const char*>(values) + kPrefetchBytes);
+        values += __builtin_popcount(m);
+      }
     }
   };
   // The same, and leaves them expanded.
   struct Expanding {
     Kept kept;
     uint32_t* cells;
-    Weights next() {
-      const Weights cell = kept.next();
-      Traits::store_units(std::exchange(cells, cells + kLanes), cell);
-      return cell;
+    template <int Strips>
+    void next(Weights (&out)[Strips]) {
+      kept.next(out);
+#pragma GCC unroll 4
+      for (int s = 0; s < Strips; ++s) Traits::store_units(cells + s * kLanes, out[s]);
+      cells += Strips * kLanes;
     }
   };
   struct Expanded {
     const uint32_t* cells;
-    Weights next() { return Traits::load_units(std::exchange(cells, cells + kLanes)); }
+    template <int Strips>
+    void next(Weights (&out)[Strips]) {
+#pragma GCC unroll 4
+      for (int s = 0; s < Strips; ++s) out[s] = Traits::load_units(cells + s * kLanes);
+      cells += Strips * kLanes;
+    }
   };
   struct Factor {
     const Value* cells;
-    Weights next() { return Traits::weights(std::exchange(cells, cells + kCell)); }
+    template <int Strips>
+    void next(Weights (&out)[Strips]) {
+#pragma GCC unroll 4
+      for (int s = 0; s < Strips; ++s) out[s] = Traits::weights(cells + s * kCell);
+      cells += Strips * kCell;
+    }
   };
 
-  static Kept kept(const PackedHeader* weight, int64_t block) {
-    const char* base = reinterpret_cast<const char*>(weight);
-    return {reinterpret_cast<const Mask*>(base + weight->masks_at) + block * kStripsPerBlock * weight->groups,
-            reinterpret_cast<const Value*>(base + weight->values_at) +
-                reinterpret_cast<const uint64_t*>(base + weight->starts_at)[block]};
+  static const Mask* masks(const PackedHeader* weight, int64_t block) {
+    return reinterpret_cast<const Mask*>(reinterpret_cast<const char*>(weight) + weight->masks_at) +
+           block * kStripsPerBlock * weight->groups;
   }
 
-  // sums (+)= cells times `Columns` columns, whose units are `stride` apart from group to group. Returns the
-  // source behind the cells used.
+  // One group after the other: sums += cells times `Columns` columns, whose units are `stride` apart. Returns
+  // the source behind the cells used.
+  template <int Strips, int Columns, class Source, class Sum>
+  [[gnu::always_inline]] static Source add_products(Source source, int64_t groups, const uint32_t* units,
+                                                    int64_t stride, Sum (&sum)[Columns][Strips]) {
+    for (int64_t g = 0; g < groups; ++g) {
+      Weights cells[Strips];
+      source.next(cells);
+#pragma GCC unroll 8
+      for (int c = 0; c < Columns; ++c) {
+#pragma GCC unroll 8
+        for (int s = 0; s < Strips; ++s) {
+          sum[c][s] = Traits::multiply_add(sum[c][s], cells[s], units[g * stride + c]);
+        }
+      }
+    }
+    return source;
+  }
+
+  // sums (+)= cells times columns.
   template <int Strips, int Columns, class Source>
-  static Source multiply(Source source, int64_t groups, const uint32_t* activations, int64_t stride,
+  static Source multiply(Source source, int64_t groups, const uint32_t* units, int64_t stride,
                          bool accumulate, float* sums) {
     Vector sum[Columns][Strips];
     for (int c = 0; c < Columns; ++c) {
@@ -95,23 +152,96 @@ struct StripLoops {
         sum[c][s] = accumulate ? Traits::load(sums + (c * Strips + s) * kLanes) : Traits::zero();
       }
     }
-    for (int64_t g = 0; g < groups; ++g) {
-      Weights cells[Strips];
-#pragma GCC unroll 8
-      for (int s = 0; s < Strips; ++s) cells[s] = source.next();
-#pragma GCC unroll 8
-      for (int c = 0; c < Columns; ++c) {
-#pragma GCC unroll 8
-        for (int s = 0; s < Strips; ++s) {
-          sum[c][s] = Traits::multiply_add(sum[c][s], cells[s], activations[g * stride + c]);
-        }
-      }
-    }
+    source = add_products<Strips, Columns>(source, groups, units, stride, sum);
     for (int c = 0; c < Columns; ++c) {
       for (int s = 0; s < Strips; ++s) Traits::store(sums + (c * Strips + s) * kLanes, sum[c][s]);
     }
     return source;
   }
+
+  // The same for codes, over kScaledColumns inputs at most. `scales` are those of the strips, [strip][lanes],
+  // and `x_scales`, where activations have them, those of the columns.
+  template <int Strips, int Columns, class Source>
+  static Source multiply_codes(Source source, int64_t groups, const uint32_t* units, int64_t stride,
+                               const uint16_t* scales, const float* x_scales, bool accumulate, float* sums) {
+    typename Traits::Sum sum[Columns][Strips];
+    for (int c = 0; c < Columns; ++c) {
+      for (int s = 0; s < Strips; ++s) sum[c][s] = Traits::no_sum();
+    }
+    source = add_products<Strips, Columns>(source, groups, units, stride, sum);
+    for (int s = 0; s < Strips; ++s) {
+      const Vector scale = Traits::scales(scales + s * kLanes);
+      for (int c = 0; c < Columns; ++c) {
+        float* out = sums + (c * Strips + s) * kLanes;
+        const Vector before = accumulate ? Traits::load(out) : Traits::zero();
+        if constexpr (Traits::scaled_activations) {
+          Traits::store(out, Traits::add_scaled(before, sum[c][s], Traits::times(scale, x_scales[c])));
+        } else {
+          Traits::store(out, Traits::add_scaled(before, sum[c][s], scale));
+        }
+      }
+    }
+    return source;
+  }
+
+  // Where the scales of columns `first` and on begin, for the kScaledColumns inputs from group `g` on.
+  static const float* x_scales(const Activations& x, int64_t g, int columns, int first) {
+    if constexpr (Traits::scaled_activations) return x.scales + g / kScaledGroups * columns + first;
+    return nullptr;
+  }
+
+  // Values of a block, from some cell on, whatever their storage.
+  class Values {
+   public:
+    // `first`: their index in the block.
+    Values(const PackedHeader* weight, int64_t block, int64_t first) : next_(first), codebook_(nullptr) {
+      const char* base = reinterpret_cast<const char*>(weight);
+      auto start = static_cast<int64_t>(reinterpret_cast<const uint64_t*>(base + weight->starts_at)[block]);
+      if constexpr (kCodes) {
+        if (weight->shape.values == Storage::int4) {
+          codebook_ = weight->codebook;
+          start /= 2;
+        }
+      }
+      block_ = reinterpret_cast<const Value*>(base + weight->values_at) + start;
+    }
+
+    // Of the next one, in the block.
+    int64_t index() const { return next_; }
+
+    // A source for the next cells, whose words are `masks`. int4 are decoded into `codes`, which has room for
+    // kCell codes a cell and kSpare more.
+    Kept source(const Mask* masks, int64_t cells, Value* codes) {
+      if constexpr (kCodes) {
+        if (codebook_) {
+          const int64_t first = next_ / kRun, end = next_ + population(masks, cells);
+          for (int64_t run = first; run * kRun < end; ++run) {
+            const auto* bytes = reinterpret_cast<const uint8_t*>(block_) + run * (kRun / 2);
+            __builtin_prefetch(bytes + kPrefetchBytes / 2);
+            Traits::decode(bytes, codebook_, codes + (run - first) * kRun);
+          }
+          return {masks, codes + next_ % kRun};
+        }
+      }
+      return {masks, block_ + next_};
+    }
+    // To be called with what source() returned, before and after its cells.
+    void used(const Kept& begin, const Kept& end) { next_ += end.values - begin.values; }
+
+   private:
+    static int64_t population(const Mask* masks, int64_t cells) {
+      // Of 32 bits, as the masks are: so it can be vectorised.
+      uint32_t count = 0;
+      for (int64_t i = 0; i < cells; ++i) count += static_cast<uint32_t>(__builtin_popcount(masks[i]));
+      return count;
+    }
+
+    int64_t next_;
+    const Value* block_;      // of int4: bytes
+    const int8_t* codebook_;  // of int4
+  };
+  // Runs begin and end beside the cells; kernels load past the last one.
+  static constexpr int64_t kSpare = 2 * kRun + 64;
 
   // Calls f(Constant<Strips>).
   template <class F>
@@ -155,68 +285,135 @@ struct StripLoops {
     }
   }
 
-  static void sparse(const PackedHeader* weight, int64_t block, const uint32_t* activations, int columns,
-                     float* sums) {
-    const int64_t groups = weight->groups;
+  static void sparse(const PackedHeader* weight, int64_t block, Activations x, int columns, float* sums) {
     with_strips(strips_of_block(weight->strips, block), [&](auto strips) {
       // The chunks below set the sums, but a layer without inputs has none.
-      if (groups == 0) std::fill_n(sums, columns * strips * kLanes, 0.f);
-      Kept source = kept(weight, block);
-      if (columns <= kMaxColumns) {
-        over_columns(columns, [&](auto width, int) {
-          multiply<strips, width>(source, groups, activations, columns, false, sums);
-        });
-        return;
-      }
-      alignas(64) uint32_t cells[kGroupsPerChunk * kStripsPerBlock * kLanes];
-      for (int64_t g = 0; g < groups; g += kGroupsPerChunk) {
-        const int64_t count = std::min(kGroupsPerChunk, groups - g);
-        over_columns(columns, [&](auto width, int first) {
-          const uint32_t* units = activations + g * columns + first;
-          float* out = sums + first * strips * kLanes;
-          if (first == 0) {
-            source =
-                multiply<strips, width>(Expanding{source, cells}, count, units, columns, g > 0, out).kept;
-          } else {
-            multiply<strips, width>(Expanded{cells}, count, units, columns, g > 0, out);
-          }
-        });
+      if (weight->groups == 0) std::fill_n(sums, columns * strips * kLanes, 0.f);
+      if constexpr (kCodes) {
+        sparse_codes<strips>(weight, block, x, columns, sums);
+      } else {
+        sparse_exact<strips>(weight, block, x.units, columns, sums);
       }
     });
   }
 
-  static void dense(const void* factor, int strips, int64_t groups, const uint32_t* activations, int columns,
-                    bool accumulate, float* sums) {
-    with_strips(strips, [&](auto strips) {
+  template <int Strips>
+  static void sparse_exact(const PackedHeader* weight, int64_t block, const uint32_t* activations,
+                           int columns, float* sums) {
+    const int64_t groups = weight->groups;
+    Kept source = Values(weight, block, 0).source(masks(weight, block), 0, nullptr);
+    if (columns <= kMaxColumns) {
+      over_columns(columns, [&](auto width, int) {
+        multiply<Strips, width>(source, groups, activations, columns, false, sums);
+      });
+      return;
+    }
+    alignas(64) uint32_t cells[kGroupsPerChunk * kStripsPerBlock * kLanes];
+    for (int64_t g = 0; g < groups; g += kGroupsPerChunk) {
+      const int64_t count = std::min(kGroupsPerChunk, groups - g);
       over_columns(columns, [&](auto width, int first) {
-        multiply<strips, width>(Factor{static_cast<const Value*>(factor)}, groups, activations + first,
-                                columns, accumulate, sums + first * strips * kLanes);
+        const uint32_t* units = activations + g * columns + first;
+        float* out = sums + first * Strips * kLanes;
+        if (first == 0) {
+          source = multiply<Strips, width>(Expanding{source, cells}, count, units, columns, g > 0, out).kept;
+        } else {
+          multiply<Strips, width>(Expanded{cells}, count, units, columns, g > 0, out);
+        }
+      });
+    }
+  }
+
+  template <int Strips>
+  static void sparse_codes(const PackedHeader* weight, int64_t block, Activations x, int columns,
+                           float* sums) {
+    const int64_t groups = weight->groups;
+    const Mask* mask = masks(weight, block);
+    const uint16_t* scales =
+        reinterpret_cast<const uint16_t*>(reinterpret_cast<const char*>(weight) + weight->values_scale_at) +
+        block * kStripsPerBlock * weight->scale_groups * kLanes;
+    Values values(weight, block, 0);
+    alignas(64) Value codes[kScaledGroups * kStripsPerBlock * kCell + kSpare];
+    alignas(64) uint32_t cells[kScaledGroups * kStripsPerBlock * kLanes];
+    for (int64_t g = 0; g < groups; g += kScaledGroups) {
+      const int64_t count = std::min(kScaledGroups, groups - g);
+      const Kept begin = values.source(mask + g * Strips, count * Strips, codes);
+      Kept source = begin;
+      const uint16_t* scale = scales + g * kGroup / weight->shape.scale_columns * Strips * kLanes;
+      over_columns(columns, [&](auto width, int first) {
+        const uint32_t* units = x.units + g * columns + first;
+        const float* of_x = x_scales(x, g, columns, first);
+        float* out = sums + first * Strips * kLanes;
+        if (columns <= kMaxColumns) {
+          source = multiply_codes<Strips, width>(source, count, units, columns, scale, of_x, g > 0, out);
+        } else if (first == 0) {
+          source = multiply_codes<Strips, width>(Expanding{source, cells}, count, units, columns, scale, of_x,
+                                                 g > 0, out)
+                       .kept;
+        } else {
+          multiply_codes<Strips, width>(Expanded{cells}, count, units, columns, scale, of_x, g > 0, out);
+        }
+      });
+      values.used(begin, source);
+    }
+  }
+
+  static void dense(const FactorBlock& factor, int64_t groups, Activations x, int columns, bool accumulate,
+                    float* sums) {
+    with_strips(factor.strips, [&](auto strips) {
+      over_columns(columns, [&](auto width, int first) {
+        Factor source{static_cast<const Value*>(factor.cells)};
+        float* out = sums + first * strips * kLanes;
+        if constexpr (kCodes) {
+          for (int64_t g = 0; g < groups; g += kScaledGroups) {
+            source = multiply_codes<strips, width>(
+                source, std::min(kScaledGroups, groups - g), x.units + g * columns + first, columns,
+                factor.scales + g * kGroup / factor.scale_columns * strips * kLanes,
+                x_scales(x, g, columns, first), accumulate || g > 0, out);
+          }
+        } else {
+          multiply<strips, width>(source, groups, x.units + first, columns, accumulate, out);
+        }
       });
     });
   }
 
-  static uint32_t unit(const Value* x, int64_t available) {
+  static uint32_t unit(const Element* x, int64_t available) {
     if constexpr (kGroup == 1) {
       const float value = Traits::to_float(x[0]);
       uint32_t bits;
       std::memcpy(&bits, &value, 4);
       return bits;
     } else {
-      static_assert(kGroup == 2 && sizeof(Value) == 2);
+      static_assert(kGroup == 2 && sizeof(Element) == 2);
       return x[0] | (available > 1 ? static_cast<uint32_t>(x[1]) << 16 : 0u);
     }
   }
 
-  // Square by square: a row of x is read, and a row of activations written, sixteen units at a time.
   static void prepare(const void* x, int64_t stride, int64_t d_in, int columns, int padded, int64_t begin,
-                      int64_t end, uint32_t* activations) {
-    const auto* rows = static_cast<const Value*>(x);
+                      int64_t end, Activations out) {
+    const auto* rows = static_cast<const Element*>(x);
+    if constexpr (Traits::scaled_activations) {
+      for (int64_t g = begin; g < end; g += kScaledGroups) {
+        const int64_t first = g * kGroup, count = std::min(kScaledColumns, d_in - first);
+        for (int c = 0; c < columns; ++c) {
+          out.scales[g / kScaledGroups * padded + c] =
+              Traits::quantise(rows + c * stride + first, count, out.units + g * padded + c, padded);
+        }
+      }
+    } else {
+      prepare_squares(rows, stride, d_in, columns, padded, begin, end, out.units);
+    }
+  }
+
+  // Square by square: a row of x is read, and a row of activations written, sixteen units at a time.
+  static void prepare_squares(const Element* rows, int64_t stride, int64_t d_in, int columns, int padded,
+                              int64_t begin, int64_t end, uint32_t* activations) {
     int c = 0;
     for (; c + kLanes <= columns; c += kLanes) {
       int64_t g = begin;
       for (; g + kLanes <= end && (g + kLanes) * kGroup <= d_in; g += kLanes) {
-        typename Traits::Weights square[kLanes];
-        for (int i = 0; i < kLanes; ++i) square[i] = Traits::weights(rows + (c + i) * stride + g * kGroup);
+        Weights square[kLanes];
+        for (int i = 0; i < kLanes; ++i) square[i] = Traits::elements(rows + (c + i) * stride + g * kGroup);
         Traits::transpose(square);
         for (int i = 0; i < kLanes; ++i) Traits::store_units(activations + (g + i) * padded + c, square[i]);
       }
@@ -228,26 +425,32 @@ struct StripLoops {
     }
   }
 
-  static void prepare_units(const Value* rows, int64_t stride, int64_t d_in, int c_begin, int c_end,
+  static void prepare_units(const Element* rows, int64_t stride, int64_t d_in, int c_begin, int c_end,
                             int padded, int64_t begin, int64_t end, uint32_t* activations) {
     for (int c = c_begin; c < c_end; ++c) {
-      const Value* row = rows + c * stride;
+      const Element* row = rows + c * stride;
       for (int64_t g = begin; g < end; ++g) {
         activations[g * padded + c] = unit(row + g * kGroup, d_in - g * kGroup);
       }
     }
   }
 
-  static void sums_to_activations(const float* sums, int strips, int columns, uint32_t* activations) {
+  static void sums_to_activations(const float* sums, int strips, int columns, Activations out) {
     const int groups = strips * kLanes / kGroup;
     for (int c = 0; c < columns; ++c) {
-      for (int g = 0; g < groups; ++g) {
-        const float* lane = sums + (c * groups + g) * kGroup;
-        if constexpr (kGroup == 1) {
-          std::memcpy(activations + g * columns + c, lane, 4);
-        } else {
-          activations[g * columns + c] =
-              Traits::from_float(lane[0]) | static_cast<uint32_t>(Traits::from_float(lane[1])) << 16;
+      const float* column = sums + c * strips * kLanes;
+      if constexpr (Traits::scaled_activations) {
+        static_assert(kStripsPerBlock * kLanes == kScaledColumns);
+        out.scales[c] = Traits::quantise(column, strips * kLanes, out.units + c, columns);
+      } else {
+        for (int g = 0; g < groups; ++g) {
+          const float* lane = column + g * kGroup;
+          if constexpr (kGroup == 1) {
+            std::memcpy(out.units + g * columns + c, lane, 4);
+          } else {
+            out.units[g * columns + c] =
+                Traits::from_float(lane[0]) | static_cast<uint32_t>(Traits::from_float(lane[1])) << 16;
+          }
         }
       }
     }
@@ -255,9 +458,9 @@ struct StripLoops {
 
   static void store(const float* sums, int strips, int columns, const void* bias, int valid, void* y,
                     int64_t y_stride) {
-    const auto* b = static_cast<const Value*>(bias);
+    const auto* b = static_cast<const Element*>(bias);
     for (int c = 0; c < columns; ++c) {
-      Value* out = static_cast<Value*>(y) + c * y_stride;
+      Element* out = static_cast<Element*>(y) + c * y_stride;
       const float* sum = sums + c * strips * kLanes;
       for (int i = 0; i < valid; ++i) {
         out[i] = Traits::from_float(b ? sum[i] + Traits::to_float(b[i]) : sum[i]);
@@ -266,20 +469,23 @@ struct StripLoops {
   }
 
   static const StripKernels& table() {
-    static const StripKernels kernels{{kLanes, kGroup}, prepare, sparse, dense, sums_to_activations, store};
+    static const StripKernels kernels{
+        {kLanes, kGroup}, Traits::scaled_activations, prepare, sparse, dense, sums_to_activations, store};
     return kernels;
   }
 };
 
-// fp32 and bf16 as stored.
-struct Fp32Value {
-  using Value = float;
+// fp32 and bf16 as they are in memory.
+struct Fp32Element {
+  using Element = float;
+  static constexpr bool scaled_activations = false;
   static float to_float(float v) { return v; }
   static float from_float(float v) { return v; }
 };
 
-struct Bf16Value {
-  using Value = uint16_t;
+struct Bf16Element {
+  using Element = uint16_t;
+  static constexpr bool scaled_activations = false;
   static float to_float(uint16_t v) {
     const uint32_t bits = static_cast<uint32_t>(v) << 16;
     float out;

@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from oats import __version__
-from oats.cli import bench, compress, eval, generate, info
+from oats.cli import bench, compress, eval, generate, info, quantize
 from oats.errors import OatsError
 
 
@@ -36,6 +36,7 @@ app.command("compress", epilog="Example: oats compress google/gemma-3-270m small
 app.command("eval", epilog="Example: oats eval small --text book.txt")(eval.evaluate)
 app.command("generate", epilog='Example: oats generate small "Once upon a time"')(generate.generate)
 app.command("bench", epilog="Example: oats bench --d-out 4096 --d-in 11008 --threads 2")(bench.bench)
+app.command("quantize", epilog="Example: oats quantize small small-int8 --values int8")(quantize.quantize)
 app.command("info", epilog="Example: oats info small")(info.info)
 
 

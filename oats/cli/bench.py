@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
+    from oats.evaluate.contenders import Dtype
     from oats.evaluate.latency import LeftOut, Row, Timing
+    from oats.storage import Storage
 
 
 def bench(
@@ -35,7 +37,9 @@ def bench(
         float, typer.Option(help="Share of the rest that is low-rank.")
     ] = OatsConfig.rank_ratio,
     pattern: Annotated[str, typer.Option(help="row, layer, or N:M such as 2:4.")] = OatsConfig.pattern,
-    dtype: Annotated[str, typer.Option(help="bf16, fp32, or bf16,fp32.")] = "bf16",
+    dtype: Annotated[
+        str, typer.Option(help="How ours is stored: some of bf16, fp32, int8 and int4, as in bf16,int8.")
+    ] = "bf16",
     isa: Annotated[
         str | None, typer.Option(help="Instruction sets: some, or all.", show_default="the best one")
     ] = None,
@@ -60,8 +64,8 @@ def bench(
     batches = _numbers("batch", batch, int)
     compressions = _numbers("compression", compression, float)
     dtypes = dtype.split(",")
-    if unknown := [name for name in dtypes if name not in ("bf16", "fp32")]:
-        raise ConfigError(f'dtype must be "bf16" or "fp32", got {unknown[0]!r}')
+    if unknown := [name for name in dtypes if name not in ("bf16", "fp32", "int8", "int4")]:
+        raise ConfigError(f'dtype must be "bf16", "fp32", "int8" or "int4", got {unknown[0]!r}')
 
     import torch
 
@@ -89,8 +93,13 @@ def bench(
     ]
     rows: list[Row] = []
     left_out: list[LeftOut] = []
-    ours = [compressed(name, isa=isa_name) for name in dtypes for isa_name in isas]  # type: ignore[arg-type]
-    peers = [torch_dense(name) for name in dtypes]  # type: ignore[arg-type]
+    # Codes compute in bf16 or near it.
+    plain: list[tuple[Dtype, Storage]] = [
+        ("fp32" if name == "fp32" else "bf16", OatsConfig(values=name).storage)  # type: ignore[arg-type]
+        for name in dtypes
+    ]
+    ours = [compressed(name, isa=isa_name, storage=how) for name, how in plain for isa_name in isas]
+    peers = [torch_dense(name) for name in dict.fromkeys(name for name, _ in plain)]
     with progress_bar("Timing") as bar:
         cases = [(shape, config) for config in configs for shape in shapes]
         for done, (shape, config) in enumerate(cases):

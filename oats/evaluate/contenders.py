@@ -19,6 +19,8 @@ from oats import __version__, ops
 from oats import format as fmt
 from oats.evaluate.layer import Form, RandomWeight
 from oats.nn import SparseLowRankLinear
+from oats.quantization import quantize_tensors
+from oats.storage import EXACT, Storage
 
 # Weights are cycled through this much memory at least, and through 4 times the last-level cache, so that
 # no cache holds them: a model's layers do not find theirs in a cache either.
@@ -84,7 +86,8 @@ class Contender(Protocol):
 # Largest error that is accepted, in units of Reference.scale. An output of a random layer is normal with
 # that deviation, and the largest of millions is 6 of them: bf16 rounds the output and V x to 2^-9 of it;
 # fp32 sums up to 16384 products, each partial sum to 2^-24.
-TOLERANCES = {"bf16": 2.0**-5, "fp32": 2.0**-14}
+# Codes round a weight to some hundredths of it (int8), or to an eighth of its range (int4).
+TOLERANCES = {"bf16": 2.0**-5, "fp32": 2.0**-14, "int8": 2.0**-4, "int4": 0.75}
 
 
 class InProcess:
@@ -147,8 +150,10 @@ class InProcess:
         self._layers, self._x = [], torch.empty(0)
 
 
-def compressed(dtype: Dtype, *, isa: str | None = None, form: Form = "oats") -> Contender:
-    """`SparseLowRankLinear`, packed for `isa` (None: the best one).
+def compressed(
+    dtype: Dtype, *, isa: str | None = None, form: Form = "oats", storage: Storage = EXACT
+) -> Contender:
+    """`SparseLowRankLinear`, packed for `isa` (None: the best one), its numbers stored as `storage` says.
 
     >>> compressed("bf16", form="unstructured").form
     'unstructured'
@@ -156,13 +161,21 @@ def compressed(dtype: Dtype, *, isa: str | None = None, form: Form = "oats") -> 
     isa = ops.active_isa() if isa is None else isa
 
     def make(weight: RandomWeight) -> Iterator[nn.Module]:
-        tensors = weight.canonical()
+        tensors, d_in = weight.canonical(), weight.sparse.shape[1]
+        if storage.has_codes:
+            tensors = quantize_tensors(tensors, d_in, storage)
         while True:
             with _packing_for(isa):
-                layer = SparseLowRankLinear.from_canonical(tensors, weight.sparse.shape[1])
+                layer = SparseLowRankLinear.from_canonical(
+                    tensors, d_in, storage=storage, dtype=weight.sparse.dtype
+                )
             yield layer
 
-    return InProcess("oats", dtype, form, make, _packed_bytes, version=__version__, isa=isa)
+    contender = InProcess("oats", dtype, form, make, _packed_bytes, version=__version__, isa=isa)
+    if storage.values != "exact":
+        contender.stored_dtype = storage.values
+        contender.tolerance = TOLERANCES[storage.values]
+    return contender
 
 
 def torch_dense(dtype: Dtype) -> Contender:

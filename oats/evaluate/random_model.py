@@ -44,7 +44,7 @@ def random_model(
     Args:
         architecture: a configuration of transformers, e.g. ``LlamaConfig(hidden_size=…)``.
         config: how the linear layers in its blocks are compressed (``compression``, ``rank_ratio``,
-            ``pattern``); None leaves them dense. ``"layer"`` is taken as ``"row"``.
+            ``pattern``, and how they are stored); None leaves them dense. ``"layer"`` is taken as ``"row"``.
         dtype: of all weights, torch.bfloat16 or torch.float32.
         seed: of the weights. The global random state is left as it was.
 
@@ -100,6 +100,15 @@ def _draw_(tensor: Tensor, std: float) -> Tensor:
     return tensor
 
 
+def _draw_codes(tensor: Tensor) -> Tensor:
+    """Fill with integers, all as often: a byte from -127 to 127, or two int4."""
+    lowest, highest = (-127, 128) if tensor.dtype == torch.int8 else (0, 256)
+    drawn = torch.randint(lowest, highest, (min(tensor.numel(), _DISTINCT_VALUES),)).to(tensor.dtype)
+    for chunk in tensor.view(-1).split(max(drawn.numel(), 1)):
+        chunk.copy_(drawn[: chunk.numel()])
+    return tensor
+
+
 def _random_replacement(name: str, target: Target, config: OatsConfig) -> nn.Module:
     layers = {}
     for part, (weight, bias) in target.matrices().items():
@@ -107,7 +116,9 @@ def _random_replacement(name: str, target: Target, config: OatsConfig) -> nn.Mod
         d_out, d_in = weight.shape
         tensors = _random_tensors(part_name, d_out, d_in, config, weight.dtype)
         zeros = None if bias is None else torch.zeros(d_out, dtype=weight.dtype)
-        layers[part] = SparseLowRankLinear.from_canonical(tensors, d_in, zeros, part_name)
+        layers[part] = SparseLowRankLinear.from_canonical(
+            tensors, d_in, zeros, part_name, storage=config.storage, dtype=weight.dtype
+        )
     return SplitLinear(layers) if target.outputs else layers[""]
 
 
@@ -124,9 +135,22 @@ def _random_tensors(
     sample, _ = encode(keep_largest(torch.rand(min(d_out, _DISTINCT_ROWS), d_in).add_(1), kept, pattern))
     mask = sample[torch.randint(len(sample), (d_out,))]
     nnz = ops.mask_population(mask, d_in)
-    return {
-        "mask": mask,
-        "values": _draw_(torch.empty(nnz, dtype=dtype), (d_out / max(nnz, 1)) ** 0.5),
-        "low_rank_u": _draw_(torch.empty(d_out, rank, dtype=dtype), max(rank, 1) ** -0.5),
-        "low_rank_v": _draw_(torch.empty(rank, d_in, dtype=dtype), d_in**-0.5),
+    sizes = {
+        "values": (d_out / max(nnz, 1)) ** 0.5,
+        "low_rank_u": max(rank, 1) ** -0.5,
+        "low_rank_v": d_in**-0.5,
     }
+    tensors = {"mask": mask}
+    for tensor_name, (kind, shape) in config.storage.tensors(d_out, d_in, rank, nnz, dtype).items():
+        if tensor_name == "values_codebook":
+            tensors[tensor_name] = torch.arange(-120, 121, 16, dtype=kind)
+        elif tensor_name.endswith("_scale"):
+            # Codes from -127 to 127, all as often, are 73 in the mean.
+            tensors[tensor_name] = torch.full(
+                shape, sizes[tensor_name.removesuffix("_scale")] / 73, dtype=kind
+            )
+        elif kind.is_floating_point:
+            tensors[tensor_name] = _draw_(torch.empty(shape, dtype=kind), sizes[tensor_name])
+        elif tensor_name != "mask":
+            tensors[tensor_name] = _draw_codes(torch.empty(shape, dtype=kind))
+    return tensors

@@ -16,13 +16,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from oats import __version__
-from oats.bitmask import mask_columns
 from oats.config import OPTIONAL, OatsConfig
 from oats.errors import CheckpointError, ConfigError, FormatError
-from oats.format import FORMAT_VERSION, TENSORS
+from oats.format import CODES_VERSION, FORMAT_VERSION
+from oats.storage import EXACT, Storage
 
 _SETTINGS = frozenset(field.name for field in fields(OatsConfig))
-_DTYPE_NAMES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "U8": torch.uint8}
+_DTYPE_NAMES = {
+    "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "U8": torch.uint8, "I8": torch.int8,
+}  # fmt: skip
+_STORED_AS = {"BF16": "bf16", "F32": "fp32"}
+_SIZES = {"rank", "nnz"}
+_STORAGE = {"values", "low_rank", "scale_columns"}
 RETRY = "download the checkpoint or compress the model again"
 """How every error about a damaged checkpoint ends."""
 
@@ -51,7 +56,7 @@ def read_config(file: Path) -> dict[str, Any]:
 
 def parse_quantization_config(
     quantization: Mapping[str, Any], origin: str = "config.json"
-) -> tuple[OatsConfig, dict[str, dict[str, int]]]:
+) -> tuple[OatsConfig, dict[str, dict[str, Any]]]:
     """Read the ``quantization_config`` of a compressed model.
 
     Args:
@@ -59,7 +64,8 @@ def parse_quantization_config(
         origin: the file it is from, for error messages.
 
     Returns:
-        The settings, and name of each compressed layer → its ``rank`` and ``nnz``.
+        The settings, and name of each compressed layer → its ``rank`` and ``nnz``, and where it has codes
+        the fields of its :class:`~oats.storage.Storage`.
 
     Raises:
         FormatError: another format version, a key that is unknown or missing, or a bad value.
@@ -68,10 +74,11 @@ def parse_quantization_config(
     given = dict(quantization)
     given.pop("quant_method", None)
     version = given.pop("format_version", None)
-    if type(version) is not int or version != FORMAT_VERSION:
+    if type(version) is not int or version not in (FORMAT_VERSION, CODES_VERSION):
         raise FormatError(
-            f"{origin}.format_version is {_shortened(version)}, but oats-torch {__version__} reads version "
-            f"{FORMAT_VERSION} only; for a newer version upgrade with `pip install -U oats-torch`"
+            f"{origin}.format_version is {_shortened(version)}, but oats-torch {__version__} reads versions "
+            f"{FORMAT_VERSION} and {CODES_VERSION} only; for a newer version upgrade with "
+            "`pip install -U oats-torch`"
         )
     expected = _SETTINGS | {"layers"}
     for problem, keys in (
@@ -86,15 +93,20 @@ def parse_quantization_config(
     if not isinstance(layers, dict):
         raise FormatError(f"{origin}.layers is {_shortened(layers)}, expected an object; {RETRY}")
     for name, sizes in layers.items():
+        allowed = (_SIZES,) if version == FORMAT_VERSION else (_SIZES, _SIZES | _STORAGE)
         if (
             not isinstance(sizes, dict)
-            or sizes.keys() != {"rank", "nnz"}
-            or any(type(size) is not int or size < 0 for size in sizes.values())
+            or sizes.keys() not in allowed
+            or any(type(sizes[size]) is not int or sizes[size] < 0 for size in _SIZES)
         ):
             raise FormatError(
                 f"{origin}.layers[{name!r}] is {_shortened(sizes)}, expected "
                 f'{{"rank": a whole number, "nnz": a whole number}}; {RETRY}'
             )
+        try:
+            Storage.from_dict(sizes)
+        except ConfigError as error:
+            raise FormatError(f"{origin}.layers[{name!r}]: {error}; {RETRY}") from error
     try:
         return OatsConfig(**given), layers
     except (ConfigError, TypeError, OverflowError) as error:
@@ -152,7 +164,11 @@ def read_header(path: str | Path) -> dict[str, StoredTensor]:
 
 
 def check_tensors(
-    name: str, shapes: Mapping[str, tuple[int, ...]], found: Mapping[str, StoredTensor], origin: str
+    name: str,
+    shapes: Mapping[str, tuple[int, ...]],
+    found: Mapping[str, StoredTensor],
+    origin: str,
+    storage: Storage = EXACT,
 ) -> None:
     """Check that the tensors of a layer are stored, with their shapes and dtypes.
 
@@ -161,6 +177,7 @@ def check_tensors(
         shapes: name of each tensor → the shape it must have.
         found: name → what is stored, for those that are.
         origin: where they were looked for.
+        storage: which of them hold codes.
 
     Raises:
         FormatError: one is missing or is another one.
@@ -170,6 +187,8 @@ def check_tensors(
             raise FormatError(
                 f"{origin}: {name}: {part} is missing; the file does not match its config.json, {RETRY}"
             )
+    # Float32 stands for the dtype of the layer.
+    kinds = {part: kind for part, (kind, _) in storage.tensors(0, 0, 0, 0, torch.float32).items()}
     for part, shape in shapes.items():
         tensor = found[part]
         if tensor.shape != shape:
@@ -177,14 +196,16 @@ def check_tensors(
                 f"{tensor.path}: {name}: {part} has shape {tensor.shape}, but config.json says {shape}; "
                 f"{RETRY}"
             )
-        if part == "mask":
-            allowed: tuple[str, ...] = ("U8",)
-        elif part == "bias":
-            allowed = ("F32", "BF16", "F16")
+        kind = kinds.get(part, torch.float16)
+        if part == "bias":
+            allowed: tuple[str, ...] = ("F32", "BF16", "F16")
+        elif kind != torch.float32:
+            allowed = tuple(code for code, dtype in _DTYPE_NAMES.items() if dtype == kind)
         else:
             allowed = ("F32", "BF16")
-            if part != "values" and found["values"].dtype in allowed:
-                allowed = (found["values"].dtype,)
+            first = next(other for other in shapes if kinds.get(other) == torch.float32)
+            if part != first and found[first].dtype in allowed:
+                allowed = (found[first].dtype,)
         if tensor.dtype not in allowed:
             expected = " or ".join(str(_DTYPE_NAMES[dtype]) for dtype in allowed)
             raise FormatError(
@@ -277,7 +298,7 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 
 def _stored_layer(
-    directory: Path, name: str, sizes: Mapping[str, int], tensors: dict[str, StoredTensor]
+    directory: Path, name: str, sizes: Mapping[str, Any], tensors: dict[str, StoredTensor]
 ) -> StoredLayer:
     """The layer of that name; its tensors are taken out of `tensors`."""
     stored_name = name
@@ -290,10 +311,14 @@ def _stored_layer(
         marker = tensors.get(f"{place}.weight")
         if marker is not None and (marker.dtype, marker.shape) == ("U8", (1,)):
             del tensors[f"{place}.weight"]
-    parts = {part: tensors.pop(f"{stored_name}.{part}", None) for part in TENSORS}
+    storage = Storage.from_dict(sizes)
+    names = list(storage.tensors(0, 0, 0, 0, torch.float32))
+    parts = {part: tensors.pop(f"{stored_name}.{part}", None) for part in names}
     found = {part: tensor for part, tensor in parts.items() if tensor is not None}
     for part, tensor in found.items():
-        if part != "values" and (len(tensor.shape) != 2 or (part == "mask" and 0 in tensor.shape)):
+        if part in ("mask", "low_rank_u", "low_rank_v") and (
+            len(tensor.shape) != 2 or (part == "mask" and 0 in tensor.shape)
+        ):
             raise FormatError(
                 f"{tensor.path}: {name}: {part} has shape {tensor.shape}, expected a matrix; {RETRY}"
             )
@@ -301,13 +326,9 @@ def _stored_layer(
     d_out = found["low_rank_u"].shape[0] if "low_rank_u" in found else 0
     d_in = found["low_rank_v"].shape[1] if "low_rank_v" in found else 0
     rank, nnz = sizes["rank"], sizes["nnz"]
-    shapes = {
-        "mask": (d_out, mask_columns(d_in)),
-        "values": (nnz,),
-        "low_rank_u": (d_out, rank),
-        "low_rank_v": (rank, d_in),
-    }
-    check_tensors(name, shapes, found, str(directory))
+    expected = storage.tensors(d_out, d_in, rank, nnz, torch.float32)
+    shapes = {part: shape for part, (_, shape) in expected.items()}
+    check_tensors(name, shapes, found, str(directory), storage)
     check_sizes(name, d_out, d_in, rank=rank, nnz=nnz)
     return StoredLayer(
         name=stored_name,
@@ -315,7 +336,7 @@ def _stored_layer(
         d_in=d_in,
         rank=rank,
         nnz=nnz,
-        dtype={"BF16": "bf16", "F32": "fp32"}[found["values"].dtype],
+        dtype=_STORED_AS.get(found["values"].dtype) or storage.values,
         stored_bytes=sum(tensor.nbytes for tensor in found.values()),
     )
 

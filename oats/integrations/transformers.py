@@ -48,6 +48,7 @@ from oats.integrations.stored_model import (
 )
 from oats.models.linear import fused_outputs, is_linear, like_linear, weight_of
 from oats.nn import SparseLowRankLinear, SplitLinear
+from oats.storage import Storage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -62,13 +63,12 @@ class OatsQuantizationConfig(QuantizationConfigMixin):
 
     Args:
         settings: of the compression run.
-        layers: name of each compressed layer → its ``rank`` and ``nnz``.
-        format_version: of the tensors on disk.
+        layers: name of each compressed layer → its ``rank`` and ``nnz``, and where it has codes the fields of
+            its :class:`~oats.storage.Storage`.
     """
 
     settings: OatsConfig
-    layers: dict[str, dict[str, int]]
-    format_version: int = fmt.FORMAT_VERSION
+    layers: dict[str, dict[str, Any]]
     quant_method: str = QUANT_METHOD  # type: ignore[assignment]  # an enum of the methods transformers has
     _model: weakref.ref[nn.Module] | None = field(default=None, init=False, compare=False)
 
@@ -101,6 +101,12 @@ class OatsQuantizationConfig(QuantizationConfigMixin):
         """The state without the model: a copy belongs to another one, and pickle takes no weak reference."""
         self._update()
         return {**self.__dict__, "_model": None}
+
+    @property
+    def format_version(self) -> int:
+        """Of the tensors on disk: the lowest that can say what the layers are."""
+        has_codes = any("scale_columns" in sizes for sizes in self.layers.values())
+        return fmt.CODES_VERSION if has_codes else fmt.FORMAT_VERSION
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain JSON values."""
@@ -172,7 +178,7 @@ class OatsQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
-        places: dict[str, dict[str, dict[str, int]]] = {}
+        places: dict[str, dict[str, dict[str, Any]]] = {}
         markers = set()
         for saved_name, sizes in self.quantization_config.layers.items():
             name, part = _find_linear(model, saved_name)
@@ -282,8 +288,11 @@ def _layers(model: nn.Module) -> dict[str, SparseLowRankLinear]:
     return {name: module for name, module in modules if isinstance(module, SparseLowRankLinear)}
 
 
-def _layer_table(model: nn.Module) -> dict[str, dict[str, int]]:
-    return {name: {"rank": layer.rank, "nnz": layer.nnz} for name, layer in _layers(model).items()}
+def _layer_table(model: nn.Module) -> dict[str, dict[str, Any]]:
+    return {
+        name: {"rank": layer.rank, "nnz": layer.nnz, **layer.storage.to_dict()}
+        for name, layer in _layers(model).items()
+    }
 
 
 def _replacements(model: nn.Module) -> dict[str, SparseLowRankLinear | SplitLinear]:
@@ -327,7 +336,7 @@ def _fused_outputs(model: nn.Module, name: str) -> dict[str, int]:
     return fused_outputs(model.get_submodule(owner), attribute)
 
 
-def _unfilled(model: nn.Module, name: str, parts: dict[str, dict[str, int]]) -> nn.Module:
+def _unfilled(model: nn.Module, name: str, parts: dict[str, dict[str, Any]]) -> nn.Module:
     """What replaces a linear layer: part → rank and nnz, as config.json has them, "" for the whole."""
     linear = model.get_submodule(name)
     weight = weight_of(linear)
@@ -340,15 +349,17 @@ def _unfilled(model: nn.Module, name: str, parts: dict[str, dict[str, int]]) -> 
         )
     layers = {}
     for part, rows in outputs.items():
-        check_sizes(f"{name}.{part}" if part else name, rows, d_in, **parts[part])
+        rank, nnz = parts[part]["rank"], parts[part]["nnz"]
+        check_sizes(f"{name}.{part}" if part else name, rows, d_in, rank=rank, nnz=nnz)
         layers[part] = SparseLowRankLinear(
             d_in,
             rows,
-            parts[part]["rank"],
-            parts[part]["nnz"],
+            rank,
+            nnz,
             bias=linear.bias is not None,
             dtype=weight.dtype,
             device="meta",
+            storage=Storage.from_dict(parts[part]),
         )
     return layers[""] if "" in parts else SplitLinear(layers)
 
@@ -376,7 +387,7 @@ def _check_headers(
     for name, layer in layers.items():
         shapes = {part: tuple(tensor.shape) for part, tensor in layer.state_dict().items()}
         found = {part: stored[f"{name}.{part}"] for part in shapes if f"{name}.{part}" in stored}
-        check_tensors(name, shapes, found, ", ".join(checkpoint_files))
+        check_tensors(name, shapes, found, ", ".join(checkpoint_files), layer.storage)
     return {name: stored[f"{name}.mask"].path for name in layers}
 
 

@@ -2,8 +2,8 @@
 // csrc/include/oats promise, so that a read or write beside it is caught.
 //
 // Layers of small integers make every sum exact, in any order: their products are compared bit for bit, and
-// one term that is missing, doubled or taken from elsewhere shows. Layers of normal values are compared
-// within the bound of tests/test_kernels.py.
+// one term that is missing, doubled or taken from elsewhere shows. Layers of normal values, and of codes, are
+// compared within the bounds of tests/test_kernels.py.
 #include <algorithm>
 #include <cmath>
 #include <cstdarg>
@@ -15,6 +15,7 @@
 #include <numeric>
 #include <random>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "oats/isa.h"
@@ -28,6 +29,7 @@ using oats::Dtype;
 using oats::Isa;
 using oats::PackedHeader;
 using oats::Projection;
+using oats::Storage;
 
 int failures = 0, checks = 0;
 
@@ -119,26 +121,83 @@ constexpr int64_t kBatches[] = {1, 2, 6, 7, 16, 33, 64, 100, 129, 520};
 constexpr int64_t kMaxBatch = 520;
 constexpr int kThreads[] = {1, 2, 3};
 
+struct Kinds {
+  Storage values, factors;
+  int32_t scale_columns;
+};
+constexpr Kinds kExact{Storage::exact, Storage::exact, 0};
+constexpr Kinds kCodes[] = {{Storage::int8, Storage::int8, 128},
+                            {Storage::int4, Storage::int8, 64},
+                            {Storage::int4, Storage::exact, 128},
+                            {Storage::exact, Storage::int8, 64}};
+
+// A matrix as it is stored: values, or codes of a byte with their scales.
+template <class Value>
+struct Matrix {
+  Buffer<Value> values;
+  Buffer<int8_t> codes;
+  Buffer<uint16_t> scales;
+
+  Matrix(int64_t values, int64_t codes, int64_t scales) : values(values), codes(codes), scales(scales) {}
+  const void* stored() const { return codes.size() ? static_cast<const void*>(codes.data()) : values.data(); }
+  bool operator==(const Matrix& other) const {
+    return values == other.values && codes == other.codes && scales == other.scales;
+  }
+};
+
 // A layer, inputs for it, and what it makes of them.
 template <class Value>
 struct Case {
   Shape shape;
+  Kinds kinds;
   bool exact;
   int64_t nnz = 0;
   Buffer<uint8_t> mask;
-  Buffer<Value> values, u, v, bias, x;
-  Buffer<double> y;     // S x + U (V x), in float64
-  Buffer<double> size;  // |S| |x| + |U| (|V| |x|)
+  Matrix<Value> values, u, v;  // of int4 the codes are two in a byte
+  Buffer<int8_t> codebook;
+  Buffer<Value> bias, x;
+  Buffer<double> y;  // S x + U (V x), in float64
+  // |S| |x| + |U| (|V| |x|); of codes, with the largest of 64 inputs for each |x| and |V| |x|: that is what
+  // the error of their activations is in proportion to.
+  Buffer<double> size;
 
   static constexpr Dtype dtype = sizeof(Value) == 4 ? Dtype::fp32 : Dtype::bf16;
 
-  Case(const Shape& s, bool exact)
+  oats::WeightShape weight_shape() const {
+    return {shape.d_out, shape.d_in,   shape.rank,    nnz,
+            dtype,       kinds.values, kinds.factors, kinds.scale_columns};
+  }
+  int64_t scales_of(int64_t columns) const {
+    return kinds.scale_columns ? oats::divide_up(columns, kinds.scale_columns) : 0;
+  }
+  Matrix<Value> factor(int64_t rows, int64_t columns) const {
+    const bool codes = kinds.factors != Storage::exact;
+    return {codes ? 0 : rows * columns, codes ? rows * columns : 0, codes ? rows * scales_of(columns) : 0};
+  }
+  double entry(const Matrix<Value>& m, int64_t columns, int64_t i) const {
+    if (kinds.factors == Storage::exact) return to_float(m.values[i]);
+    return m.codes[i] *
+           to_float(m.scales[i / columns * scales_of(columns) + i % columns / kinds.scale_columns]);
+  }
+  // Each the largest of its 64, where there are codes.
+  void spread(std::vector<double>& sizes) const {
+    if (!kinds.scale_columns) return;
+    for (size_t i = 0; i < sizes.size(); i += 64) {
+      const auto begin = sizes.begin() + static_cast<std::ptrdiff_t>(i);
+      const auto end = sizes.begin() + static_cast<std::ptrdiff_t>(std::min(i + 64, sizes.size()));
+      std::fill(begin, end, *std::max_element(begin, end));
+    }
+  }
+
+  Case(const Shape& s, bool exact, const Kinds& kinds = kExact)
       : shape(s),
+        kinds(kinds),
         exact(exact),
         mask(s.d_out * oats::divide_up(s.d_in, 8)),
-        values(0),
-        u(s.d_out * s.rank),
-        v(s.rank * s.d_in),
+        values(0, 0, kinds.values == Storage::exact ? 0 : s.d_out * scales_of(s.d_in)),
+        u(factor(s.d_out, s.rank)),
+        v(factor(s.rank, s.d_in)),
+        codebook(kinds.values == Storage::int4 ? 16 : 0),
         bias(s.d_out),
         x(kMaxBatch * s.d_in),
         y(kMaxBatch * s.d_out),
@@ -150,49 +209,83 @@ struct Case {
       const int integer = static_cast<int>(random() % (2 * largest + 1)) - largest;
       return from_float<Value>(exact ? static_cast<float>(integer) : normal(random) * scale);
     };
+    const auto code = [&] { return static_cast<int8_t>(static_cast<int>(random() % 255) - 127); };
+    const auto fill_scales = [&](Buffer<uint16_t>& scales, float size) {
+      for (int64_t i = 0; i < scales.size(); ++i) {
+        scales[i] = from_float<uint16_t>(size / 127 * (1 + std::abs(normal(random))));
+      }
+    };
     std::vector<Value> kept;
+    std::vector<int8_t> kept_codes;
     std::vector<double> sparse(s.d_out * s.d_in, 0.0);
     std::bernoulli_distribution keep(s.density);
     std::fill_n(mask.data(), mask.size(), uint8_t{0});
+    fill_scales(values.scales, 1);
+    for (int64_t i = 0; i < codebook.size(); ++i) codebook[i] = code();
     for (int64_t i = 0; i < s.d_out * s.d_in; ++i) {
       if (!keep(random)) continue;
       const int64_t row = i / s.d_in, column = i % s.d_in;
       mask[row * oats::divide_up(s.d_in, 8) + column / 8] |= static_cast<uint8_t>(1u << column % 8);
-      // Also zeros: a kept value is a bit of the mask, whatever it is.
-      kept.push_back(value(3, 1));
-      sparse[i] = to_float(kept.back());
+      if (kinds.values == Storage::exact) {
+        // Also zeros: a kept value is a bit of the mask, whatever it is.
+        kept.push_back(value(3, 1));
+        sparse[i] = to_float(kept.back());
+        continue;
+      }
+      const bool indexed = kinds.values == Storage::int4;
+      kept_codes.push_back(indexed ? static_cast<int8_t>(random() % 16) : code());
+      sparse[i] = (indexed ? codebook[kept_codes.back()] : kept_codes.back()) *
+                  to_float(values.scales[row * scales_of(s.d_in) + column / kinds.scale_columns]);
     }
-    nnz = static_cast<int64_t>(kept.size());
-    values = Buffer<Value>(nnz);
-    std::copy(kept.begin(), kept.end(), values.data());
+    nnz = static_cast<int64_t>(kept.size() + kept_codes.size());
+    values.values = Buffer<Value>(static_cast<int64_t>(kept.size()));
+    std::copy(kept.begin(), kept.end(), values.values.data());
+    if (kinds.values == Storage::int4) {
+      std::vector<int8_t> pairs((nnz + 1) / 2, 0);
+      for (int64_t i = 0; i < nnz; ++i) {
+        pairs[i / 2] = static_cast<int8_t>(pairs[i / 2] | kept_codes[i] << (i % 2 * 4));
+      }
+      kept_codes = pairs;
+    }
+    values.codes = Buffer<int8_t>(static_cast<int64_t>(kept_codes.size()));
+    std::copy(kept_codes.begin(), kept_codes.end(), values.codes.data());
     const float shrink = 1 / std::sqrt(static_cast<float>(std::max<int64_t>(1, s.d_in)));
-    for (int64_t i = 0; i < u.size(); ++i) u[i] = value(2, 1);
-    for (int64_t i = 0; i < v.size(); ++i) v[i] = value(1, shrink);
+    for (int64_t i = 0; i < u.values.size(); ++i) u.values[i] = value(2, 1);
+    for (int64_t i = 0; i < v.values.size(); ++i) v.values[i] = value(1, shrink);
+    for (int64_t i = 0; i < u.codes.size(); ++i) u.codes[i] = code();
+    for (int64_t i = 0; i < v.codes.size(); ++i) v.codes[i] = code();
+    fill_scales(u.scales, 1);
+    fill_scales(v.scales, shrink);
     for (int64_t i = 0; i < bias.size(); ++i) bias[i] = value(3, 1);
     for (int64_t i = 0; i < x.size(); ++i) x[i] = value(1, 1);
 
-    std::vector<double> row(s.d_in), t(s.rank), t_size(s.rank);
+    std::vector<double> row(s.d_in), row_size(s.d_in), t(s.rank), t_size(s.rank);
     for (int64_t b = 0; b < kMaxBatch; ++b) {
-      for (int64_t j = 0; j < s.d_in; ++j) row[j] = to_float(x[b * s.d_in + j]);
+      for (int64_t j = 0; j < s.d_in; ++j) {
+        row[j] = to_float(x[b * s.d_in + j]);
+        row_size[j] = std::abs(row[j]);
+      }
+      spread(row_size);
       for (int64_t r = 0; r < s.rank; ++r) {
         t[r] = t_size[r] = 0;
         for (int64_t j = 0; j < s.d_in; ++j) {
-          const double term = to_float(v[r * s.d_in + j]) * row[j];
-          t[r] += term;
-          t_size[r] += std::abs(term);
+          const double weight = entry(v, s.d_in, r * s.d_in + j);
+          t[r] += weight * row[j];
+          t_size[r] += std::abs(weight) * row_size[j];
         }
         if (exact && std::abs(t[r]) > 256) std::abort();
       }
+      spread(t_size);
       for (int64_t i = 0; i < s.d_out; ++i) {
         double sum = 0, sum_size = 0;
         for (int64_t j = 0; j < s.d_in; ++j) {
-          const double term = sparse[i * s.d_in + j] * row[j];
-          sum += term;
-          sum_size += std::abs(term);
+          sum += sparse[i * s.d_in + j] * row[j];
+          sum_size += std::abs(sparse[i * s.d_in + j]) * row_size[j];
         }
         for (int64_t r = 0; r < s.rank; ++r) {
-          sum += to_float(u[i * s.rank + r]) * t[r];
-          sum_size += std::abs(to_float(u[i * s.rank + r])) * t_size[r];
+          const double weight = entry(u, s.rank, i * s.rank + r);
+          sum += weight * t[r];
+          sum_size += std::abs(weight) * t_size[r];
         }
         y[b * s.d_out + i] = sum;
         size[b * s.d_out + i] = sum_size;
@@ -204,27 +297,32 @@ struct Case {
   double bound() const {
     const double d_in = static_cast<double>(shape.d_in), rank = static_cast<double>(shape.rank);
     const double sums = std::ldexp(8 + 4 * (std::sqrt(d_in) + std::sqrt(rank)), -24);
-    return dtype == Dtype::fp32 ? sums : sums + std::ldexp(1 + std::ldexp(1, -8), -7);
+    if (dtype == Dtype::fp32) return sums;
+    const double rounded = sums + std::ldexp(1 + std::ldexp(1, -8), -7);
+    // Activations in units of 2^-15 of the largest, twice; or codes that become bf16.
+    return kinds.scale_columns ? rounded + std::ldexp(1, -8) : rounded;
   }
 };
 
 template <class Value>
 Packed pack(const Case<Value>& c, Isa isa, int threads) {
-  const auto& [d_out, d_in, rank, density] = c.shape;
-  Packed packed(oats::packed_bytes(d_out, d_in, rank, c.nnz, c.dtype, isa));
-  oats::pack({d_out, d_in, rank, c.nnz, c.dtype, c.mask.data(), c.values.data(), c.u.data(), c.v.data()}, isa,
-             packed.data(), threads);
+  Packed packed(oats::packed_bytes(c.weight_shape(), isa));
+  oats::pack({c.weight_shape(), c.mask.data(), c.values.stored(), c.u.stored(), c.v.stored(),
+              c.values.scales.data(), c.u.scales.data(), c.v.scales.data(), c.codebook.data()},
+             isa, packed.data(), threads);
   return packed;
 }
 
 // "avx2 bf16 16 x 64, rank 0, density 1", valid until the next call.
 template <class Value>
 const char* name_of(const Case<Value>& c, Isa isa) {
-  static char name[128];
-  std::snprintf(name, sizeof name, "%s %s %s %lld x %lld, rank %lld, density %g", oats::isa_name(isa),
-                c.dtype == Dtype::fp32 ? "fp32" : "bf16", c.exact ? "integers" : "normal",
-                static_cast<long long>(c.shape.d_out), static_cast<long long>(c.shape.d_in),
-                static_cast<long long>(c.shape.rank), c.shape.density);
+  static char name[160];
+  constexpr const char* kStorages[] = {"exact", "int8", "int4"};
+  std::snprintf(name, sizeof name, "%s %s %s S %s U V %s %lld x %lld, rank %lld, density %g",
+                oats::isa_name(isa), c.dtype == Dtype::fp32 ? "fp32" : "bf16",
+                c.exact ? "integers" : "normal", kStorages[static_cast<int>(c.kinds.values)],
+                kStorages[static_cast<int>(c.kinds.factors)], static_cast<long long>(c.shape.d_out),
+                static_cast<long long>(c.shape.d_in), static_cast<long long>(c.shape.rank), c.shape.density);
   return name;
 }
 
@@ -233,9 +331,18 @@ void check_unpack(const Case<Value>& c, Isa isa, const Packed& packed) {
   const char* name = name_of(c, isa);
   const char* problem = oats::packed_problem(packed.data(), packed.bytes);
   check(!problem, "%s: refused: %s", name, problem ? problem : "");
+  const auto like = [](const Matrix<Value>& m) {
+    return Matrix<Value>(m.values.size(), m.codes.size(), m.scales.size());
+  };
+  const auto stored = [](Matrix<Value>& m) { return const_cast<void*>(m.stored()); };
   Buffer<uint8_t> mask(c.mask.size());
-  Buffer<Value> values(c.nnz), u(c.u.size()), v(c.v.size());
-  oats::unpack(packed.data(), mask.data(), values.data(), u.data(), v.data(), 2);
+  Matrix<Value> values = like(c.values), u = like(c.u), v = like(c.v);
+  Buffer<int8_t> codebook(c.codebook.size());
+  oats::unpack(packed.data(),
+               {mask.data(), stored(values), stored(u), stored(v), values.scales.data(), u.scales.data(),
+                v.scales.data(), codebook.data()},
+               2);
+  check(codebook == c.codebook, "%s: unpacked codebook", name);
   check(mask == c.mask, "%s: unpacked mask", name);
   check(values == c.values, "%s: unpacked values", name);
   check(u == c.u, "%s: unpacked U", name);
@@ -285,7 +392,7 @@ void check_product(const Case<Value>& c, Isa isa, const Packed& packed, int64_t 
         as_long(batch), threads, as_long(spoilt));
 }
 
-// A header with any byte changed is refused, or describes a layer that can be used with its sizes.
+// A header with any byte changed is refused.
 template <class Value>
 void check_damaged_headers(const Case<Value>& c, Isa isa) {
   const Packed packed = pack(c, isa, 1);
@@ -299,18 +406,8 @@ void check_damaged_headers(const Case<Value>& c, Isa isa) {
     for (int change = 1; change < 256; ++change) {
       const uint8_t before = bytes[i];
       bytes[i] = static_cast<uint8_t>(before ^ change);
-      if (!oats::packed_problem(bytes, packed.bytes)) {
-        const PackedHeader& h = packed.header();
-        check(h.dtype == c.dtype && h.nnz == c.nnz, "%s: byte %zu of the header changed by %d, yet accepted",
-              name, i, change);
-        Buffer<uint8_t> mask(h.d_out * oats::divide_up(h.d_in, 8));
-        Buffer<Value> values(h.nnz), u(h.d_out * h.rank), v(h.rank * h.d_in), x(h.d_in), y(h.d_out);
-        std::fill_n(x.data(), x.size(), Value{});
-        oats::unpack(bytes, mask.data(), values.data(), u.data(), v.data(), 2);
-        const Projection projection{reinterpret_cast<const PackedHeader*>(bytes), nullptr,
-                                    reinterpret_cast<char*>(y.data()), h.d_out};
-        oats::sparse_low_rank_linear(&projection, 1, x.data(), 1, h.d_in, 2);
-      }
+      check(oats::packed_problem(bytes, packed.bytes),
+            "%s: byte %zu of the header changed by %d, yet accepted", name, i, change);
       bytes[i] = before;
     }
   }
@@ -364,9 +461,11 @@ void check_keep_largest() {
 
 template <class Value>
 void check_layers() {
+  std::vector<std::pair<bool, Kinds>> kinds{{true, kExact}, {false, kExact}};
+  for (const Kinds& codes : kCodes) kinds.emplace_back(false, codes);
   for (const Shape& shape : kShapes) {
-    for (const bool exact : {true, false}) {
-      const Case<Value> c(shape, exact);
+    for (const auto& [exact, storage] : kinds) {
+      const Case<Value> c(shape, exact, storage);
       for (int i = 0; i <= static_cast<int>(oats::best_isa()); ++i) {
         const Isa isa = static_cast<Isa>(i);
         for (const int threads : kThreads) {
@@ -381,6 +480,7 @@ void check_layers() {
   }
   for (int i = 0; i <= static_cast<int>(oats::best_isa()); ++i) {
     check_damaged_headers(Case<Value>({70, 37, 5, 0.5}, true), static_cast<Isa>(i));
+    check_damaged_headers(Case<Value>({70, 37, 5, 0.5}, false, kCodes[1]), static_cast<Isa>(i));
   }
 }
 

@@ -22,19 +22,48 @@ inline size_t dtype_bytes(Dtype dtype) {
   return dtype == Dtype::fp32 ? 4 : 2;
 }
 
+// How the values of S, or of U and V, are stored: as they are, or as codes that a scale multiplies. A scale
+// belongs to one row and `scale_columns` columns.
+enum class Storage : uint32_t {
+  exact = 0,
+  int8 = 1,  // two's complement
+  int4 = 2,  // S only: an index into a codebook of 16 int8
+};
+
+inline int storage_bits(Storage storage, Dtype dtype) {
+  return storage == Storage::int8   ? 8
+         : storage == Storage::int4 ? 4
+                                    : 8 * static_cast<int>(dtype_bytes(dtype));
+}
+
 inline int64_t divide_up(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
-// What a file holds: docs/format.md.
-struct CanonicalWeight {
+// What all functions here need to know of a layer.
+struct WeightShape {
   int64_t d_out, d_in, rank, nnz;
-  Dtype dtype;
+  Dtype dtype;            // of x, y, bias, and of what is stored exactly
+  Storage values;         // of S
+  Storage factors;        // of U and V
+  int32_t scale_columns;  // 64 or 128; 0 where all is exact
+};
+
+// What a file holds: docs/format.md. Scales are bf16, rows x ceil(columns / scale_columns).
+struct CanonicalWeight {
+  WeightShape shape;
   const uint8_t* mask;     // d_out x ceil(d_in / 8), least significant bit first, padding bits zero
-  const void* values;      // nnz, in the order of the mask
+  const void* values;      // nnz, in the order of the mask; int4: two in a byte, the lower half first
   const void* low_rank_u;  // d_out x rank
   const void* low_rank_v;  // rank x d_in
+  const uint16_t* values_scale;
+  const uint16_t* low_rank_u_scale;
+  const uint16_t* low_rank_v_scale;
+  const int8_t* codebook;  // 16, of int4
 };
+
+// Codes of int4 lie in runs of 128 in 64 bytes: the first half of them in the lower halves of the bytes.
+constexpr int64_t kRun = 128;
 
 // Strips in a block; the last block has what is left.
 constexpr int64_t kStripsPerBlock = 4;
@@ -49,19 +78,24 @@ struct StripLayout {
 struct PackedHeader {
   uint64_t magic;
   uint64_t bytes;  // of the whole buffer
-  int64_t d_out, d_in, rank, nnz;
-  Dtype dtype;
+  WeightShape shape;
   Isa isa;
   StripLayout layout;
-  int64_t strips;       // ceil(d_out / lanes)
-  int64_t groups;       // ceil(d_in / group)
-  int64_t rank_strips;  // ceil(rank / lanes)
-  int64_t rank_groups;  // ceil(rank / group)
-  uint64_t starts_at;   // uint64[blocks + 1]: index of each block's first value
-  uint64_t masks_at;    // [block][group][strip of the block] mask words
+  int32_t value_bits;  // of a stored value of S
+  int8_t codebook[16];
+  int64_t strips;             // ceil(d_out / lanes)
+  int64_t groups;             // ceil(d_in / group)
+  int64_t rank_strips;        // ceil(rank / lanes)
+  int64_t rank_groups;        // ceil(rank / group)
+  int64_t scale_groups;       // ceil(d_in / scale_columns)
+  int64_t rank_scale_groups;  // ceil(rank / scale_columns)
+  uint64_t starts_at;  // uint64[blocks + 1]: index of each block's first value; of int4 a multiple of kRun
+  uint64_t masks_at;   // [block][group][strip of the block] mask words
   uint64_t values_at;
-  uint64_t v_at;   // [block of rank_strips][group][strip of the block][lanes][group]
-  uint64_t u_at;   // [block of strips][rank_group][strip of the block][lanes][group]
+  uint64_t v_at;  // [block of rank_strips][group][strip of the block][lanes][group]
+  uint64_t u_at;  // [block of strips][rank_group][strip of the block][lanes][group]
+  // bf16 [block][scale group][strip of the block][lanes], where they are quantised.
+  uint64_t values_scale_at, v_scale_at, u_scale_at;
   uint64_t check;  // of all above
 
   int64_t blocks() const { return divide_up(strips, kStripsPerBlock); }
@@ -78,7 +112,7 @@ inline int strips_of_block(int64_t strips, int64_t block) {
 int64_t mask_population(const uint8_t* mask, int64_t d_out, int64_t d_in);
 
 // Bytes that pack() writes.
-size_t packed_bytes(int64_t d_out, int64_t d_in, int64_t rank, int64_t nnz, Dtype dtype, Isa isa);
+size_t packed_bytes(const WeightShape& shape, Isa isa);
 
 // Lays `weight` out for `isa`. `out` is 64-byte aligned and has packed_bytes(...) bytes. The
 // mask's population must be `nnz` (mask_population).
@@ -87,7 +121,16 @@ void pack(const CanonicalWeight& weight, Isa isa, void* out, int threads);
 // Why `packed` cannot be used on this machine, or nullptr where it can.
 const char* packed_problem(const void* packed, size_t bytes);
 
-// The inverse of pack(). Outputs have the sizes of CanonicalWeight.
-void unpack(const void* packed, uint8_t* mask, void* values, void* low_rank_u, void* low_rank_v, int threads);
+// The outputs of unpack(), of the sizes of CanonicalWeight. Those that the weight does not have are not
+// written, and may be null.
+struct UnpackedWeight {
+  uint8_t* mask;
+  void *values, *low_rank_u, *low_rank_v;
+  uint16_t *values_scale, *low_rank_u_scale, *low_rank_v_scale;
+  int8_t* codebook;
+};
+
+// The inverse of pack().
+void unpack(const void* packed, const UnpackedWeight& out, int threads);
 
 }  // namespace oats

@@ -1,0 +1,288 @@
+"""Fitting codes: a layer's kept values as int8 or int4, its low-rank factors as int8.
+
+A kept value is never near zero, so an int4 codebook has no level there: its sixteen levels are ± eight,
+fitted to the magnitudes that a layer has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from oats.bitmask import decode, encode_mask
+from oats.decomposition import Decomposition, root_moment
+from oats.errors import WeightError
+from oats.storage import CODEBOOK, LowRank, Storage, Values, pack_nibbles
+from oats.svd import truncated_svd
+
+if TYPE_CHECKING:
+    from oats.nn import SparseLowRankLinear
+
+LARGEST = 127
+"""The largest magnitude of a code."""
+
+# Elements of S that are looked at together: about 30 MB of float32 for each of a few copies.
+_CHUNK = 1 << 23
+
+# Of Lloyd's algorithm, on so many rows.
+_ROUNDS = 8
+_SAMPLE_ROWS = 512
+
+# Of the low-rank part and the kept values, in quantize_decomposition.
+_TURNS = 2
+
+# Scales that are tried for each row and group, as shares of what maps the largest to the last level.
+_SHARES = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76)
+
+
+def quantize_tensors(
+    tensors: Mapping[str, Tensor],
+    d_in: int,
+    storage: Storage,
+    importance: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """The tensors of a layer, with codes in the place of numbers.
+
+    The scales of int8 map the largest magnitude to 127. Those of int4, and its codebook, minimise
+    ``Σ importance_j (s_ij − ŝ_ij)²``, the same error that the decomposition weighs its entries with.
+
+    Args:
+        tensors: ``mask``, ``values``, ``low_rank_u`` and ``low_rank_v`` of :mod:`oats.format`, exact.
+        d_in: inputs.
+        storage: what becomes codes.
+        importance: (d_in,), the second moment of each input; None means that all are equal.
+
+    Raises:
+        WeightError: a value is not finite.
+
+    >>> from oats.bitmask import encode
+    >>> mask, values = encode(torch.tensor([[0.5, 0.0, -1.0]]))
+    >>> tensors = {"mask": mask, "values": values, "low_rank_u": torch.ones(1, 1)}
+    >>> tensors["low_rank_v"] = torch.ones(1, 3)
+    >>> quantize_tensors(tensors, 3, Storage("int8", "int8", 64))["values"].tolist()
+    [64, -127]
+    """
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise WeightError(f"{name}: values that are not finite have no codes; compress the layer again")
+    result = {"mask": tensors["mask"]}
+    if importance is None:
+        importance = torch.ones(d_in)
+    if storage.values == "exact":
+        result["values"] = tensors["values"]
+    else:
+        sparse = decode(tensors["mask"], tensors["values"].float(), d_in)
+        kept = decode(tensors["mask"], torch.ones(tensors["values"].shape, dtype=torch.bool), d_in)
+        fit = _int8 if storage.values == "int8" else _int4
+        result |= fit(sparse, kept, importance.float(), storage)
+    for name in ("low_rank_u", "low_rank_v"):
+        if storage.low_rank == "exact":
+            result[name] = tensors[name]
+        else:
+            result[name], result[f"{name}_scale"] = _round_to_int8(
+                tensors[name].float(), storage.scale_columns
+            )
+    names = storage.tensors(0, 0, 0, 0, torch.float32)
+    return {name: result[name] for name in names}
+
+
+def quantize_(
+    model: nn.Module,
+    values: Values = "int8",
+    low_rank: LowRank = "int8",
+    scale_columns: int = 128,
+    *,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> int:
+    """Store every compressed layer of a model as codes, in place.
+
+    Layers that hold codes already are fitted anew from the numbers for which these stand.
+
+    Args:
+        model: with `SparseLowRankLinear` layers; or such a layer.
+        values: of the kept values: "exact", "int8" or "int4".
+        low_rank: of the factors: "exact" or "int8".
+        scale_columns: columns of a row that share a scale, 64 or 128.
+        progress: called after each layer with: layers done, layers in all, the layer's name.
+
+    Returns:
+        The number of layers.
+
+    Raises:
+        ConfigError: there is no such storage.
+        WeightError: a layer has values that are not finite; the message names it.
+    """
+    from oats.nn import SparseLowRankLinear
+
+    storage = Storage(values, low_rank, scale_columns if (values, low_rank) != ("exact", "exact") else 0)
+    modules = model.named_modules()
+    layers = {name: module for name, module in modules if isinstance(module, SparseLowRankLinear)}
+    for done, (name, layer) in enumerate(layers.items(), start=1):
+        try:
+            quantize_layer_(layer, storage)
+        except WeightError as error:
+            raise WeightError(f"{name}: {error}") from error
+        if progress is not None:
+            progress(done, len(layers), name)
+    return len(layers)
+
+
+def quantize_decomposition(
+    weight: Tensor, decomposition: Decomposition, second_moment: Tensor, storage: Storage
+) -> dict[str, Tensor]:
+    """Codes for a decomposition, fitted to the weight rather than to what was decomposed.
+
+    The two parts take turns, as in SLiM (arXiv 2410.09615): the low-rank one is fitted to what the codes of
+    the other leave of the weight, and the kept values to what its own codes leave. The supports stay.
+
+    Args:
+        weight: (d_out, d_in), the dense weight.
+        decomposition: of it.
+        second_moment: (d_in,), as for :func:`oats.decompose`.
+        storage: what becomes codes.
+
+    Returns:
+        The tensors of :mod:`oats.format`; what stays exact is in the weight's dtype.
+
+    Raises:
+        WeightError: a value is not finite.
+    """
+    root = root_moment(second_moment).float()
+    dense, kept = weight.detach().float(), decomposition.sparse != 0
+    mask, d_in = encode_mask(kept), dense.shape[1]
+    sparse = decomposition.sparse.float()
+    u, v = decomposition.low_rank_u.float(), decomposition.low_rank_v.float()
+
+    def coded(
+        sparse: Tensor, u: Tensor, v: Tensor
+    ) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor, Tensor]]:
+        exact = {"mask": mask, "values": sparse[kept], "low_rank_u": u, "low_rank_v": v}
+        exact = {name: t if name == "mask" else t.to(weight.dtype) for name, t in exact.items()}
+        tensors = quantize_tensors(exact, d_in, storage, root.square())
+        return tensors, storage.exact_parts(tensors, d_in)
+
+    empty = dense.new_zeros(len(dense), 0), dense.new_zeros(0, d_in)
+    for _ in range(_TURNS if decomposition.rank else 0):
+        _, (rounded, _, _) = coded(sparse, *empty)
+        left = (dense - rounded).mul_(root)
+        u, s, v = truncated_svd(left, decomposition.rank, warm_start=v * root, power_passes=1)
+        v = s.unsqueeze(1) * v / root
+        _, (_, u, v) = coded(sparse, u, v)
+        sparse = torch.addmm(dense, u, v, alpha=-1).mul_(kept)
+    # Once more over what has been rounded changes no factor's code.
+    return coded(sparse, u, v)[0]
+
+
+def quantize_layer_(layer: SparseLowRankLinear, storage: Storage, importance: Tensor | None = None) -> None:
+    """Store one layer as `storage` says; see :func:`quantize_tensors`."""
+    tensors = layer.canonical()
+    if layer.storage.has_codes:
+        sparse, u, v = layer.storage.exact_parts(tensors, layer.in_features)
+        kept = decode(tensors["mask"], torch.ones(layer.nnz, dtype=torch.bool), layer.in_features)
+        exact = {"values": sparse[kept], "low_rank_u": u, "low_rank_v": v}
+        tensors = {"mask": tensors["mask"]} | {name: t.to(layer.dtype) for name, t in exact.items()}
+    if storage.has_codes:
+        tensors = quantize_tensors(tensors, layer.in_features, storage, importance)
+    layer.store_(tensors, storage)
+
+
+def _int8(sparse: Tensor, kept: Tensor, importance: Tensor, storage: Storage) -> dict[str, Tensor]:
+    codes, scale = _round_to_int8(sparse, storage.scale_columns)
+    return {"values": codes[kept], "values_scale": scale}
+
+
+def _round_to_int8(matrix: Tensor, scale_columns: int) -> tuple[Tensor, Tensor]:
+    """Codes, int8, and scales, (rows, scales) bf16."""
+    rows, columns = matrix.shape
+    padded = nn.functional.pad(matrix, (0, -columns % scale_columns))
+    largest = padded.view(rows, padded.shape[1] // scale_columns, scale_columns).abs().amax(-1)
+    scale = (largest / LARGEST).bfloat16()
+    each = scale.float().repeat_interleave(scale_columns, 1)[:, :columns]
+    codes = (matrix / each).nan_to_num_(0).round_().clamp_(-LARGEST, LARGEST)
+    return codes.to(torch.int8), scale
+
+
+def _int4(sparse: Tensor, kept: Tensor, importance: Tensor, storage: Storage) -> dict[str, Tensor]:
+    rows, columns = sparse.shape
+    padding = (0, -columns % storage.scale_columns)
+    weight = nn.functional.pad(importance, padding).view(-1, storage.scale_columns)
+    padded = nn.functional.pad(sparse.abs(), padding)
+    magnitudes = padded.view(rows, storage.scales(columns), storage.scale_columns)
+    levels = _fit_levels(magnitudes[:: max(1, rows // _SAMPLE_ROWS)], weight)
+    # As int8, the last one the largest.
+    levels = (levels * (LARGEST / levels[-1])).round()
+    codes = torch.empty(rows, columns, dtype=torch.uint8)
+    scale = torch.empty(magnitudes.shape[:2], dtype=torch.bfloat16)
+    for part in _chunks(rows, columns):
+        scale[part], chosen = _fit_scales(magnitudes[part], weight, levels)
+        codes[part] = chosen.view(len(chosen), -1)[:, :columns]
+    # The lower half of the codebook are the negative levels.
+    codes = torch.where(sparse < 0, CODEBOOK // 2 - 1 - codes, CODEBOOK // 2 + codes)
+    codebook = torch.cat([-levels.flip(0), levels]).to(torch.int8)
+    return {
+        "values": pack_nibbles(codes[kept]),
+        "values_scale": scale,
+        "values_codebook": codebook,
+    }
+
+
+def _chunks(rows: int, columns: int) -> Iterator[slice]:
+    step = max(1, _CHUNK // max(columns, 1))
+    for begin in range(0, rows, step):
+        yield slice(begin, begin + step)
+
+
+def _nearest(shares: Tensor, levels: Tensor) -> Tensor:
+    """Index of the level nearest to each, as uint8."""
+    return torch.bucketize(shares, (levels[1:] + levels[:-1]) / 2, out_int32=True).to(torch.uint8)
+
+
+def _fit_levels(magnitudes: Tensor, weight: Tensor) -> Tensor:
+    """Eight levels for magnitudes in units of a scale, by Lloyd's algorithm in turn with the scales.
+
+    Args:
+        magnitudes: (rows, scales, scale_columns), zero where nothing is kept.
+        weight: (scales, scale_columns).
+    """
+    count = CODEBOOK // 2
+    levels = torch.linspace(1 / count, 1, count)
+    there = magnitudes > 0
+    if not bool(there.any()):
+        return levels
+    for _ in range(_ROUNDS):
+        scale, chosen = _fit_scales(magnitudes, weight, levels)
+        each = scale.float().unsqueeze(-1)
+        # Weighted mean of the shares, each with the weight that its error has.
+        importance = (weight * each.square())[there]
+        shares, index = (magnitudes / each)[there], chosen[there].long()
+        total = torch.zeros(count).index_add_(0, index, importance)
+        moved = torch.zeros(count).index_add_(0, index, importance * shares) / total
+        levels = torch.where(total > 0, moved, levels).sort().values
+        levels = levels / levels[-1]
+    return levels
+
+
+def _fit_scales(magnitudes: Tensor, weight: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
+    """The scale of each row and group, bf16, and the level of each magnitude, as uint8."""
+    largest = magnitudes.amax(-1)
+    there = magnitudes > 0
+    best_error = torch.full(largest.shape, torch.inf)
+    best = torch.zeros_like(largest)
+
+    def try_scale(scale: Tensor) -> None:
+        scale = scale.bfloat16().float()
+        chosen = levels[_nearest(magnitudes / scale.unsqueeze(-1), levels).int()]
+        error = ((chosen * scale.unsqueeze(-1) - magnitudes).square() * weight * there).sum(-1)
+        better = error < best_error
+        best_error[better], best[better] = error[better], scale[better]
+
+    for share in _SHARES:
+        try_scale(largest * (share / levels[-1]))
+    # Least squares for the levels that this chose.
+    chosen = levels[_nearest(magnitudes / best.unsqueeze(-1), levels).int()] * there
+    products, squares = (weight * chosen * magnitudes).sum(-1), (weight * chosen.square()).sum(-1)
+    try_scale(torch.where(squares > 0, products / squares, best))
+    return best.bfloat16(), _nearest(magnitudes / best.unsqueeze(-1), levels)
