@@ -27,7 +27,7 @@ oats::Isa isa_from(const std::string& name) {
   return isa;
 }
 
-using Addresses = std::array<uintptr_t, 8>;
+using Addresses = std::array<uintptr_t, 9>;
 
 oats::WeightShape shape_from(const py::tuple& numbers) {
   const auto number = [&](size_t i) { return numbers[i].cast<int64_t>(); };
@@ -81,7 +81,8 @@ PYBIND11_MODULE(_core, m) {
       },
       py::arg("shape"), py::arg("isa"));
 
-  // tensors: mask, values, low_rank_u, low_rank_v, their scales, and the codebook; 0 for those that are not.
+  // tensors: mask, values, low_rank_u, low_rank_v, their scales, codebook and input exponents; 0 for those
+  // that are not.
   m.def(
       "pack",
       [](const py::tuple& shape, const Addresses& tensors, const std::string& isa, uintptr_t out,
@@ -95,7 +96,8 @@ PYBIND11_MODULE(_core, m) {
                                            pointer<const uint16_t>(tensors[4]),
                                            pointer<const uint16_t>(tensors[5]),
                                            pointer<const uint16_t>(tensors[6]),
-                                           pointer<const int8_t>(tensors[7])};
+                                           pointer<const int8_t>(tensors[7]),
+                                           pointer<const int8_t>(tensors[8])};
         py::gil_scoped_release release;
         oats::pack(weight, target, pointer(out), threads);
       },
@@ -116,10 +118,10 @@ PYBIND11_MODULE(_core, m) {
   m.def(
       "unpack",
       [](uintptr_t packed, const Addresses& tensors, int threads) {
-        const oats::UnpackedWeight weight{pointer<uint8_t>(tensors[0]),  pointer(tensors[1]),
-                                          pointer(tensors[2]),           pointer(tensors[3]),
-                                          pointer<uint16_t>(tensors[4]), pointer<uint16_t>(tensors[5]),
-                                          pointer<uint16_t>(tensors[6]), pointer<int8_t>(tensors[7])};
+        const oats::UnpackedWeight weight{
+            pointer<uint8_t>(tensors[0]),  pointer(tensors[1]),           pointer(tensors[2]),
+            pointer(tensors[3]),           pointer<uint16_t>(tensors[4]), pointer<uint16_t>(tensors[5]),
+            pointer<uint16_t>(tensors[6]), pointer<int8_t>(tensors[7]),   pointer<int8_t>(tensors[8])};
         py::gil_scoped_release release;
         oats::unpack(pointer<const void>(packed), weight, threads);
       },

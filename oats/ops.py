@@ -105,7 +105,7 @@ def pack(
 # In the order in which the core takes their addresses.
 _TENSORS = (
     *("mask", "values", "low_rank_u", "low_rank_v"),
-    *("values_scale", "low_rank_u_scale", "low_rank_v_scale", "values_codebook"),
+    *("values_scale", "low_rank_u_scale", "low_rank_v_scale", "values_codebook", "input_exponent"),
 )
 
 

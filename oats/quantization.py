@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 LARGEST = 127
 """The largest magnitude of a code."""
 
+LARGEST_EXPONENT = 20
+"""Of the power of two that an input is multiplied by."""
+
 # Elements of S that are looked at together: about 30 MB of float32 for each of a few copies.
 _CHUNK = 1 << 23
 
@@ -46,14 +49,16 @@ def quantize_tensors(
 ) -> dict[str, Tensor]:
     """The tensors of a layer, with codes in the place of numbers.
 
-    The scales of int8 map the largest magnitude to 127. Those of int4, and its codebook, minimise
-    ``Σ importance_j (s_ij − ŝ_ij)²``, the same error that the decomposition weighs its entries with.
+    Each input is first multiplied by the power of two that brings the kept values for it to the size of the
+    others. The scales of int8 map
+    the largest magnitude to 127. Those of int4, and its codebook, minimise ``Σ importance_j (s_ij − ŝ_ij)²``,
+    the same error that the decomposition weighs its entries with.
 
     Args:
         tensors: ``mask``, ``values``, ``low_rank_u`` and ``low_rank_v`` of :mod:`oats.format`, exact.
         d_in: inputs.
         storage: what becomes codes.
-        importance: (d_in,), the second moment of each input; None means that all are equal.
+        importance: (d_in,), the second moment of each input; None means that it is not known.
 
     Raises:
         WeightError: a value is not finite.
@@ -69,15 +74,20 @@ def quantize_tensors(
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise WeightError(f"{name}: values that are not finite have no codes; compress the layer again")
     result = {"mask": tensors["mask"]}
-    if importance is None:
-        importance = torch.ones(d_in)
+    sparse = decode(tensors["mask"], tensors["values"].float(), d_in)
+    kept = decode(tensors["mask"], torch.ones(tensors["values"].shape, dtype=torch.bool), d_in)
+    exponent = _input_exponent(sparse, kept)
+    powers = exponent.float().exp2()
+    sparse /= powers
     if storage.values == "exact":
-        result["values"] = tensors["values"]
+        result["values"] = sparse[kept].to(tensors["values"].dtype)
     else:
-        sparse = decode(tensors["mask"], tensors["values"].float(), d_in)
-        kept = decode(tensors["mask"], torch.ones(tensors["values"].shape, dtype=torch.bool), d_in)
+        weight = torch.ones(d_in) if importance is None else importance.float() * powers.square()
         fit = _int8 if storage.values == "int8" else _int4
-        result |= fit(sparse, kept, importance.float(), storage)
+        result |= fit(sparse, kept, weight, storage)
+    result["input_exponent"] = exponent
+    v = tensors["low_rank_v"]
+    tensors = {**tensors, "low_rank_v": (v.float() / powers).to(v.dtype)}
     for name in ("low_rank_u", "low_rank_v"):
         if storage.low_rank == "exact":
             result[name] = tensors[name]
@@ -187,6 +197,21 @@ def quantize_layer_(layer: SparseLowRankLinear, storage: Storage, importance: Te
     if storage.has_codes:
         tensors = quantize_tensors(tensors, layer.in_features, storage, importance)
     layer.store_(tensors, storage)
+
+
+def _input_exponent(sparse: Tensor, kept: Tensor) -> Tensor:
+    """For each input the rounded logarithm of the root mean square of the kept values for it, (d_in,) int8.
+
+    An entry is kept where ``|s| √m`` is large, so that these go with ``1 / √m``, over orders of magnitude.
+    """
+    size = sparse.square().sum(0).div_(kept.sum(0).clamp_min(1)).sqrt_()
+    there = size > 0
+    if not bool(there.any()):
+        return torch.zeros(len(size), dtype=torch.int8)
+    logarithm = torch.where(there, size, 1).log2()
+    logarithm -= logarithm[there].median()
+    exponent = torch.where(there, logarithm, 0).round_()
+    return exponent.clamp_(-LARGEST_EXPONENT, LARGEST_EXPONENT).to(torch.int8)
 
 
 def _int8(sparse: Tensor, kept: Tensor, importance: Tensor, storage: Storage) -> dict[str, Tensor]:

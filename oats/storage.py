@@ -31,7 +31,8 @@ class Storage:
     """Which of a layer's tensors hold codes.
 
     A code stands for itself times the scale of its row and its `scale_columns` columns; an int4 code for an
-    int8 of the layer's codebook times that scale.
+    int8 of the layer's codebook times that scale. S and V are then those for inputs that are multiplied by 2
+    to the `input_exponent` of each: inputs differ in size by orders of magnitude, so do the weights for them.
 
     Args:
         values: of the kept values: ``"exact"`` (the layer's dtype), ``"int8"``, or ``"int4"``.
@@ -89,6 +90,8 @@ class Storage:
             "low_rank_u": (factor, (d_out, rank)),
             "low_rank_v": (factor, (rank, d_in)),
         }
+        if self.has_codes:
+            found["input_exponent"] = torch.int8, (d_in,)
         if self.values != "exact":
             found["values_scale"] = torch.bfloat16, (d_out, self.scales(d_in))
         if self.values == "int4":
@@ -130,6 +133,9 @@ class Storage:
         if self.low_rank != "exact":
             u *= self.spread(tensors["low_rank_u_scale"], u.shape[1])
             v *= self.spread(tensors["low_rank_v_scale"], v.shape[1])
+        if self.has_codes:
+            powers = tensors["input_exponent"].float().exp2()
+            sparse, v = sparse * powers, v * powers
         return sparse, u, v
 
     def spread(self, scale: Tensor, columns: int) -> Tensor:

@@ -55,7 +55,8 @@ def parts(tensors: dict[str, Tensor], storage: Storage, d_in: int) -> tuple[Tens
     if storage.low_rank != "exact":
         u = u * spread(tensors["low_rank_u_scale"], u.shape[1])
         v = v * spread(tensors["low_rank_v_scale"], d_in)
-    return sparse, u, v
+    powers = 2.0 ** tensors["input_exponent"].double()
+    return sparse * powers, u, v * powers
 
 
 def largest_of_group(sizes: Tensor) -> Tensor:

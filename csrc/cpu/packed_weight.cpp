@@ -1,6 +1,7 @@
 #include "oats/packed_weight.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <type_traits>
 #include <vector>
@@ -82,6 +83,7 @@ PackedHeader header_for(const WeightShape& shape, Isa isa) {
     return place(storage == Storage::exact ? 0 : strips * layout.lanes * groups * sizeof(uint16_t));
   };
   place(sizeof(PackedHeader));
+  if (shape.scale_columns) h.inputs_at = place(shape.d_in * dtype_bytes(shape.dtype));
   h.starts_at = place((h.blocks() + 1) * sizeof(uint64_t));
   h.values_scale_at = place_scales(shape.values, h.strips, h.scale_groups);
   h.masks_at = place(h.strips * h.groups * cell / 8);
@@ -268,6 +270,17 @@ void pack(const CanonicalWeight& w, Isa isa, void* out, int threads) {
   const int factor_bits = storage_bits(shape.factors, shape.dtype);
   pack_factor(shape.d_out, shape.rank, factor_bits, h.layout, w.low_rank_u, h.u_at);
   pack_factor(shape.rank, shape.d_in, factor_bits, h.layout, w.low_rank_v, h.v_at);
+  if (h.inputs_at) {
+    for (int64_t i = 0; i < shape.d_in; ++i) {
+      const float power = std::ldexp(1.f, w.input_exponent[i]);
+      uint32_t bits;
+      std::memcpy(&bits, &power, 4);
+      const size_t bytes = dtype_bytes(shape.dtype);
+      // bf16 is the upper half of fp32.
+      bits >>= 32 - 8 * bytes;
+      std::memcpy(base + h.inputs_at + i * bytes, &bits, bytes);
+    }
+  }
   pack_scales(shape.values, shape.d_out, h.scale_groups, w.values_scale, h.values_scale_at);
   pack_scales(shape.factors, shape.d_out, h.rank_scale_groups, w.low_rank_u_scale, h.u_scale_at);
   pack_scales(shape.factors, shape.rank, h.scale_groups, w.low_rank_v_scale, h.v_scale_at);
@@ -370,6 +383,14 @@ void unpack(const void* packed, const UnpackedWeight& out, int threads) {
   unpack_scales(shape.factors, shape.d_out, h.rank_scale_groups, h.u_scale_at, out.low_rank_u_scale);
   unpack_scales(shape.factors, shape.rank, h.scale_groups, h.v_scale_at, out.low_rank_v_scale);
   if (shape.values == Storage::int4) std::memcpy(out.codebook, h.codebook, sizeof h.codebook);
+  if (h.inputs_at) {
+    for (int64_t i = 0; i < shape.d_in; ++i) {
+      const size_t bytes = dtype_bytes(shape.dtype);
+      uint32_t bits = 0;
+      std::memcpy(&bits, base + h.inputs_at + i * bytes, bytes);
+      out.input_exponent[i] = static_cast<int8_t>(static_cast<int>(bits << (32 - 8 * bytes) >> 23) - 127);
+    }
+  }
 }
 
 }  // namespace oats

@@ -1,6 +1,7 @@
 #include "oats/sparse_low_rank_linear.h"
 
 #include <algorithm>
+#include <cstring>
 
 #include "column_kernels.h"
 #include "products.h"
@@ -9,6 +10,30 @@ namespace oats {
 
 namespace {
 
+constexpr int64_t kElementsPerThread = 32 << 10;
+
+// x times powers of two, which is exact. bf16 is the upper half of fp32.
+template <class T>
+void scale_inputs(const T* x, int64_t batch, int64_t x_stride, int64_t d_in, const T* powers, T* out,
+                  int threads) {
+  constexpr int kShift = 32 - 8 * sizeof(T);
+  const auto to_float = [](T bits) {
+    const uint32_t wide = static_cast<uint32_t>(bits) << kShift;
+    float value;
+    std::memcpy(&value, &wide, 4);
+    return value;
+  };
+#pragma omp parallel for schedule(static) num_threads(threads) if (batch * d_in >= kElementsPerThread * 2)
+  for (int64_t row = 0; row < batch; ++row) {
+    for (int64_t i = 0; i < d_in; ++i) {
+      const float value = to_float(x[row * x_stride + i]) * to_float(powers[i]);
+      uint32_t bits;
+      std::memcpy(&bits, &value, 4);
+      out[row * d_in + i] = static_cast<T>(bits >> kShift);
+    }
+  }
+}
+
 // Below this many packed bytes a thread, waking it costs more than it saves.
 constexpr int64_t kBytesPerThread = 32 << 10;
 
@@ -16,18 +41,28 @@ constexpr int64_t kBytesPerThread = 32 << 10;
 
 void sparse_low_rank_linear(const Projection* projections, int count, const void* x, int64_t batch,
                             int64_t x_stride, int threads) {
-  static thread_local Workspace workspace;
+  static thread_local Workspace workspace, scaled_x;
   const PackedHeader* first = projections[0].w;
   for (int i = 1; i < count; ++i) {
     const PackedHeader* w = projections[i].w;
-    if (w->isa == first->isa && w->shape.values == first->shape.values &&
-        w->shape.factors == first->shape.factors) {
-      continue;
-    }
+    if (w->isa == first->isa && !w->inputs_at && !first->inputs_at) continue;
     // Activations are laid out for one kind of kernel.
     sparse_low_rank_linear(projections, i, x, batch, x_stride, threads);
     sparse_low_rank_linear(projections + i, count - i, x, batch, x_stride, threads);
     return;
+  }
+  if (first->inputs_at && batch > 0) {
+    const int64_t d_in = first->shape.d_in;
+    const char* powers = reinterpret_cast<const char*>(first) + first->inputs_at;
+    const auto scale = [&](auto type) {
+      using T = decltype(type);
+      auto* out = reinterpret_cast<T*>(scaled_x.reserve(std::max<int64_t>(batch * d_in, 1) * sizeof(T)));
+      scale_inputs(static_cast<const T*>(x), batch, x_stride, d_in, reinterpret_cast<const T*>(powers), out,
+                   threads);
+      x = out;
+      x_stride = d_in;
+    };
+    first->shape.dtype == Dtype::fp32 ? scale(uint32_t{}) : scale(uint16_t{});
   }
   Call call{projections, count, static_cast<const char*>(x), batch, x_stride, 1};
   int64_t bytes = 0;
@@ -41,6 +76,7 @@ void sparse_low_rank_linear(const Projection* projections, int count, const void
     product_by_columns(call, workspace);
   }
   workspace.trim();
+  scaled_x.trim();
 }
 
 namespace {

@@ -154,7 +154,7 @@ struct Case {
   int64_t nnz = 0;
   Buffer<uint8_t> mask;
   Matrix<Value> values, u, v;  // of int4 the codes are two in a byte
-  Buffer<int8_t> codebook;
+  Buffer<int8_t> codebook, exponents;
   Buffer<Value> bias, x;
   Buffer<double> y;  // S x + U (V x), in float64
   // |S| |x| + |U| (|V| |x|); of codes, with the largest of 64 inputs for each |x| and |V| |x|: that is what
@@ -198,6 +198,7 @@ struct Case {
         u(factor(s.d_out, s.rank)),
         v(factor(s.rank, s.d_in)),
         codebook(kinds.values == Storage::int4 ? 16 : 0),
+        exponents(kinds.scale_columns ? s.d_in : 0),
         bias(s.d_out),
         x(kMaxBatch * s.d_in),
         y(kMaxBatch * s.d_out),
@@ -256,6 +257,9 @@ struct Case {
     for (int64_t i = 0; i < v.codes.size(); ++i) v.codes[i] = code();
     fill_scales(u.scales, 1);
     fill_scales(v.scales, shrink);
+    for (int64_t i = 0; i < exponents.size(); ++i) {
+      exponents[i] = static_cast<int8_t>(static_cast<int>(random() % 5) - 2);
+    }
     for (int64_t i = 0; i < bias.size(); ++i) bias[i] = value(3, 1);
     for (int64_t i = 0; i < x.size(); ++i) x[i] = value(1, 1);
 
@@ -263,6 +267,7 @@ struct Case {
     for (int64_t b = 0; b < kMaxBatch; ++b) {
       for (int64_t j = 0; j < s.d_in; ++j) {
         row[j] = to_float(x[b * s.d_in + j]);
+        if (exponents.size()) row[j] = std::ldexp(row[j], exponents[j]);
         row_size[j] = std::abs(row[j]);
       }
       spread(row_size);
@@ -307,9 +312,10 @@ struct Case {
 template <class Value>
 Packed pack(const Case<Value>& c, Isa isa, int threads) {
   Packed packed(oats::packed_bytes(c.weight_shape(), isa));
-  oats::pack({c.weight_shape(), c.mask.data(), c.values.stored(), c.u.stored(), c.v.stored(),
-              c.values.scales.data(), c.u.scales.data(), c.v.scales.data(), c.codebook.data()},
-             isa, packed.data(), threads);
+  oats::pack(
+      {c.weight_shape(), c.mask.data(), c.values.stored(), c.u.stored(), c.v.stored(), c.values.scales.data(),
+       c.u.scales.data(), c.v.scales.data(), c.codebook.data(), c.exponents.data()},
+      isa, packed.data(), threads);
   return packed;
 }
 
@@ -337,12 +343,13 @@ void check_unpack(const Case<Value>& c, Isa isa, const Packed& packed) {
   const auto stored = [](Matrix<Value>& m) { return const_cast<void*>(m.stored()); };
   Buffer<uint8_t> mask(c.mask.size());
   Matrix<Value> values = like(c.values), u = like(c.u), v = like(c.v);
-  Buffer<int8_t> codebook(c.codebook.size());
+  Buffer<int8_t> codebook(c.codebook.size()), exponents(c.exponents.size());
   oats::unpack(packed.data(),
                {mask.data(), stored(values), stored(u), stored(v), values.scales.data(), u.scales.data(),
-                v.scales.data(), codebook.data()},
+                v.scales.data(), codebook.data(), exponents.data()},
                2);
   check(codebook == c.codebook, "%s: unpacked codebook", name);
+  check(exponents == c.exponents, "%s: unpacked exponents", name);
   check(mask == c.mask, "%s: unpacked mask", name);
   check(values == c.values, "%s: unpacked values", name);
   check(u == c.u, "%s: unpacked U", name);

@@ -59,7 +59,8 @@ struct CanonicalWeight {
   const uint16_t* values_scale;
   const uint16_t* low_rank_u_scale;
   const uint16_t* low_rank_v_scale;
-  const int8_t* codebook;  // 16, of int4
+  const int8_t* codebook;        // 16, of int4
+  const int8_t* input_exponent;  // d_in, where there are codes: S and V multiply x times 2 to these
 };
 
 // Codes of int4 lie in runs of 128 in 64 bytes: the first half of them in the lower halves of the bytes.
@@ -89,6 +90,7 @@ struct PackedHeader {
   int64_t rank_groups;        // ceil(rank / group)
   int64_t scale_groups;       // ceil(d_in / scale_columns)
   int64_t rank_scale_groups;  // ceil(rank / scale_columns)
+  uint64_t inputs_at;         // 2 to the exponents, as dtype; 0 where all is exact
   uint64_t starts_at;  // uint64[blocks + 1]: index of each block's first value; of int4 a multiple of kRun
   uint64_t masks_at;   // [block][group][strip of the block] mask words
   uint64_t values_at;
@@ -128,6 +130,7 @@ struct UnpackedWeight {
   void *values, *low_rank_u, *low_rank_v;
   uint16_t *values_scale, *low_rank_u_scale, *low_rank_v_scale;
   int8_t* codebook;
+  int8_t* input_exponent;
 };
 
 // The inverse of pack().
