@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from oats.errors import UnsupportedModelError as UnsupportedModelError
     from oats.errors import WeightError as WeightError
     from oats.hessian import decompose_hessian as decompose_hessian
+    from oats.integrations.model_card import write_model_card as write_model_card
     from oats.nn import SparseLowRankLinear as SparseLowRankLinear
     from oats.svd import TruncatedSVD as TruncatedSVD
     from oats.svd import truncated_svd as truncated_svd
@@ -50,6 +51,7 @@ _HOME = {
     "SparseLowRankLinear": "oats.nn",
     "TruncatedSVD": "oats.svd",
     "truncated_svd": "oats.svd",
+    "write_model_card": "oats.integrations.model_card",
 }
 
 __all__ = [*_HOME, "__version__"]

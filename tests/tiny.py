@@ -5,7 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 import oats
 from oats.compress import CompressionReport
@@ -57,3 +63,19 @@ def save_compressed(directory: Path, chat_template: str | None = None) -> Path:
     compressed_llama()[0].save_pretrained(directory)
     byte_tokenizer(chat_template).save_pretrained(directory)
     return directory
+
+
+def load(directory: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+    """Model and tokenizer; no token ends a text, so that outputs are as long as they may be."""
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    model.generation_config.eos_token_id = 9999
+    return model, AutoTokenizer.from_pretrained(directory)
+
+
+def continuation(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompt: str, tokens: int
+) -> str:
+    """What ``generate`` makes of a prompt, without the prompt."""
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    output = model.generate(ids, max_new_tokens=tokens, do_sample=False)
+    return tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
