@@ -9,11 +9,13 @@ from pathlib import Path
 from oats import __version__
 
 STEPS = (
-    ("compress a model", "oats compress MODEL OUT", "MODEL: a directory, a .gguf file or a name on the hub"),
-    ("see what it holds", "oats info OUT", "oats report OUT draws it"),
-    ("measure it", "oats eval OUT", "perplexity; --tasks runs lm-evaluation-harness"),
-    ("use it", 'oats generate OUT "Once upon a time"', "oats chat OUT; oats serve OUT, for OpenAI clients"),
-    ("time the kernels", "oats bench", "one layer against torch's dense one"),
+    ("oats compress MODEL OUT", "a directory, a .gguf file, a hub name"),
+    ("oats info OUT", "what it holds; oats report OUT draws it"),
+    ("oats eval OUT", "perplexity, or --tasks"),
+    ('oats generate OUT "Once upon a time"', "continue a text"),
+    ("oats chat OUT", "talk in the terminal"),
+    ("oats serve OUT", "answer clients of OpenAI's API"),
+    ("oats bench", "time one layer against torch's"),
 )
 MOST_SHOWN = 8
 
@@ -38,13 +40,11 @@ def welcome() -> None:
             console.print(f"  and {len(models) - MOST_SHOWN} more")
         console.print()
     steps = Table.grid(padding=(0, 2))
-    for number, (what, command, note) in enumerate(STEPS, 1):
-        steps.add_row(f"  {number}", what, command, note)
+    for command, note in STEPS:
+        steps.add_row(f"  {command}", note)
     console.print("What to do next:")
     console.print(steps)
-    console.print(
-        "\noats COMMAND --help explains a command and has examples; oats info describes this installation."
-    )
+    console.print("\noats COMMAND --help has examples; oats info alone describes this installation.")
     if find_spec("transformers") is None:
         console.print(
             "transformers is not installed, which models need: pip install 'oats-torch[hf]'", markup=False

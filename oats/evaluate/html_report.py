@@ -282,7 +282,7 @@ def _spectra_figure(layers: Sequence[Anatomy]) -> Figure:
     columns = min(len(kinds), 3)
     rows = -(-len(kinds) // columns)
     figure = _figure(3 * columns, 2.2 * rows)
-    grid = figure.subplots(rows, columns, squeeze=False)
+    grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
     colours = matplotlib.colormaps["viridis"]
     for place, kind in enumerate(kinds):
         axes = grid[place // columns][place % columns]
@@ -292,13 +292,14 @@ def _spectra_figure(layers: Sequence[Anatomy]) -> Figure:
             if values.numel() == 0 or values[0] == 0:
                 continue
             step = max(1, values.numel() // MOST_POINTS)
-            axes.semilogy(
+            axes.plot(
                 range(1, values.numel() + 1, step),
-                (values / values[0])[::step].clamp(min=1e-6).tolist(),
+                (values / values[0])[::step].tolist(),
                 color=colours(0.9 * index / max(1, len(same) - 1)),
                 linewidth=0.8,
             )
         axes.set_title(kind, fontsize="small")
+        axes.set_ylim(0, 1.05)
         axes.tick_params(labelsize="x-small")
     for place in range(len(kinds), rows * columns):
         grid[place // columns][place % columns].set_axis_off()
