@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -196,3 +197,18 @@ def test_chat_without_a_template_says_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "template.jinja").write_text(CHAT_TEMPLATE)
     assert talk(base, "Hi\n", "--chat-template", str(tmp_path / "template.jinja")).exit_code == 0
     assert "cannot read the chat template" in talk(base, "", "--chat-template", str(tmp_path / "no")).stderr
+
+
+def test_serving_without_its_packages_says_what_to_install(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from typer.testing import CliRunner
+
+    from oats.cli import app
+
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    result = CliRunner().invoke(app, ["serve", str(directory)])
+    assert result.exit_code == 1
+    assert result.stderr == (
+        "oats: error: serving needs more packages (uvicorn is missing): pip install 'oats-torch[serve]'\n"
+    )

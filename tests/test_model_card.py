@@ -250,8 +250,6 @@ def test_the_report_is_one_file_with_everything_in_it(compressed: Path, tmp_path
     errors = Record.read(compressed).errors
     for layer in read_stored_model(compressed).layers:
         assert f"<td>{layer.name}</td>" in text and f"<td>{errors[layer.name]:.4f}</td>" in text
-    run("report", compressed, "--out", out, "--overwrite")
-    assert out.read_text() == text
     assert "is there already" in run("report", compressed, "--out", out, code=1)
 
 

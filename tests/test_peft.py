@@ -167,3 +167,19 @@ def test_the_dense_weight_is_never_computed_on_the_way(saved: Path, monkeypatch:
     assert logits(model).isfinite().all()
     model.disable_adapter_layers()
     assert logits(model.unload()).isfinite().all()
+
+
+def test_the_trainer_of_transformers(saved: Path, tmp_path: Path) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    model = adapted(saved)
+    weights = packed(model)
+    data = [{"input_ids": ids, "labels": ids} for ids in torch.arange(48).view(4, 12)]
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=2, learning_rate=1e-2,
+        report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True,
+    )  # fmt: skip
+    Trainer(model=model, args=arguments, train_dataset=data).train()
+    trained = [p for name, p in model.named_parameters() if "lora_B" in name]
+    assert all(p.abs().sum() > 0 for p in trained)
+    assert all(torch.equal(*pair) for pair in zip(packed(model), weights, strict=True))

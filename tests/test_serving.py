@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from oats.serving.engine import Engine
 from tests.tiny import CHAT_TEMPLATE, CONTEXT, continuation, load, save_compressed
@@ -355,14 +354,6 @@ def _answers(client: Any) -> bool:
         return bool(client.models.list().data)
     except openai.APIConnectionError:
         return False
-
-
-def test_torch_is_not_imported_for_help() -> None:
-    code = "import sys; from oats.cli import app; app(['serve', '--help'], standalone_mode=False)\n"
-    code += "print('torch' in sys.modules)"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert result.stdout.splitlines()[-1] == "False", result.stderr
-    assert torch.get_num_threads() == 1
 
 
 def test_the_server_of_transformers_takes_a_compressed_model_too(directory: Path) -> None:
