@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import sys
 import threading
 import time
@@ -212,3 +214,29 @@ def test_serving_without_its_packages_says_what_to_install(
     assert result.stderr == (
         "oats: error: serving needs more packages (uvicorn is missing): pip install 'oats-torch[serve]'\n"
     )
+
+
+def test_ctrl_c_stops_an_answer_and_not_the_chat(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from oats.cli.chat import _answer
+
+    model, tokenizer = load(directory)
+    original = model.forward
+
+    def forward(*arguments: Any, **options: Any) -> Any:
+        time.sleep(0.05)
+        return original(*arguments, **options)
+
+    model.forward = forward
+    engine = Engine(model, tokenizer)
+    turns = [{"role": "user", "content": "Hi"}]
+    timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
+    try:
+        timer.start()
+        text = _answer(engine, turns, Sampling(90, temperature=0))
+        assert capsys.readouterr().out == f"{text} [stopped]\n"
+        assert _answer(engine, turns, Sampling(3, temperature=0))
+        whole = _answer(engine, turns, Sampling(30, temperature=0))
+        assert text and (whole.startswith(text) or text.startswith(whole))
+    finally:
+        timer.cancel()
+        engine.close()

@@ -177,7 +177,7 @@ def test_the_trainer_of_transformers(saved: Path, tmp_path: Path) -> None:
     data = [{"input_ids": ids, "labels": ids} for ids in torch.arange(48).view(4, 12)]
     arguments = TrainingArguments(
         output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=2, learning_rate=1e-2,
-        report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True,
+        report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True, gradient_checkpointing=True,
     )  # fmt: skip
     Trainer(model=model, args=arguments, train_dataset=data).train()
     trained = [p for name, p in model.named_parameters() if "lora_B" in name]

@@ -218,7 +218,10 @@ def test_a_dense_model_is_compressed_while_it_is_loaded(dense: Path, tmp_path: P
 
 def test_compressing_while_loading_takes_the_built_in_text_and_any_dtype(dense: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(
-        dense, quantization_config=oats.OatsConfig(iterations=1, dtype="bf16"), dtype=torch.float16
+        dense,
+        quantization_config=oats.OatsConfig(iterations=1, dtype="bf16"),
+        dtype=torch.float16,
+        device_map="auto",
     )
     assert {layer.dtype for layer in layers(model)} == {torch.bfloat16} == {model.dtype}
     assert logits(model).isfinite().all()

@@ -16,7 +16,7 @@ INSTRUCTIONS = {
 }
 """Instruction set → what its kernels have in them."""
 
-EXTRAS = ("hf", "peft", "serve", "eval", "plot", "dev")
+EXTRAS = ("hf", "peft", "serve", "eval", "plot", "docs", "dev")
 
 
 def check(path: Path) -> list[str]:
