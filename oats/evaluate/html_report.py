@@ -36,7 +36,7 @@ h1, h2 { line-height: 1.2 } h2 { margin-top: 2.5rem } svg { max-width: 100%; hei
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { padding: .15rem .8rem .15rem 0; text-align: right; border-bottom: 1px solid #ddd }
 th:first-child, td:first-child { text-align: left } .scroll { max-height: 30rem; overflow: auto }
-p.note { color: #555 } code { font-size: .9em }
+p.note { color: #555 } code { font-size: .9em } table.about td { text-align: left }
 """
 
 
@@ -209,7 +209,11 @@ def _table(names: Sequence[str], rows: Iterable[Sequence[str]], head: bool = Tru
         return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
     body = [line(row, "td") for row in rows]
-    return "<table>" + "".join([line(names, "th")] * head + body) + "</table>"
+    return (
+        ("<table>" if head else '<table class="about">')
+        + "".join([line(names, "th")] * head + body)
+        + "</table>"
+    )
 
 
 def _figure(width: float, height: float) -> Figure:
