@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from oats.errors import ConfigError
+from oats.errors import ConfigError, QueueFullError
 from oats.serving.decoding import IncrementalDecoder
-from oats.serving.engine import Engine, Finished, QueueFullError, Sampling
+from oats.serving.engine import Engine, Finished, Sampling
 from tests.tiny import CHAT_TEMPLATE, CONTEXT, byte_tokenizer, continuation, load, save_compressed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -100,6 +100,7 @@ def test_sampling_depends_on_the_seed_and_the_temperature(engine: Engine) -> Non
     )
     greedy = sample(temperature=0)
     assert sample(temperature=1e-4, seed=3) == sample(top_p=1e-6, seed=3) == greedy == sample()
+    assert sample(temperature=1e-40) == greedy
     assert sample(temperature=2.0, seed=1) != greedy
 
 

@@ -226,7 +226,7 @@ def test_an_over_long_prompt(served: Served) -> None:
         ({"temperature": -1}, "temperature"), ({"temperature": 3}, "temperature"), ({"top_p": 0}, "top_p"),
         ({"max_tokens": 0}, "max_tokens"), ({"n": 2}, "n"), ({"logprobs": 3}, "logprobs"),
         ({"echo": True}, "echo"), ({"presence_penalty": 1}, "presence_penalty"),
-        ({"logprobs": 0}, "logprobs"),
+        ({"logprobs": 0}, "logprobs"), ({"seed": 2**70}, "seed"),
         ({"prompt": ["a", "b"]}, "prompt"), ({"prompt": [999]}, "prompt"), ({"prompt": []}, "prompt"),
     ],
 )  # fmt: skip

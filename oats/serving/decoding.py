@@ -17,6 +17,13 @@ class IncrementalDecoder:
 
     Attributes:
         stopped: whether a stop string was found; nothing comes after it.
+
+    >>> class Letters:
+    ...     def decode(self, ids, **options):
+    ...         return "".join(map(chr, ids))
+    >>> decoder = IncrementalDecoder(Letters(), stop=["lo"])
+    >>> [decoder.push(ord(letter)) for letter in "hello!"], decoder.stopped
+    (['h', 'e', '', 'l', '', ''], True)
     """
 
     def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import queue
 import threading
@@ -15,13 +16,12 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from oats.errors import ConfigError, OatsError
+from oats.errors import ConfigError, QueueFullError
 from oats.evaluate.perplexity import context_limit
 from oats.serving.decoding import IncrementalDecoder
 
-
-class QueueFullError(OatsError):
-    """As many requests are waiting as may wait."""
+GREEDY_BELOW = 1e-5
+"""A temperature under which only the most likely token has a chance; dividing by it would overflow."""
 
 
 @dataclass(frozen=True)
@@ -193,9 +193,10 @@ class Engine:
                 self._queue.put_nowait(None)
                 break
             except queue.Full:
-                if (waiting := self._queue.get_nowait()) is not None:
-                    waiting.cancel()
-                    waiting.deliver(waiting.finished(reached_end=False))
+                with contextlib.suppress(queue.Empty):  # the thread may have taken it meanwhile
+                    if (waiting := self._queue.get_nowait()) is not None:
+                        waiting.cancel()
+                        waiting.deliver(waiting.finished(reached_end=False))
         self._thread.join()
 
     def _work(self) -> None:
@@ -234,10 +235,9 @@ class Engine:
         config.max_new_tokens, config.max_length = sampling.max_tokens, None
         config.eos_token_id = sorted(self._ends) or None
         if config.pad_token_id is None:
-            config.pad_token_id = min(
-                self._ends, default=0
-            )  # one sequence has no padding; this quiets a warning
-        if sampling.temperature == 0:
+            # One sequence has no padding, but generate() warns where this is not set.
+            config.pad_token_id = min(self._ends, default=0)
+        if sampling.temperature is not None and sampling.temperature < GREEDY_BELOW:
             config.do_sample, config.temperature, config.top_p, config.top_k = False, None, None, None
         elif sampling.temperature is not None or sampling.top_p is not None:
             config.do_sample = True

@@ -29,8 +29,8 @@ from prometheus_client import (
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
-from oats.errors import ConfigError
-from oats.serving.engine import Engine, Event, Finished, Generation, QueueFullError, Sampling
+from oats.errors import ConfigError, QueueFullError
+from oats.serving.engine import Engine, Event, Finished, Generation, Sampling
 
 DEFAULT_MAX_TOKENS = 512
 """Tokens generated where a request does not say, or less where the context ends."""
@@ -77,7 +77,7 @@ class _Body(BaseModel):
     temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
     top_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
     stop: str | list[str] | None = None
-    seed: int | None = None
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stream: bool | None = False
     stream_options: StreamOptions | None = None
 
