@@ -23,6 +23,7 @@ On loading:
 
 from __future__ import annotations
 
+import contextlib
 import re
 import weakref
 from collections.abc import Iterator, Mapping
@@ -296,13 +297,15 @@ def _calibration_windows(model: PreTrainedModel, config: OatsQuantizationConfig)
         return config.calibration
     text = builtin_text("first") if config.calibration is None else read_text(config.calibration)
     source = model.config.name_or_path
-    try:
+    tokenizer: Any = None
+    with contextlib.suppress(OSError, ValueError, KeyError):
         tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError) as error:
+    # Some releases make an empty tokenizer where there is none: all is one unknown token.
+    if tokenizer is None or len(tokenizer(text.content[:100], add_special_tokens=False).input_ids) < 2:
         raise CalibrationError(
             f"{source} has no tokenizer that turns {text.name} into tokens; pass token ids, (sequences, "
             "length), as OatsQuantizationConfig(settings=…, calibration=ids)"
-        ) from error
+        )
     return calibration_windows(
         tokenize(tokenizer, text, cast(int, model.get_input_embeddings().num_embeddings)),
         config.samples,
