@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from oats.errors import UnsupportedModelError as UnsupportedModelError
     from oats.errors import WeightError as WeightError
     from oats.hessian import decompose_hessian as decompose_hessian
+    from oats.integrations.model_card import write_model_card as write_model_card
     from oats.nn import SparseLowRankLinear as SparseLowRankLinear
     from oats.quantization import quantize_ as quantize_
     from oats.svd import TruncatedSVD as TruncatedSVD
@@ -52,6 +53,7 @@ _HOME = {
     "quantize_": "oats.quantization",
     "TruncatedSVD": "oats.svd",
     "truncated_svd": "oats.svd",
+    "write_model_card": "oats.integrations.model_card",
 }
 
 __all__ = [*_HOME, "__version__"]

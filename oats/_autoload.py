@@ -1,9 +1,10 @@
-"""Makes transformers know the OATS format in every process of an environment that has this package.
+"""Makes transformers and PEFT know OATS layers in every process of an environment that has this package.
 
 torch calls :func:`register` at the end of ``import torch`` (entry point group ``torch.backends``). It
 imports neither torch nor transformers: it only arranges that once ``transformers.quantizers.auto`` has
 been imported, :mod:`oats.integrations.transformers` is imported too, which registers the format. So
-``AutoModelForCausalLM.from_pretrained`` loads an OATS checkpoint without ``import oats``.
+``AutoModelForCausalLM.from_pretrained`` loads an OATS checkpoint without ``import oats``. PEFT gets
+:mod:`oats.integrations.peft` in the same way.
 
 ``TORCH_DEVICE_BACKEND_AUTOLOAD=0`` turns torch's entry points off; then ``import
 oats.integrations.transformers`` before loading does the same.
@@ -21,9 +22,15 @@ from types import ModuleType
 
 _AUTO = "transformers.quantizers.auto"
 
+# Module that must have been executed → a name that it defines, and what of oats is then imported.
+_INTEGRATIONS = {
+    _AUTO: ("register_quantizer", "oats.integrations.transformers"),
+    "peft.tuners.lora.model": ("LoraModel", "oats.integrations.peft"),
+}
+
 # `from_pretrained` lives in modeling_utils, which imports auto. auto alone would not do: where it is the
 # first module to import torch, it is half executed when `register` runs and is not imported a second time.
-_HOOKED = frozenset({_AUTO, "transformers.modeling_utils"})
+_HOOKED = frozenset({*_INTEGRATIONS, "transformers.modeling_utils"})
 
 
 def register() -> None:
@@ -73,19 +80,24 @@ def _run_after_exec(spec: ModuleSpec) -> None:
 
 
 def _register_if_ready() -> None:
-    # Defined after the tables that it fills in: absent while the module is being executed.
-    if not hasattr(sys.modules.get(_AUTO), "register_quantizer"):
-        return
-    try:
-        importlib.import_module("oats.integrations.transformers")
-    except Exception as error:
-        _warn(f"{type(error).__name__}: {error}")
+    for name, (last, integration) in _INTEGRATIONS.items():
+        # Defined after what the integration fills in: absent while the module is being executed.
+        if not hasattr(sys.modules.get(name), last):
+            continue
+        try:
+            importlib.import_module(integration)
+        except Exception as error:
+            _warn(f"{type(error).__name__}: {error}", integration)
 
 
-def _warn(reason: str) -> None:
+def _warn(reason: str, integration: str = "oats.integrations.transformers") -> None:
     # Not warnings.warn(), which raises under `python -W error`.
+    lost = "put adapters beside OATS layers" if integration.endswith("peft") else "load OATS checkpoints"
     logging.getLogger("oats").warning(
-        "oats could not register its format with transformers (%s); OATS checkpoints will not load in this "
-        "process. `import oats.integrations.transformers` shows the whole error",
+        "oats could not register itself with %s (%s), which will not %s in this process. `import %s` shows "
+        "the whole error",
+        integration.rpartition(".")[2],
         reason,
+        lost,
+        integration,
     )

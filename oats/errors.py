@@ -37,3 +37,7 @@ class CheckpointError(OatsError, ValueError):
 
 class OutputExistsError(OatsError, FileExistsError):
     """The output directory is not empty, and overwriting was not asked for."""
+
+
+class QueueFullError(OatsError, RuntimeError):
+    """As many requests are waiting for a model as may wait, or it takes no more."""

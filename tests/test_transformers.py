@@ -528,16 +528,6 @@ def test_other_devices_are_refused(saved: Path) -> None:
         assert load(saved, device_map=device_map).device.type == "cpu"
 
 
-def test_compressing_while_loading_is_refused(tmp_path: Path) -> None:
-    dense_llama().save_pretrained(tmp_path)
-    requests: list[Any] = [OatsQuantizationConfig(settings=SETTINGS, layers={})]
-    if hasattr(OatsConfig, "quant_method"):
-        requests.append(SETTINGS)
-    for request in requests:
-        with pytest.raises(ConfigError, match="run `oats compress MODEL OUTPUT`"):
-            AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=request)
-
-
 def test_a_state_dict_is_refused(saved: Path) -> None:
     config = AutoConfig.from_pretrained(saved)
     with pytest.raises(ConfigError, match=r"loaded from safetensors files; .* was given a state dict"):

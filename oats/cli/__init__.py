@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from oats import __version__
-from oats.cli import bench, compress, eval, generate, info, quantize
+from oats.cli import bench, chat, compress, eval, generate, info, quantize, report, serve, welcome
 from oats.errors import OatsError
 
 
@@ -28,16 +28,62 @@ class _Commands(TyperGroup):
 
 app = typer.Typer(
     cls=_Commands,
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Compress transformers to sparse plus low-rank weights, and run them fast on CPUs.",
 )
-app.command("compress", epilog="Example: oats compress google/gemma-3-270m small")(compress.compress)
-app.command("eval", epilog="Example: oats eval small --text book.txt")(eval.evaluate)
-app.command("generate", epilog='Example: oats generate small "Once upon a time"')(generate.generate)
-app.command("bench", epilog="Example: oats bench --d-out 4096 --d-in 11008 --threads 2")(bench.bench)
-app.command("quantize", epilog="Example: oats quantize small small-int8 --values int8")(quantize.quantize)
-app.command("info", epilog="Example: oats info small")(info.info)
+
+
+def _examples(*commands: str) -> str:
+    return "\n\n".join(f"Example: oats {command}" for command in commands)
+
+
+app.command(
+    "compress",
+    epilog=_examples(
+        "compress google/gemma-3-270m small",
+        "compress my-model small --compression 0.6 --method oats-hessian",
+        "compress my-model small --calibration book.txt --samples 128 --length 2048",
+    ),
+)(compress.compress)
+app.command(
+    "eval",
+    epilog=_examples(
+        "eval small --text book.txt",
+        "eval small --save",
+        "eval small --tasks arc_easy,hellaswag --limit 100",
+        "eval small --tasks my_task --task-path tasks/",
+    ),
+)(eval.evaluate)
+app.command(
+    "generate",
+    epilog=_examples(
+        'generate small "Once upon a time"', 'generate small "2 + 2 =" --temperature 0.7 --seed 1'
+    ),
+)(generate.generate)
+app.command(
+    "chat",
+    epilog=_examples(
+        "chat small",
+        'chat small --system "Answer in one sentence."',
+        "chat base --chat-template chatml.jinja",
+    ),
+)(chat.chat)
+app.command("serve", epilog=_examples("serve small", "serve small --host 0.0.0.0 --port 8080 --name gemma"))(
+    serve.serve
+)
+app.command(
+    "quantize",
+    epilog=_examples("quantize small small-int8", "quantize small small-int4 --values int4"),
+)(quantize.quantize)
+app.command("info", epilog=_examples("info small", "info", "info small --json"))(info.info)
+app.command("report", epilog=_examples("report small", "report small --out report.html"))(report.report)
+app.command(
+    "bench",
+    epilog=_examples(
+        "bench --d-out 4096 --d-in 11008 --threads 2",
+        "bench --model llama-3-8b --batch 1,4,16 --plot pictures/",
+    ),
+)(bench.bench)
 
 
 def _print_version(value: bool) -> None:
@@ -46,13 +92,15 @@ def _print_version(value: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def _options(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    pass
+    if context.invoked_subcommand is None:
+        welcome.welcome()
 
 
 def main() -> None:

@@ -98,7 +98,7 @@ def compress(
     )
     started = time.perf_counter()
     with progress_bar("Compressing") as bar:
-        compress_(
+        made = compress_(
             network,
             windows,
             config,
@@ -108,7 +108,13 @@ def compress(
         )
     seconds = time.perf_counter() - started
     with status(f"Saving {out}"):
-        save_model(network, tokenizer, out, overwrite=overwrite)
+        save_model(
+            network, tokenizer, out, overwrite=overwrite, report=made, source=model, seconds=seconds,
+            calibration={
+                "text": Path(text.name).name, "split": text.split, "sha256": text.sha256,
+                "samples": samples, "length": length,
+            },
+        )  # fmt: skip
 
     stored = read_stored_model(out)
     layer_bytes = sum(layer.stored_bytes for layer in stored.layers)
@@ -139,6 +145,7 @@ def compress(
                 "linear layers": human_bytes(layer_bytes) + share,
                 "on disk": f"{human_bytes(stored.disk_bytes)} in all, embeddings and tokenizer included",
                 "calibration": f"{samples} x {length} tokens of {text.name}, {text.split}",
+                "next": f'oats eval {out} · oats generate {out} "Once upon a time" · oats info {out}',
             }
         )
     )

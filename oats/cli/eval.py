@@ -1,13 +1,13 @@
-"""``oats eval DIR``: perplexity."""
+"""``oats eval DIR``: perplexity, or tasks of lm-evaluation-harness."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from oats.errors import ConfigError
+from oats.errors import ConfigError, OatsError
 
 
 def evaluate(
@@ -27,16 +27,43 @@ def evaluate(
     max_tokens: Annotated[
         int | None, typer.Option(help="Use only the first tokens of the text.", show_default="all")
     ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Instead of a perplexity: tasks of lm-evaluation-harness, with commas between."),
+    ] = None,
+    task_path: Annotated[
+        Path | None, typer.Option(help="Directory with YAML files of tasks of your own.")
+    ] = None,
+    shots: Annotated[
+        int | None, typer.Option(help="Examples in the prompts of tasks.", show_default="as the task says")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Questions of each task at most.", show_default="all")
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Sequences of one forward pass of tasks.")] = 1,
+    save: Annotated[
+        bool, typer.Option("--save", help="Add the perplexity to the model card of DIR.")
+    ] = False,
     dtype: Annotated[
         str | None, typer.Option(help="bf16 or fp32.", show_default="the model's own; GGUF: bf16")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Perplexity of a model on a text, with every setting it depends on."""
+    """Perplexity of a model on a text, with every setting it depends on; or its scores on tasks."""
     if max_tokens is not None and max_tokens < 1:
         raise ConfigError(f"max_tokens must be at least 1, got {max_tokens}")
     if dtype not in (None, "bf16", "fp32"):
         raise ConfigError(f'dtype must be "bf16" or "fp32", got {dtype!r}')
+    if tasks is not None:
+        if save or any(value is not None for value in (text, context, stride, max_tokens)):
+            raise ConfigError(
+                "text, context, stride, max_tokens and save belong to the perplexity; leave them out "
+                "with tasks"
+            )
+        _evaluate_tasks(directory, dtype, tasks.split(","), task_path, shots, limit, batch, as_json)
+        return
+    if save:
+        _check_compressed(Path(directory))
 
     from oats.cli.console import print_json, progress_bar, results, settings_table, status
     from oats.evaluate.perplexity import perplexity
@@ -58,20 +85,95 @@ def evaluate(
         )
     if as_json:
         print_json({"model": directory, **source.settings(), **result.to_dict()})
-        return
-    results().print(
-        settings_table(
-            {
-                "perplexity": f"{result.perplexity:.4f}",
-                "model": directory,
-                "text": f"{source.name}, sha256 {source.sha256}",
-                "split": f"{source.split}, {len(source.content)} characters",
-                "tokens": f"{result.tokens} scored, each once",
-                "context": f"{result.context} tokens, {'the first of them BOS' if result.bos else 'no BOS'}",
-                "stride": f"{result.stride} tokens",
-                "dtype": result.dtype,
-                "threads": result.threads,
-                "time": f"{result.seconds:.1f} s ({result.tokens / result.seconds:.0f} tokens/s)",
-            }
+    else:
+        results().print(
+            settings_table(
+                {
+                    "perplexity": f"{result.perplexity:.4f}",
+                    "model": directory,
+                    "text": f"{source.name}, sha256 {source.sha256}",
+                    "split": f"{source.split}, {len(source.content)} characters",
+                    "tokens": f"{result.tokens} scored, each once",
+                    "context": f"{result.context} tokens, {'first BOS' if result.bos else 'no BOS'}",
+                    "stride": f"{result.stride} tokens",
+                    "dtype": result.dtype,
+                    "threads": result.threads,
+                    "time": f"{result.seconds:.1f} s ({result.tokens / result.seconds:.0f} tokens/s)",
+                }
+            )
         )
+    if save:
+        _save(Path(directory), {**source.settings(), "text": Path(source.name).name, **result.to_dict()})
+
+
+def _check_compressed(directory: Path) -> None:
+    from oats.integrations.stored_model import read_stored_model
+
+    if read_stored_model(directory).config is None:
+        raise ConfigError(f"{directory} is not compressed, so it has no card of oats; leave --save out")
+
+
+def _save(directory: Path, evaluation: dict[str, Any]) -> None:
+    from oats.cli.console import notes
+    from oats.integrations.model_card import CARD, write_model_card
+    from oats.integrations.record import Record
+
+    record = Record.read(directory) or Record()
+    record.add_evaluation(evaluation)
+    try:
+        record.write(directory)
+        card = write_model_card(directory)
+    except OSError as error:
+        raise OatsError(
+            f"cannot write into {directory}: {error.strerror}; the result is not saved"
+        ) from error
+    if card is None:
+        notes().print(f"{directory / CARD} was not written by oats and stays as it is", markup=False)
+
+
+def _evaluate_tasks(
+    directory: str,
+    dtype: str | None,
+    tasks: list[str],
+    task_path: Path | None,
+    shots: int | None,
+    limit: int | None,
+    batch: int,
+    as_json: bool,
+) -> None:
+    from oats.cli.console import print_json, results, status
+    from oats.evaluate.tasks import evaluate_tasks
+    from oats.integrations.checkpoint import load_model
+
+    with status(f"Loading {directory}"):
+        model, tokenizer = load_model(directory, dtype)
+    result = evaluate_tasks(
+        model, tokenizer, tasks, task_path=task_path, shots=shots, limit=limit, batch=batch
+    )
+    if as_json:
+        print_json({"model": directory, **result.to_dict()})
+        return
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in ("task", "metric"):
+        table.add_column(column, no_wrap=True)
+    for column in ("score", "± stderr", "shots", "questions", "version"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for score in result.scores:
+        error = "–" if score.stderr is None else f"{score.stderr:.4f}"
+        table.add_row(
+            score.task,
+            score.metric,
+            f"{score.value:.4f}",
+            error,
+            str(score.shots),
+            str(score.samples),
+            score.version,
+        )
+    results().print(table)
+    results().print(
+        f"{directory}, {result.dtype}, lm-evaluation-harness {result.harness}, {result.seconds:.0f} s",
+        markup=False,
     )

@@ -5,11 +5,22 @@ from __future__ import annotations
 import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from oats import __version__
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from rich.console import Console
+
+    from oats.integrations.record import Record
+    from oats.integrations.stored_model import StoredModel
+
+MOST_ERRORS = 5
+BAR_WIDTH = 32
 
 
 def info(
@@ -57,9 +68,12 @@ def _installation(as_json: bool) -> None:
 
 def _model(directory: Path, as_json: bool) -> None:
     from oats.cli.console import human_bytes, print_json, results, settings_table
+    from oats.integrations.record import Record
     from oats.integrations.stored_model import read_stored_model
 
     model = read_stored_model(directory)
+    record = Record.read(directory) or Record()
+    errors = record.errors_of([layer.name for layer in model.layers])
     stored = sum(layer.stored_bytes for layer in model.layers)
     dense = sum(layer.dense_bf16_bytes for layer in model.layers)
     settings: dict[str, Any] = {
@@ -73,7 +87,11 @@ def _model(directory: Path, as_json: bool) -> None:
                 "config": settings or None,
                 "layers": [
                     asdict(layer)
-                    | {"density": layer.density, "share_of_dense_bf16": layer.share_of_dense_bf16}
+                    | {
+                        "density": layer.density,
+                        "share_of_dense_bf16": layer.share_of_dense_bf16,
+                        "relative_error": errors.get(layer.name),
+                    }
                     for layer in model.layers
                 ],
                 "layer_bytes": stored,
@@ -82,6 +100,8 @@ def _model(directory: Path, as_json: bool) -> None:
                 "other_parameters": model.parameters_elsewhere,
                 "other_bytes": model.bytes_elsewhere,
                 "disk_bytes": model.disk_bytes,
+                "source": record.source,
+                "evaluations": record.evaluations,
             }
         )
         return
@@ -115,12 +135,22 @@ def _model(directory: Path, as_json: bool) -> None:
             f"{stored / dense:.3f}",
         )  # fmt: skip
         console.print(table)
+        print_bars(console, "Where the bytes are", _bytes_by_kind(model), human_bytes)
+        if errors:
+            worst = sorted(errors, key=errors.__getitem__, reverse=True)[:MOST_ERRORS]
+            print_bars(
+                console,
+                "Largest errors of layers, relative, on the calibration data",
+                {name.removeprefix(shared): errors[name] for name in worst},
+                lambda error: f"{error:.3f}",
+            )
     console.print(
         settings_table(
             {
                 "directory": model.directory,
                 "model": model.model_type + ("" if model.config else ", not compressed by oats"),
                 **_shown(settings),
+                **_latest_perplexity(record),
                 **(
                     {"linear layers": f"{human_bytes(stored)}, {stored / dense:.3f} of dense bf16"}
                     if dense
@@ -132,6 +162,46 @@ def _model(directory: Path, as_json: bool) -> None:
             }
         )
     )
+
+
+def _latest_perplexity(record: Record) -> dict[str, str]:
+    if not record.evaluations:
+        return {}
+    last = record.evaluations[-1]
+    return {
+        "perplexity": f"{last['perplexity']:.2f} on {last['text']}, {last['split']}, "
+        f"context {last['context']}"
+    }
+
+
+def _bytes_by_kind(model: StoredModel) -> dict[str, float]:
+    """Kind of layer → stored bytes in all blocks; the largest first, everything else last."""
+    from oats.evaluate.anatomy import block_and_kind
+
+    sizes: dict[str, float] = {}
+    for layer in model.layers:
+        kind = block_and_kind(layer.name)[1]
+        sizes[kind] = sizes.get(kind, 0) + layer.stored_bytes
+    largest_first = dict(sorted(sizes.items(), key=lambda item: -item[1]))
+    return {**largest_first, "everything else": model.bytes_elsewhere}
+
+
+def print_bars(
+    console: Console, title: str, values: Mapping[str, float], show: Callable[[float], str]
+) -> None:
+    """A bar a value, the largest as wide as all others can be."""
+    from rich.table import Table
+
+    largest = max(values.values(), default=0) or 1
+    table = Table.grid(padding=(0, 1, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column(no_wrap=True)
+    for name, value in values.items():
+        table.add_row(f" {name}", show(value), "█" * round(BAR_WIDTH * value / largest))
+    console.print(title)
+    console.print(table)
+    console.print()
 
 
 def _shown(settings: dict[str, Any]) -> dict[str, Any]:

@@ -83,7 +83,7 @@ def perplexity(
         ConfigError: context or stride is out of range.
         OatsError: the model gives NaN or infinite logits.
     """
-    limit = _context_limit(model)
+    limit = context_limit(model)
     context = min(DEFAULT_CONTEXT, limit or DEFAULT_CONTEXT) if context is None else context
     stride = context if stride is None else stride
     if context < 1 or (limit is not None and context > limit):
@@ -162,7 +162,8 @@ def _exp(nll: float) -> float:
     return math.exp(nll) if nll < 700 else math.inf
 
 
-def _context_limit(model: Any) -> int | None:
+def context_limit(model: Any) -> int | None:
+    """Tokens that a model of transformers takes at most, where its configuration says."""
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
     limit = getattr(config, "max_position_embeddings", None)
     return limit if isinstance(limit, int) and limit > 0 else None

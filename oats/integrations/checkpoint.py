@@ -7,9 +7,12 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from oats.errors import CheckpointError, ConfigError, OatsError, OutputExistsError
+
+if TYPE_CHECKING:
+    from oats.compress import CompressionReport
 
 
 def load_model(model: str | Path, dtype: str | None = None) -> tuple[Any, Any]:
@@ -140,8 +143,16 @@ def check_output(out: str | Path, *, overwrite: bool = False, source: str | Path
     return out
 
 
-def save_model(model: Any, tokenizer: Any, out: str | Path, *, overwrite: bool = False) -> Path:
-    """Save a model and its tokenizer as a Hugging Face directory, all or nothing.
+def save_model(
+    model: Any,
+    tokenizer: Any,
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    report: CompressionReport | None = None,
+    **known: Any,
+) -> Path:
+    """Save a model and its tokenizer as a Hugging Face directory, with a model card, all or nothing.
 
     The files are written to a hidden directory beside `out` and flushed to disk, which then gets the name.
     A run that is killed leaves `out` as it was, with one exception: to overwrite takes two renames, and
@@ -150,6 +161,8 @@ def save_model(model: Any, tokenizer: Any, out: str | Path, *, overwrite: bool =
 
     Args:
         overwrite: replace a model that is already at `out`.
+        report: of the compression, whose errors are kept beside the weights.
+        known: what else the model card says, see :func:`oats.integrations.model_card.write_model_card`.
 
     Raises:
         OutputExistsError: `out` is in use, see :func:`check_output`.
@@ -157,12 +170,16 @@ def save_model(model: Any, tokenizer: Any, out: str | Path, *, overwrite: bool =
     """
     from safetensors import SafetensorError
 
+    from oats.integrations.model_card import write_model_card
+
     out = check_output(out, overwrite=overwrite)
     try:
         with _new_directory(out, overwrite) as partial:
             model.save_pretrained(partial)
             if tokenizer is not None:
                 tokenizer.save_pretrained(partial)
+            if report is not None or getattr(model, "quantization_method", None) == "oats":
+                write_model_card(partial, report, name=out.name, **known)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or _first_line(error)
         raise OatsError(f"cannot write {out}: {reason}; nothing was changed there") from error

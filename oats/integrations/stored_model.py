@@ -225,6 +225,7 @@ class StoredLayer:
     nnz: int
     dtype: str
     stored_bytes: int
+    storage: Storage = EXACT
 
     @property
     def density(self) -> float:
@@ -338,6 +339,7 @@ def _stored_layer(
         nnz=nnz,
         dtype=_STORED_AS.get(found["values"].dtype) or storage.values,
         stored_bytes=sum(tensor.nbytes for tensor in found.values()),
+        storage=storage,
     )
 
 

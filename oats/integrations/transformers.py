@@ -15,6 +15,7 @@ On loading:
 
 - ``dtype=torch.float32`` and ``torch.bfloat16`` work, whatever was stored; the values are cast.
 - the device is the CPU; ``device_map="auto"`` means the CPU.
+- with ``quantization_config=OatsConfig(…)`` a dense model is compressed once its weights are there.
 - every file's header is checked against ``config.json`` before a tensor is read, and every mask
   against its values after: a checkpoint that disagrees with itself raises
   :class:`~oats.errors.FormatError`.
@@ -22,11 +23,13 @@ On loading:
 
 from __future__ import annotations
 
+import contextlib
 import re
 import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +39,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from oats import format as fmt
 from oats.config import OatsConfig
-from oats.errors import ConfigError, FormatError
+from oats.errors import CalibrationError, ConfigError, FormatError
 from oats.gated_mlp import merge_gated_mlps_
 from oats.integrations.stored_model import (
     RETRY,
@@ -61,15 +64,24 @@ QUANT_METHOD = "oats"
 class OatsQuantizationConfig(QuantizationConfigMixin):
     """What ``config.json`` says about a compressed model.
 
+    Given to ``from_pretrained`` of a dense model, it says how to compress it; so does an ``OatsConfig``.
+
     Args:
         settings: of the compression run.
         layers: name of each compressed layer → its ``rank`` and ``nnz``, and where it has codes the fields of
             its :class:`~oats.storage.Storage`.
+        calibration: of a dense model: the path of a UTF-8 text, or token ids (sequences, length); None means
+            the first half of ``pydoc_data.topics``. It is not stored.
+        samples: sequences cut from a calibration text.
+        length: tokens of each; less where the model takes fewer.
     """
 
     settings: OatsConfig
-    layers: dict[str, dict[str, Any]]
+    layers: dict[str, dict[str, Any]] = field(default_factory=dict)
     quant_method: str = QUANT_METHOD  # type: ignore[assignment]  # an enum of the methods transformers has
+    calibration: Tensor | str | Path | None = field(default=None, compare=False)
+    samples: int = field(default=64, compare=False)
+    length: int = field(default=512, compare=False)
     _model: weakref.ref[nn.Module] | None = field(default=None, init=False, compare=False)
 
     @classmethod
@@ -124,22 +136,15 @@ class OatsQuantizationConfig(QuantizationConfigMixin):
 
 
 class OatsQuantizer(HfQuantizer):
-    """Loads and saves models with :class:`~oats.nn.SparseLowRankLinear` layers; called by transformers.
-
-    Raises:
-        ConfigError: a dense model is to be compressed while it is loaded.
-    """
+    """Loads and saves models with :class:`~oats.nn.SparseLowRankLinear` layers; called by transformers."""
 
     quantization_config: OatsQuantizationConfig
 
-    def __init__(self, quantization_config: OatsQuantizationConfig, **kwargs: Any) -> None:
-        """Take the configuration of a checkpoint, or of a model that has been compressed."""
+    def __init__(self, quantization_config: OatsQuantizationConfig | OatsConfig, **kwargs: Any) -> None:
+        """Take the configuration of a checkpoint, or the one that a dense model is to be compressed with."""
+        if isinstance(quantization_config, OatsConfig):
+            quantization_config = OatsQuantizationConfig(settings=quantization_config)
         super().__init__(quantization_config, **kwargs)
-        if not self.pre_quantized:
-            raise ConfigError(
-                "from_pretrained(quantization_config=…) of a dense model: compressing while loading is not "
-                "supported; run `oats compress MODEL OUTPUT`, or load the model and call oats.compress_"
-            )
         # Layer name in the model that is being loaded → where it was found, for error messages.
         self._origin: dict[str, str] = {}
 
@@ -163,12 +168,12 @@ class OatsQuantizer(HfQuantizer):
         return {"": torch.device("cpu")} if isinstance(device_map, str) else device_map
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """Refuse dtypes without a kernel.
+        """Refuse dtypes without a kernel; a dense model that is to be compressed may have any.
 
         Raises:
             ConfigError: `dtype` is neither float32 nor bfloat16.
         """
-        if dtype not in fmt.DTYPES.values():
+        if self.pre_quantized and dtype not in fmt.DTYPES.values():
             raise ConfigError(
                 f"an OATS model cannot be loaded as {dtype}; pass dtype=torch.bfloat16 or "
                 "dtype=torch.float32 to from_pretrained"
@@ -178,6 +183,8 @@ class OatsQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
+        if not self.pre_quantized:
+            return
         places: dict[str, dict[str, dict[str, Any]]] = {}
         markers = set()
         for saved_name, sizes in self.quantization_config.layers.items():
@@ -202,6 +209,9 @@ class OatsQuantizer(HfQuantizer):
         self._origin = _check_headers(model, layers, checkpoint_files)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        if not self.pre_quantized:
+            self._compress(model)
+            return model
         for name, layer in _layers(model).items():
             layer.pack_(f"{self._origin[name]}: {name}")
             if layer.bias is not None:
@@ -209,6 +219,25 @@ class OatsQuantizer(HfQuantizer):
         self.quantization_config.follow(model)
         merge_gated_mlps_(model)
         return model
+
+    def _compress(self, model: PreTrainedModel) -> None:
+        from transformers.utils import logging
+
+        from oats.compress import compress_
+
+        windows = _calibration_windows(model, self.quantization_config)
+        with logging.tqdm(desc="Compressing", unit="layer") as bar:
+
+            def progress(done: int, total: int, name: str, error: float) -> None:
+                bar.total = total
+                bar.set_postfix_str(f"{name} error {error:.3f}", refresh=False)
+                bar.update(1)
+
+            compress_(model, windows, self.quantization_config.settings, progress=progress)
+        # compress_ has attached a quantizer of its own, in whose place transformers may put this one.
+        self.quantization_config = model.config.quantization_config
+        self.pre_quantized = True
+        model.hf_quantizer = self  # type: ignore[assignment]
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         # A name is what save_pretrained leaves in the model's configuration.
@@ -261,6 +290,35 @@ class OatsQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """Whether ``torch.compile`` takes the model."""
         return True
+
+
+def _calibration_windows(model: PreTrainedModel, config: OatsQuantizationConfig) -> Tensor:
+    """Token ids to compress a model on, (sequences, length)."""
+    from transformers import AutoTokenizer
+
+    from oats.evaluate.perplexity import context_limit
+    from oats.evaluate.text import bos_token_id, builtin_text, calibration_windows, read_text, tokenize
+
+    if isinstance(config.calibration, Tensor):
+        return config.calibration
+    text = builtin_text("first") if config.calibration is None else read_text(config.calibration)
+    source = model.config.name_or_path
+    tokenizer: Any = None
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    # Some releases make an empty tokenizer where there is none: all is one unknown token.
+    if tokenizer is None or len(tokenizer(text.content[:100], add_special_tokens=False).input_ids) < 2:
+        raise CalibrationError(
+            f"{source} has no tokenizer that turns {text.name} into tokens; pass token ids, (sequences, "
+            "length), as OatsQuantizationConfig(settings=…, calibration=ids)"
+        )
+    return calibration_windows(
+        tokenize(tokenizer, text, cast(int, model.get_input_embeddings().num_embeddings)),
+        config.samples,
+        min(config.length, context_limit(model) or config.length),
+        bos=bos_token_id(tokenizer),
+        name=text.name,
+    )
 
 
 def attach(model: Any, config: OatsConfig) -> None:

@@ -1,0 +1,93 @@
+"""``oats serve DIR``."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from oats.errors import ConfigError
+
+
+def serve(
+    directory: Annotated[
+        str, typer.Argument(metavar="DIR", help="Model directory, dense or compressed; GGUF; or hub name.")
+    ],
+    host: Annotated[
+        str, typer.Option(help="Address to listen at; 0.0.0.0 is every one of this machine.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen at; 0 takes a free one.")] = 8000,
+    name: Annotated[
+        str | None, typer.Option(help="What clients call the model.", show_default="the directory's name")
+    ] = None,
+    chat_template: Annotated[
+        Path | None,
+        typer.Option(
+            help="Jinja file that makes turns into a prompt.", show_default="the model's own, if any"
+        ),
+    ] = None,
+    max_waiting: Annotated[int, typer.Option(help="Requests that may wait for the one that runs.")] = 64,
+    dtype: Annotated[
+        str | None, typer.Option(help="bf16 or fp32.", show_default="the model's own; GGUF: bf16")
+    ] = None,
+) -> None:
+    """Serve a model over HTTP as OpenAI's API does: /v1/chat/completions, /v1/completions, /v1/models.
+
+    One request is generated at a time, the others wait. /health says whether it works, /metrics how much, for
+    Prometheus. A model without a chat template answers /v1/completions only.
+    """
+    try:
+        import uvicorn
+
+        from oats.serving.openai_api import build_app
+    except ImportError as error:
+        raise ConfigError(
+            f"serving needs more packages ({error.name} is missing): pip install 'oats-torch[serve]'"
+        ) from None
+
+    from oats.cli.chat import load_with_template
+    from oats.cli.console import notes, status
+    from oats.serving.engine import Engine
+
+    listening = _listen(host, port)  # before the model is loaded
+    with listening:
+        with status(f"Loading {directory}"):
+            model, tokenizer = load_with_template(directory, dtype, chat_template)
+        name = name or Path(directory).resolve().name
+        engine = Engine(model, tokenizer, max_waiting)
+        server = uvicorn.Server(
+            uvicorn.Config(build_app(engine, name), log_level="warning", timeout_graceful_shutdown=3)
+        )
+        url = f"http://{host}:{listening.getsockname()[1]}/v1"
+        console = notes()
+        console.print(f"{name} at {url}, until Ctrl-C", soft_wrap=True, markup=False)
+        if not tokenizer.chat_template:
+            console.print("no chat template: /v1/completions only, or give one with --chat-template")
+        console.print(
+            f"try: curl {url}/completions -H 'Content-Type: application/json' "
+            '-d \'{"prompt": "Once upon a time", "max_tokens": 20}\'',
+            soft_wrap=True,
+            markup=False,
+        )
+        try:
+            server.run(sockets=[listening])
+        except KeyboardInterrupt:
+            pass  # how a server is stopped
+        finally:
+            engine.close()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listening = socket.socket(family, kind, protocol)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(
+            f"cannot listen at {host}, port {port}: {reason}; choose another with --host or --port"
+        ) from None
+    return listening

