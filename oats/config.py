@@ -13,7 +13,8 @@ Pattern = str
 """``"row"``, ``"layer"``, or ``"N:M"`` such as ``"2:4"``."""
 
 METHODS = ("oats", "oats-hessian")
-OPTIONAL = frozenset({"method", "block_matching"})
+BUDGETS = ("uniform", "owl", "error")
+OPTIONAL = frozenset({"method", "block_matching", "budget", "rank_ratios"})
 """Settings beyond the published method: a checkpoint made without them does not name them."""
 
 DEFAULT_ITERATIONS = {"fast": 40, "exact": 80}
@@ -57,6 +58,11 @@ class OatsConfig:
         seed: of the random start of the fast low-rank step.
         block_matching: passes over the calibration data in which the kept values and the factors of each
             block are tuned for the block's output (:mod:`oats.matching`); 0 is the published method.
+        budget: how `compression` is spread over the layers (:mod:`oats.allocation`): ``"uniform"``, the
+            published way; ``"owl"``, less of it in blocks with more outliers; ``"error"``, less of it where
+            the measured error grows faster with the parameters removed. Not with N:M patterns.
+        rank_ratios: for each layer the one of these with the lowest error replaces `rank_ratio`; none of them
+            leaves it.
 
     Raises:
         ConfigError: a setting is out of its range.
@@ -80,6 +86,8 @@ class OatsConfig:
     skip: tuple[str, ...] = ()
     seed: int = 0
     block_matching: int = 0
+    budget: Literal["uniform", "owl", "error"] = "uniform"
+    rank_ratios: tuple[float, ...] = ()
     # transformers reads it from whatever is passed as `quantization_config`.
     quant_method: ClassVar[str] = "oats"
 
@@ -118,6 +126,19 @@ class OatsConfig:
             "block_matching must be a whole number of passes, at least 0",
             self.block_matching,
         )
+        _require(self.budget in BUDGETS, 'budget must be "uniform", "owl" or "error"', self.budget)
+        _require(
+            self.budget == "uniform" or parse_n_m(self.pattern) is None,
+            f'an N:M pattern fixes what each layer keeps, so budget must be "uniform" with {self.pattern}',
+            self.budget,
+        )
+        ratios = self.rank_ratios
+        _require(
+            isinstance(ratios, (tuple, list)) and all(_is_number(r) and 0 <= r <= 1 for r in ratios),
+            "rank_ratios must be a list of numbers in [0, 1]",
+            ratios,
+        )
+        object.__setattr__(self, "rank_ratios", tuple(ratios))
         patterns = (self.skip,) if isinstance(self.skip, str) else self.skip
         _require(
             isinstance(patterns, (tuple, list)) and all(isinstance(p, str) for p in patterns),
@@ -143,7 +164,8 @@ class OatsConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain JSON values; those of `OPTIONAL` only where they are not the default."""
-        settings = {**asdict(self), "skip": list(self.skip)}
+        settings = {**asdict(self), "skip": list(self.skip), "rank_ratios": list(self.rank_ratios)}
+        settings = {k: v for k, v in settings.items() if k != "rank_ratios" or v}
         return {k: v for k, v in settings.items() if k not in OPTIONAL or v != getattr(OatsConfig, k)}
 
 

@@ -37,3 +37,7 @@ class CheckpointError(OatsError, ValueError):
 
 class OutputExistsError(OatsError, FileExistsError):
     """The output directory is not empty, and overwriting was not asked for."""
+
+
+class DistributedError(OatsError, RuntimeError):
+    """A process of a run of several is gone, or cannot be reached."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +19,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+
+LOG_SECONDS = 60
+"""How often a log, where there is no terminal, gets a line about the progress."""
 
 
 def results() -> Console:
@@ -64,8 +68,45 @@ def progress_bar(description: str) -> Iterator[Bar]:
         TimeRemainingColumn(),
     )
     console = notes()
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+    # The time left from the last hour: a layer can take minutes.
+    with Progress(
+        *columns, console=console, disable=not console.is_terminal, speed_estimate_period=3600
+    ) as progress:
         yield Bar(progress, progress.add_task(description, total=None, note=""))
+
+
+@contextmanager
+def layers_progress() -> Iterator[Callable[[int, int, str, float], None]]:
+    """What to call after each layer with: layers done, layers in all, its name, its relative error.
+
+    A terminal gets a bar, and a log a line a minute: both with the mean error so far and the time left.
+
+    >>> with layers_progress() as progress:
+    ...     progress(1, 2, "q_proj", 0.1)
+    """
+    started = written = time.monotonic()
+    first, errors, count = 0, 0.0, 0
+    console = notes()
+    with progress_bar("Compressing") as bar:
+
+        def progress(done: int, total: int, name: str, error: float) -> None:
+            nonlocal written, first, errors, count
+            if not count:
+                # A run that goes on where another was stopped does not know how long that one took.
+                first = done - 1
+            errors, count = errors + error, count + 1
+            note = f"{name}  error {error:.3f}, mean {errors / count:.3f}"
+            bar.update(done - first, total - first, note)
+            now = time.monotonic()
+            if not console.is_terminal and now - written >= LOG_SECONDS:
+                written = now
+                left = (now - started) / (done - first) * (total - done)
+                console.print(
+                    f"{done} of {total} layers, {note}, {human_time(now - started)}, about "
+                    f"{human_time(left)} left"
+                )
+
+        yield progress
 
 
 @contextmanager
@@ -87,6 +128,19 @@ def settings_table(settings: Mapping[str, object]) -> Table:
     for name, value in settings.items():
         table.add_row(name, str(value))
     return table
+
+
+def human_time(seconds: float) -> str:
+    """A duration with its units.
+
+    >>> human_time(95), human_time(7260), human_time(4.2)
+    ('1 min 35 s', '2 h 1 min', '4 s')
+    """
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def human_bytes(size: float) -> str:
