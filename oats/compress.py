@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from oats.allocation import allocate, measure_block
 from oats.calibrate import TOKENS_PER_BATCH, BlockRunner, Calibration, Held, as_batches, rehearse
 from oats.config import OatsConfig
-from oats.decomposition import Decomposition
+from oats.decomposition import Decomposition, decompose_batch
 from oats.distributed import Ranks
 from oats.errors import ConfigError, UnsupportedModelError
 from oats.format import DTYPES, storage_dtype
@@ -25,6 +25,10 @@ from oats.models import find_blocks
 from oats.models.linear import FUSED
 from oats.nn import SparseLowRankLinear, SplitLinear
 from oats.targets import SKIPPED, SPLIT, Target, Targets, find_targets, reasons
+
+BATCH_ELEMENTS = 2**23
+"""Matrices of one shape are decomposed together up to this many elements: beyond it each keeps the threads
+busy by itself, and only the memory grows."""
 
 Progress = Callable[[int, int, str, float], None]
 """Called after each layer with: layers done, layers in all, the layer's name, its relative error."""
@@ -157,7 +161,7 @@ def tokens_per_batch(config: OatsConfig) -> int:
     return TOKENS_PER_STEP if config.block_matching else TOKENS_PER_BATCH
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Matrix:
     """One matrix of a block to decompose: a layer's, or a part of a fused one."""
 
@@ -287,39 +291,79 @@ class Walk:
         self, matrices: list[_Matrix]
     ) -> Iterator[tuple[_Matrix, SparseLowRankLinear, LayerReport]]:
         """What becomes of each matrix, in order; each rank decomposes its share. Empties the list."""
-        if self._ranks.size == 1:
+        ranks = self._ranks
+        done: dict[str, tuple[SparseLowRankLinear, LayerReport]] = {}
+        if ranks.size == 1:
             while matrices:
+                if matrices[0].name not in done:
+                    done.update(self._decompose(self._alike(matrices)))
                 # Out of the list: a Hessian can be larger than all weights of its block.
                 matrix = matrices.pop(0)
-                yield matrix, *self._decompose(matrix)
+                yield matrix, *done.pop(matrix.name)
             return
-        owners = self._ranks.owners({matrix.name: _cost(matrix) for matrix in matrices})
-        mine = {m.name: self._decompose(m) for m in matrices if owners[m.name] == self._ranks.rank}
+        batches, left = {}, matrices
+        while left:
+            batch = self._alike(left)
+            batches[batch[0].name] = batch
+            left = [matrix for matrix in left if matrix not in batch]
+        owners = ranks.owners({name: sum(map(_cost, batch)) for name, batch in batches.items()})
+        for name, batch in batches.items():
+            if owners[name] == ranks.rank:
+                done.update(self._decompose(batch))
+        owner_of = {matrix.name: owners[name] for name, batch in batches.items() for matrix in batch}
         for matrix in matrices:
-            done = mine.pop(matrix.name, None)
-            sent = None if done is None else (done[0].canonical(), done[1])
-            tensors, report = self._ranks.broadcast(sent, owners[matrix.name])
+            own = done.pop(matrix.name, None)
+            sent = None if own is None else (own[0].canonical(), own[1])
+            tensors, report = ranks.broadcast(sent, owner_of[matrix.name])
             d_in = matrix.weight.shape[1]
             layer = SparseLowRankLinear.from_canonical(tensors, d_in, matrix.bias, matrix.name)
             yield matrix, layer, report
 
-    def _decompose(self, matrix: _Matrix) -> tuple[SparseLowRankLinear, LayerReport]:
+    def _alike(self, matrices: list[_Matrix]) -> list[_Matrix]:
+        """The first of the matrices, and of the others those that are decomposed together with it."""
+        first = matrices[0]
+        if self._config.method != "oats":
+            return [first]
+        shape, dtype = first.weight.shape, first.weight.dtype
+        compression = self._compressions.get(first.name)
+        alike = [
+            m
+            for m in matrices
+            if m.weight.shape == shape
+            and m.weight.dtype == dtype
+            and self._compressions.get(m.name) == compression
+        ]
+        return alike[: max(1, BATCH_ELEMENTS // first.weight.numel())]
+
+    def _decompose(self, batch: list[_Matrix]) -> dict[str, tuple[SparseLowRankLinear, LayerReport]]:
+        """What becomes of matrices that are alike, by name."""
         start = time.perf_counter()
-        weight, name = matrix.weight.contiguous(), matrix.name
-        result: Decomposition | None = None
+        weights = [matrix.weight.contiguous() for matrix in batch]
+        statistics, names = [matrix.statistic for matrix in batch], [matrix.name for matrix in batch]
+        compression = self._compressions.get(names[0], self._config.compression)
+        best: list[Decomposition] = []
         for rank_ratio in self._config.rank_ratios or (self._config.rank_ratio,):
-            compression = self._compressions.get(name, self._config.compression)
             settings = replace(
                 self._config, compression=compression, rank_ratio=rank_ratio, rank_ratios=(), budget="uniform"
             )
-            tried = decompose_by_method(weight, matrix.statistic, settings, name)
-            if result is None or tried.relative_error < result.relative_error:
-                result = tried
-        assert result is not None
-        layer = SparseLowRankLinear.from_decomposition(result, matrix.bias)
-        d_out, d_in = weight.shape
-        seconds = time.perf_counter() - start
-        return layer, LayerReport(name, d_out, d_in, layer.rank, layer.nnz, result.relative_error, seconds)
+            if len(batch) == 1:
+                tried = [decompose_by_method(weights[0], statistics[0], settings, names[0])]
+            else:
+                tried = decompose_batch(weights, statistics, settings, names)
+            best = [
+                min(pair, key=lambda result: result.relative_error)
+                for pair in zip(best or tried, tried, strict=True)
+            ]
+        made = {}
+        for matrix, result in zip(batch, best, strict=True):
+            layer = SparseLowRankLinear.from_decomposition(result, matrix.bias)
+            seconds = (time.perf_counter() - start) / len(batch)
+            d_out, d_in = matrix.weight.shape
+            made[matrix.name] = (
+                layer,
+                LayerReport(matrix.name, d_out, d_in, layer.rank, layer.nnz, result.relative_error, seconds),
+            )
+        return made
 
     def _put(self, target: Target, layer: nn.Module) -> None:
         if not self.report.layers and hasattr(self._model, "save_pretrained"):
