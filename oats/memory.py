@@ -17,15 +17,17 @@ from oats.targets import Target
 
 _UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
-# Bytes an element of the largest matrix takes while it is decomposed, and an element of its Hessian, measured
-# as the growth of the peak with the size (tests/test_memory.py checks that they are enough).
+# What a decomposition takes, measured as the growth of the peak (tests/test_memory.py checks that it is
+# enough): something for its libraries, so many bytes an element of the matrix, and of a Hessian.
+_FIXED = 64_000_000
 _MATRIX_BYTES = {
-    ("oats", "fast"): 26,
-    ("oats", "exact"): 90,
-    ("oats-hessian", "fast"): 64,
+    ("oats", "fast"): 34,
+    ("oats", "exact"): 80,
+    ("oats-hessian", "fast"): 76,
     ("oats-hessian", "exact"): 150,
 }
-_HESSIAN_BYTES = 76
+# While the eigenvectors of a Hessian are computed, and of the matrix then.
+_HESSIAN_BYTES, _WAITING_MATRIX_BYTES = 48, 12
 
 # Copies of the widest activation, in the model's dtype, that are alive at once inside a block; and of a
 # layer's input in float32, for its statistic.
@@ -90,30 +92,35 @@ def block_bytes(
         tokens: of a calibration batch.
     """
     shapes = [tuple(weight.shape) for target in targets.values() for weight, _ in target.matrices().values()]
-    dense = sum(p.numel() for p in block.parameters()) * dtype.itemsize
-    largest = max(d_out * d_in for d_out, d_in in shapes)
-    hessian = config.method == "oats-hessian"
-    # Layers that share an input share its Hessian; by shape, that is how many there are at most.
-    inputs = {name: target.matrices() for name, target in targets.items()}
-    hessians = (
-        sum({next(iter(parts.values()))[0].shape[1] ** 2 for parts in inputs.values()}) if hessian else 0
-    )
+    dense = sum(parameter.numel() for parameter in block.parameters()) * dtype.itemsize
+    # Values, factors and a bit an element.
+    compressed = dense * (1 - config.compression) + dense / dtype.itemsize / 8
     widest = max(max(shape) for shape in shapes)
-    matching = 5 * 4 * sum(d_out * d_in for d_out, d_in in shapes) if config.block_matching else 0
-    decomposing = _MATRIX_BYTES[config.method, config.svd] * largest
-    if hessian:
-        decomposing += _HESSIAN_BYTES * max(d_in for _, d_in in shapes) ** 2
     running = tokens * widest * (_ACTIVATIONS * dtype.itemsize + _STATISTIC * 4)
-    return {
+    need = {
         "dense weights": dense,
-        # Twice: packed, and as it is stored.
-        "compressed weights": 2 * dense,
-        "Hessians": 2 * 4 * hessians,
-        # One after another.
-        "the larger of running the block, decomposing and matching": max(
-            decomposing, running, matching + running
-        ),
+        # Packed for the kernels, and as they are stored.
+        "compressed weights": round(2 * compressed),
     }
+    decomposing = _FIXED + max(decomposition_bytes(d_out, d_in, config) for d_out, d_in in shapes)
+    if config.method != "oats":
+        # Layers that share an input share its Hessian. Another of each while those of one batch are summed.
+        inputs = {weight.shape[1] for target in targets.values() for weight, _ in target.matrices().values()}
+        need["Hessians"] = 2 * 4 * sum(d_in**2 for d_in in inputs)
+    if config.block_matching:
+        # Values, supports, gradients and two moments in float32.
+        running += 5 * 4 * sum(d_out * d_in for d_out, d_in in shapes)
+    # One after another.
+    need["running the block or decomposing a matrix"] = max(decomposing, running)
+    return need
+
+
+def decomposition_bytes(d_out: int, d_in: int, config: OatsConfig) -> int:
+    """What the decomposition of one matrix takes, in bytes; a prediction."""
+    own = _MATRIX_BYTES[config.method, config.svd] * d_out * d_in
+    if config.method == "oats":
+        return own
+    return max(own, _WAITING_MATRIX_BYTES * d_out * d_in + _HESSIAN_BYTES * d_in**2)
 
 
 class Limit:

@@ -39,7 +39,7 @@ from oats.targets import SPLIT, Targets, find_targets
 JOINED_BYTES = 1_000_000_000
 """A model whose files hold no more than this in all becomes one file."""
 
-SHARD_BYTES = 1_000_000_000
+SHARD_BYTES = 1_500_000_000
 """What is not in a block goes to files of about this size."""
 
 LEAST_TOKENS = 256
