@@ -19,12 +19,12 @@ _UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "ki": 2**10, "mi": 2**
 
 # What a decomposition takes, measured as the growth of the peak (tests/test_memory.py checks that it is
 # enough): something for its libraries, so many bytes an element of the matrix, and of a Hessian.
-_FIXED = 64_000_000
+_FIXED = 128_000_000
 _MATRIX_BYTES = {
-    ("oats", "fast"): 34,
+    ("oats", "fast"): 28,
     ("oats", "exact"): 80,
-    ("oats-hessian", "fast"): 76,
-    ("oats-hessian", "exact"): 150,
+    ("oats-hessian", "fast"): 60,
+    ("oats-hessian", "exact"): 120,
 }
 # While the eigenvectors of a Hessian are computed, and of the matrix then.
 _HESSIAN_BYTES, _WAITING_MATRIX_BYTES = 48, 12
@@ -102,7 +102,7 @@ def block_bytes(
         # Packed for the kernels, and as they are stored.
         "compressed weights": round(2 * compressed),
     }
-    decomposing = _FIXED + max(decomposition_bytes(d_out, d_in, config) for d_out, d_in in shapes)
+    decomposing = max(decomposition_bytes(d_out, d_in, config) for d_out, d_in in shapes)
     if config.method != "oats":
         # Layers that share an input share its Hessian. Another of each while those of one batch are summed.
         inputs = {weight.shape[1] for target in targets.values() for weight, _ in target.matrices().values()}
@@ -119,8 +119,8 @@ def decomposition_bytes(d_out: int, d_in: int, config: OatsConfig) -> int:
     """What the decomposition of one matrix takes, in bytes; a prediction."""
     own = _MATRIX_BYTES[config.method, config.svd] * d_out * d_in
     if config.method == "oats":
-        return own
-    return max(own, _WAITING_MATRIX_BYTES * d_out * d_in + _HESSIAN_BYTES * d_in**2)
+        return _FIXED + own
+    return _FIXED + max(own, _WAITING_MATRIX_BYTES * d_out * d_in + _HESSIAN_BYTES * d_in**2)
 
 
 class Limit:

@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from oats import ConfigError, OatsConfig, decompose, decompose_hessian
-from oats.memory import Limit, decomposition_bytes, parse_size, peak_bytes, resident_bytes
+from oats.memory import Limit, decomposition_bytes, parse_size, peak_bytes, resident_bytes, return_freed
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 
 
 def growth(function) -> int:
     """By how much the peak of a process rises over what it starts with."""
+    return_freed()  # else the child would use what this process freed
     read, write = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -46,9 +47,9 @@ def test_a_decomposition_keeps_to_its_prediction(method, svd, shape) -> None:
     else:
         hessian = torch.eye(shape[1])
         grown = growth(lambda: decompose_hessian(weight, hessian, **options))
-    predicted = decomposition_bytes(*shape, config) + 64_000_000
+    predicted = decomposition_bytes(*shape, config)
     # At least the matrix in float32 and what is made of it: else nothing was measured.
-    assert 12 * weight.numel() < grown < predicted
+    assert 12 * weight.numel() < grown < predicted, (grown, predicted)
 
 
 def test_the_peak_is_counted_and_freed_memory_is_not_resident() -> None:
