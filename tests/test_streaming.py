@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +22,9 @@ import oats
 from oats.cli import app
 from oats.integrations.checkpoint import load_dense_source, load_model, save_model
 from oats.integrations.staging import Staging
-from oats.integrations.streaming import compress_directory
+from oats.integrations.streaming import _tokens_per_batch, compress_directory
+from oats.memory import Limit, block_bytes, resident_bytes
+from oats.targets import find_targets
 
 transformers = pytest.importorskip("transformers")
 
@@ -383,3 +386,43 @@ def test_a_memory_limit_that_cannot_be_kept_is_refused(dense, tmp_path) -> None:
     ):
         stream(dense, tmp_path / "out", memory_limit=100_000_000)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_batches_shrink_to_keep_a_limit() -> None:
+    """Of Llama-3-8B's shapes: no weights are needed to predict what a block takes."""
+    with torch.device("meta"):
+        config = transformers.LlamaConfig(
+            vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=1,
+            num_attention_heads=32, num_key_value_heads=8, dtype="bfloat16",
+        )  # fmt: skip
+        model = transformers.LlamaForCausalLM(config).bfloat16()
+    source = SimpleNamespace(model=model, path="model.layers", blocks=model.model.layers)
+    staging = Staging(Path("/nonexistent/out"))
+
+    def tokens(limit: int | None, config: oats.OatsConfig) -> int:
+        targets = find_targets(model, "model.layers", model.model.layers, config)
+        return _tokens_per_batch(source, targets, staging, config, torch.bfloat16, Limit(limit))
+
+    def need(tokens: int, config: oats.OatsConfig) -> int:
+        targets = find_targets(model, "model.layers", model.model.layers, config)
+        block = block_bytes(model.model.layers[0], targets.blocks[0], config, torch.bfloat16, tokens)
+        return resident_bytes() + model.get_input_embeddings().weight.nbytes + sum(block.values())
+
+    # The published method: 4 GB beside the block's own weights.
+    published = oats.OatsConfig()
+    assert need(4096, published) - resident_bytes() < 4e9
+    assert tokens(None, published) == 4096
+    # Matching runs the block beside its optimiser: there it is the batch that counts.
+    matched = oats.OatsConfig(block_matching=1)
+    assert tokens(None, matched) == 1024
+    assert tokens(need(512, matched) + 10**8, matched) == 512
+    with pytest.raises(oats.ConfigError, match=r"4\.\d\d GB for running the block or decomposing"):
+        tokens(need(64, matched), matched)
+
+
+def test_the_peak_is_reported(dense, text, tmp_path) -> None:
+    log = tmp_path / "log"
+    arguments = [*command(dense, tmp_path / "out", text), "--memory-limit", "20GB", "--json"]
+    assert wait(child(arguments, log)) == 0
+    report = json.loads(log.read_text())
+    assert 10**8 < report["peak_memory_bytes"] < 20 * 10**9
