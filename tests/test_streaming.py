@@ -426,3 +426,39 @@ def test_the_peak_is_reported(dense, text, tmp_path) -> None:
     assert wait(child(arguments, log)) == 0
     report = json.loads(log.read_text())
     assert 10**8 < report["peak_memory_bytes"] < 20 * 10**9
+
+
+# --- what is shown -------------------------------------------------------------------------------------
+
+
+def test_a_log_gets_lines_with_the_error_and_the_time_left(dense, text, tmp_path) -> None:
+    from oats.cli import console
+
+    log = tmp_path / "log"
+    shown = command(dense, tmp_path / "out", text)
+    assert wait(child(shown, log, lambda: setattr(console, "LOG_SECONDS", 0))) == 0
+    lines = [line for line in log.read_text().splitlines() if " of 28 layers" in line]
+    assert len(lines) == 28 and lines[0].startswith("1 of 28 layers, model.layers.0.self_attn.q_proj  error ")
+    assert "mean 0." in lines[5] and re.search(r"about \d+ s", " ".join(log.read_text().split()))
+
+
+def test_ctrl_c_says_that_finished_blocks_are_kept(dense, text, tmp_path) -> None:
+    import oats.compress
+
+    decompose, calls = oats.compress.decompose_by_method, []
+
+    def stop_in_the_third_block(*arguments):
+        calls.append(arguments)
+        if "layers.2." in arguments[3]:
+            os.kill(os.getpid(), signal.SIGINT)
+        return decompose(*arguments)
+
+    def before() -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        oats.compress.decompose_by_method = stop_in_the_third_block
+
+    log = tmp_path / "log"
+    assert wait(child(command(dense, tmp_path / "out", text), log, before)) == 130
+    assert "Stopped after 2 finished blocks; the same command goes on from there." in " ".join(
+        log.read_text().split()
+    )

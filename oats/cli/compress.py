@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +15,7 @@ from oats.errors import ConfigError
 
 if TYPE_CHECKING:
     from oats.distributed import Ranks
+    from oats.integrations.staging import Staging
 
 
 def compress(
@@ -148,9 +150,10 @@ def _run(
     from oats.memory import peak_bytes
 
     # Where an earlier run was stopped after it had given the model its name, little is left to do.
-    if not Staging(out.resolve()).is_delivered():
+    staging = Staging(out.resolve())
+    if not staging.is_delivered():
         check_output(out, overwrite=overwrite, source=model)
-    out = out.resolve()
+    out = staging.out
     text = builtin_text("first") if calibration is None else read_text(calibration)
     with status(f"Loading {model}"):
         opened = load_dense_source(model, config.dtype, blocks)
@@ -171,11 +174,12 @@ def _run(
         if opened is not None:
             from oats.integrations.streaming import compress_directory
 
-            compress_directory(
-                source, tokenizer, windows, out, config, dtype=dtype, split=split,
-                overwrite=overwrite, restart=restart, memory_limit=memory_limit, ranks=ranks,
-                progress=progress,
-            )  # fmt: skip
+            with _telling_where_it_stopped(staging):
+                compress_directory(
+                    source, tokenizer, windows, out, config, dtype=dtype, split=split,
+                    overwrite=overwrite, restart=restart, memory_limit=memory_limit, ranks=ranks,
+                    progress=progress,
+                )  # fmt: skip
         elif ranks.size > 1 or memory_limit is not None:
             raise ConfigError(
                 f"{model} cannot be read block by block, as several processes and a memory limit need: it is "
@@ -207,6 +211,19 @@ def _run(
         "share_of_dense_bf16": layer_bytes / dense_bytes if dense_bytes else None,
         "disk_bytes": stored.disk_bytes,
     }
+
+
+@contextmanager
+def _telling_where_it_stopped(staging: Staging) -> Iterator[None]:
+    from oats.cli.console import notes
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        if staging.exists():
+            blocks = staging.progress()["blocks"]
+            notes().print(f"Stopped after {blocks} finished blocks; the same command goes on from there.")
+        raise
 
 
 def _print(report: dict[str, Any], as_json: bool) -> None:
