@@ -85,26 +85,27 @@ def layers_progress() -> Iterator[Callable[[int, int, str, float], None]]:
     ...     progress(1, 2, "q_proj", 0.1)
     """
     started = written = time.monotonic()
-    first, errors, count = 0, 0.0, 0
+    # Of the first layer: what comes before it (a rehearsal, another run's blocks) says nothing of the rest.
+    first_done, first_at = 0, 0.0
+    errors: list[float] = []
     console = notes()
     with progress_bar("Compressing") as bar:
 
         def progress(done: int, total: int, name: str, error: float) -> None:
-            nonlocal written, first, errors, count
-            if not count:
-                # A run that goes on where another was stopped does not know how long that one took.
-                first = done - 1
-            errors, count = errors + error, count + 1
-            note = f"{name}  error {error:.3f}, mean {errors / count:.3f}"
-            bar.update(done - first, total - first, note)
+            nonlocal written, first_done, first_at
             now = time.monotonic()
+            if not errors:
+                first_done, first_at = done, now
+            errors.append(error)
+            note = f"{name}  error {error:.3f}, mean {sum(errors) / len(errors):.3f}"
+            bar.update(done - first_done, total - first_done, note)
             if not console.is_terminal and now - written >= LOG_SECONDS:
                 written = now
-                left = (now - started) / (done - first) * (total - done)
-                console.print(
-                    f"{done} of {total} layers, {note}, {human_time(now - started)}, about "
-                    f"{human_time(left)} left"
-                )
+                line = f"{done} of {total} layers, {note}, {human_time(now - started)}"
+                if done > first_done:
+                    left = (now - first_at) / (done - first_done) * (total - done)
+                    line += f", about {human_time(left)} left"
+                console.print(line, soft_wrap=True)
 
         yield progress
 
