@@ -225,20 +225,10 @@ class Walk:
             dense_into: where the dense block's outputs go, for matching; None means in place of its inputs.
         """
         targets = self._targets.blocks[index]
-        modules = {name: target.module for name, target in targets.items()}
-        statistics = input_statistics(self.runner, index, modules, self._config)
+        matrices = self._matrices(index)
         if self._config.block_matching:
             self.dense.advance(index, dense_into)
             self._ranks.barrier()
-        matrices = []
-        for name, target in targets.items():
-            if name in statistics:
-                for part, (weight, bias) in target.matrices().items():
-                    part_name = f"{name}.{part}" if part else name
-                    matrices.append(_Matrix(part_name, name, part, weight, bias, statistics[name]))
-            else:
-                self.report.left_dense[name] = "it did not run on the calibration data"
-        del statistics
         self._replaced = []
         made: list[SparseLowRankLinear] = []
         parts: dict[str, SparseLowRankLinear] = {}
@@ -281,6 +271,21 @@ class Walk:
         unwanted = {name: why for name, why in report.left_dense.items() if why != SKIPPED}
         if unwanted and self._ranks.rank == 0:
             warnings.warn(f"left dense: {reasons(unwanted)}", stacklevel=3)
+
+    def _matrices(self, index: int) -> list[_Matrix]:
+        """Those of a block, with the statistics of their inputs."""
+        targets = self._targets.blocks[index]
+        modules = {name: target.module for name, target in targets.items()}
+        statistics = input_statistics(self.runner, index, modules, self._config)
+        matrices = []
+        for name, target in targets.items():
+            if name not in statistics:
+                self.report.left_dense[name] = "it did not run on the calibration data"
+                continue
+            for part, (weight, bias) in target.matrices().items():
+                part_name = f"{name}.{part}" if part else name
+                matrices.append(_Matrix(part_name, name, part, weight, bias, statistics[name]))
+        return matrices
 
     def _not_run(self) -> int:
         """Number of matrices that were targets, and turned out not to run."""

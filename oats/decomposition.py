@@ -189,8 +189,7 @@ def decompose_batch(
     each = [w.detach().to(dtype) * root.to(dtype) for w, root in zip(weights, roots, strict=True)]
     # Largest magnitude 1, so that no sum of squares overflows or vanishes.
     peaks = [float(one.abs().max()) or 1.0 for one in each]
-    for one, peak in zip(each, peaks, strict=True):
-        one /= peak
+    each = [one.div_(peak) for one, peak in zip(each, peaks, strict=True)]
     scaled = each[0] if len(each) == 1 else torch.stack(each)
     del each
 
