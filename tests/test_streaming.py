@@ -32,13 +32,15 @@ TOKENS = torch.randint(0, 61, (6, 24), generator=torch.Generator().manual_seed(1
 FAST = oats.OatsConfig(iterations=2)
 
 
-def make(directory: Path, **changes) -> Path:
+SIZES = dict(
+    vocab_size=61, hidden_size=48, intermediate_size=80, num_attention_heads=4, num_key_value_heads=2
+)  # fmt: skip
+
+
+def make(directory: Path, config=None, **changes) -> Path:
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=61, hidden_size=48, intermediate_size=80, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, **changes,
-    )  # fmt: skip
-    transformers.LlamaForCausalLM(config).save_pretrained(directory)
+    config = config or transformers.LlamaConfig(**SIZES, num_hidden_layers=4, **changes)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(directory)
     alphabet = {"<s>": 0, **{chr(ord("a") + i): i + 1 for i in range(26)}}
     from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -152,6 +154,29 @@ def test_a_large_model_stays_in_files_of_one_block(dense, tmp_path, monkeypatch)
 def test_tied_embeddings_are_stored_once(tmp_path) -> None:
     tied = make(tmp_path / "tied", tie_word_embeddings=True)
     assert stream(tied, tmp_path / "a") == in_memory(tied, tmp_path / "b", FAST)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        lambda: transformers.GPT2Config(vocab_size=61, n_embd=48, n_layer=2, n_head=4),
+        lambda: transformers.Phi3Config(**SIZES, num_hidden_layers=2, pad_token_id=0),
+    ],
+    ids=["transposed weights", "fused projections"],
+)
+def test_architectures(tmp_path, config) -> None:
+    model = make(tmp_path / "model", config())
+    assert stream(model, tmp_path / "a") == in_memory(model, tmp_path / "b", FAST)
+
+
+def test_experts_that_are_put_together_are_read_with_the_whole_model(text, tmp_path) -> None:
+    config = transformers.MixtralConfig(**SIZES, num_hidden_layers=1, num_local_experts=2)
+    model = make(tmp_path / "model", config)
+    assert load_dense_source(model) is None
+    log = tmp_path / "log"
+    assert wait(child(command(model, tmp_path / "out", text), log)) == 0, log.read_text()
+    assert wait(child([*command(model, tmp_path / "two", text), "--memory-limit", "9GB"], log)) == 1
+    assert "cannot be read block by block" in log.read_text()
 
 
 def test_only_one_block_has_weights(dense, tmp_path) -> None:

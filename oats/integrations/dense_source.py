@@ -22,20 +22,18 @@ class DenseSource:
     The files are mapped into memory: pages are read when they are used, and belong to the process only until
     the block is released.
 
-    Args:
-        directory: that holds the model.
-        blocks: dotted path of the list of blocks; None means that :mod:`oats.models` knows it.
+    Made by :meth:`open`.
 
     Attributes:
+        directory: that holds the model.
         model: the model; all but its blocks has weights.
         path: dotted path of the list of blocks.
         blocks: that list.
-        dtype: in which the files hold the blocks, which is the model's.
         files: the safetensors files.
     """
 
     def __init__(self, directory: Path, model: Any, path: str, places: dict[str, tuple[Path, str]]) -> None:
-        """Take a model that is complete, and release its blocks; see :meth:`open`."""
+        """Take a complete model, and release its blocks."""
         self.directory, self.model, self.path = directory, model, path
         self.blocks: nn.ModuleList = model.get_submodule(path)
         self.files = checkpoint_files(directory)
@@ -45,7 +43,12 @@ class DenseSource:
 
     @staticmethod
     def open(directory: Path, model: Any, blocks: str | None = None) -> DenseSource | None:
-        """Release the blocks of a model that has just been loaded from `directory`.
+        """Release the blocks of a model that has just been loaded.
+
+        Args:
+            directory: that it was loaded from.
+            model: a ``PreTrainedModel``.
+            blocks: dotted path of its list of blocks; None means that :mod:`oats.models` knows it.
 
         Returns:
             None where blocks cannot be read one at a time: transformers makes their weights out of several
@@ -73,12 +76,11 @@ class DenseSource:
                 if name not in state and key in state:
                     name = key
                 places[name], shapes[name] = (file, key), tensor.shape
-        names = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-        for name, tensor in state.items():
-            if name.startswith(f"{path}.") and shapes.get(name) != tuple(tensor.shape):
-                return None
-        blocks_parameters = model.get_submodule(path).parameters()
-        if any(names[id(parameter)] > 1 for parameter in blocks_parameters):
+        inside = {name: tensor for name, tensor in state.items() if name.startswith(f"{path}.")}
+        if any(shapes.get(name) != tuple(tensor.shape) for name, tensor in inside.items()):
+            return None
+        places_of = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+        if any(places_of[id(parameter)] > 1 for parameter in model.get_submodule(path).parameters()):
             return None
         return DenseSource(directory, model, path, places)
 
