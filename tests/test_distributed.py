@@ -112,7 +112,7 @@ def test_two_hosts_meet_by_rendezvous(dense, text, tmp_path) -> None:  # noqa: F
         )
         for node in range(2)
     ]  # fmt: skip
-    outputs = [node.communicate(timeout=120) for node in nodes]
+    outputs = [node.communicate(timeout=300) for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], outputs
     assert sum("compressed in" in stdout for stdout, _ in outputs) == 1
     assert (
