@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from oats.errors import CalibrationError as CalibrationError
     from oats.errors import CheckpointError as CheckpointError
     from oats.errors import ConfigError as ConfigError
+    from oats.errors import DistributedError as DistributedError
     from oats.errors import FormatError as FormatError
     from oats.errors import OatsError as OatsError
     from oats.errors import OutputExistsError as OutputExistsError
@@ -45,6 +46,7 @@ _HOME = {
     "CalibrationError": "oats.errors",
     "CheckpointError": "oats.errors",
     "ConfigError": "oats.errors",
+    "DistributedError": "oats.errors",
     "FormatError": "oats.errors",
     "OutputExistsError": "oats.errors",
     "UnsupportedModelError": "oats.errors",

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from oats.distributed import Ranks
 from oats.errors import CalibrationError, OatsError
 
 Calibration = Tensor | Mapping[str, Tensor] | Iterable[Tensor | Mapping[str, Tensor]]
@@ -132,6 +133,18 @@ def _check_tokens(model: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> 
         )
 
 
+class Held(Protocol):
+    """What a block returned for each batch: a list, or something that keeps it elsewhere."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+    def __setitem__(self, index: int, value: Any, /) -> None: ...
+
+
 class _Behind(Exception):  # noqa: N818 - not an error: it ends a run behind the block of interest
     pass
 
@@ -143,33 +156,42 @@ class BlockRunner:
         model: in evaluation mode.
         blocks: its list of blocks, in the order in which they run.
         batches: from :func:`as_batches`.
+        held: what the block before the next one returned for each batch; None before the first block.
+        ranks: the processes that share the batches.
     """
 
     def __init__(
-        self, model: nn.Module, blocks: Sequence[nn.Module], batches: list[dict[str, Tensor]]
+        self,
+        model: nn.Module,
+        blocks: Sequence[nn.Module],
+        batches: list[dict[str, Tensor]],
+        held: Held | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
-        """Hold nothing yet."""
+        """Stand before the block whose inputs are held."""
         self._model, self._blocks, self._batches = model, blocks, batches
-        self.held: list[Any] = [None] * len(batches)
+        self.held: Held = [None] * len(batches) if held is None else held
         """What the block before returned for each batch: a tensor, or a tuple."""
+        self.ranks = ranks or Ranks()
         self.batch: dict[str, Tensor] = {}
         """The batch that is running, for hooks inside a block."""
 
     def run(self, index: int) -> Iterator[Any]:
-        """Run block `index` on each batch; yields what it returns.
+        """Run block `index` on each batch that is this process's; yields what it returns.
 
         Raises:
             CalibrationError: the model does not take the batch, or does not run its blocks as a chain.
         """
-        for i, batch in enumerate(self._batches):
-            self.batch = batch
+        for i in self.share:
+            self.batch = batch = self._batches[i]
+            held = self.held[i]
             ran: list[int] = []
             outputs: list[Any] = []
             with ExitStack() as stack:
                 for before in range(index):
-                    stand_in = self._stand_in(before, index, self.held[i], ran)
+                    stand_in = self._stand_in(before, index, held, ran)
                     stack.enter_context(replaced_forward(self._blocks[before], stand_in))
-                ending = self._ending(index, self.held[i], ran, outputs)
+                ending = self._ending(index, held, ran, outputs)
                 stack.enter_context(replaced_forward(self._blocks[index], ending))
                 try:
                     self._call(batch)
@@ -189,10 +211,22 @@ class BlockRunner:
                     )
             yield outputs[0]
 
-    def advance(self, index: int) -> None:
-        """Replace what is held by what block `index` makes of it."""
-        for i, output in enumerate(self.run(index)):
-            self.held[i] = output
+    @property
+    def share(self) -> list[int]:
+        """Indices of the batches that are this process's."""
+        return self.ranks.share(range(len(self._batches)))
+
+    def advance(self, index: int, into: Held | None = None) -> None:
+        """Hold what block `index` makes of what is held.
+
+        Args:
+            index: the block.
+            into: where that goes, an entry for each batch; None means in place of what is held.
+        """
+        into = self.held if into is None else into
+        for i, output in zip(self.share, self.run(index), strict=True):
+            into[i] = output
+        self.held = into
 
     def _call(self, batch: dict[str, Tensor]) -> None:
         self._model(*[v for k, v in batch.items() if k == _FIRST], **{k: v for k, v in batch.items() if k})
@@ -204,7 +238,7 @@ class BlockRunner:
         def forward(*args: Any, **kwargs: Any) -> Any:
             ran.append(before)
             # A copy, since the model may go on in place, and what is held is used twice.
-            return _map_tensors(held, Tensor.clone if before == index - 1 else _all_nan)
+            return map_tensors(held, Tensor.clone if before == index - 1 else _all_nan)
 
         return forward
 
@@ -231,23 +265,29 @@ class BlockRunner:
         return forward
 
 
+def first_sequence(batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The first sequence, or the first batch, where only the model knows how to cut it."""
+    first = batches[0]
+    if len(first) == 1:
+        first = {name: map_tensors(value, lambda x: x[:1]) for name, value in first.items()}
+    return first
+
+
 def rehearse(model: nn.Module, blocks: Sequence[nn.Module], batches: list[dict[str, Tensor]]) -> None:
-    """Run every block on the first sequence (or the first batch, where only the model knows how to cut it).
+    """Run every block on the first sequence.
 
     Raises:
         CalibrationError: as :meth:`BlockRunner.run`.
     """
-    first = batches[0]
-    if len(first) == 1:
-        first = {name: _map_tensors(value, lambda x: x[:1]) for name, value in first.items()}
-    runner = BlockRunner(model, blocks, [first])
+    runner = BlockRunner(model, blocks, [first_sequence(batches)])
     for index in range(len(blocks)):
         runner.advance(index)
 
 
-def _map_tensors(output: Any, function: Callable[[Tensor], Tensor]) -> Any:
+def map_tensors(output: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """What a block returns, a tensor or nested tuples, with the function applied to each tensor."""
     if isinstance(output, tuple):
-        return tuple(_map_tensors(entry, function) for entry in output)
+        return tuple(map_tensors(entry, function) for entry in output)
     return function(output) if isinstance(output, Tensor) else output
 
 
@@ -305,7 +345,7 @@ def hessians(runner: BlockRunner, index: int, linears: Mapping[str, nn.Module]) 
 def _sum_over_inputs(
     runner: BlockRunner, index: int, linears: Mapping[str, nn.Module], statistic: Callable[[Tensor], Tensor]
 ) -> dict[str, Tensor]:
-    """Sum of a statistic of the inputs (tokens, d_in) of each layer, in float32, over the batches."""
+    """Sum of a statistic of the inputs (tokens, d_in) of each layer, in float32, over all ranks' batches."""
     # Of one batch: an input, its statistic, and the layers that it went to.
     seen: list[tuple[Tensor, int, Tensor, list[str]]] = []
     # Summed by the layers that shared it, so that q, k and v cost one statistic.
@@ -339,7 +379,7 @@ def _sum_over_inputs(
         for handle in handles:
             handle.remove()
     totals: dict[str, Tensor] = {}
-    for key, value in sums.items():
+    for key, value in runner.ranks.sum(sums).items():
         for name in key:
             totals[name] = totals[name] + value if name in totals else value
     return totals

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
-from oats.calibrate import TOKENS_PER_BATCH, BlockRunner, Calibration, as_batches, rehearse
+from oats.allocation import allocate, measure_block
+from oats.calibrate import TOKENS_PER_BATCH, BlockRunner, Calibration, Held, as_batches, rehearse
 from oats.config import OatsConfig
+from oats.decomposition import Decomposition, decompose_batch
+from oats.distributed import Ranks
 from oats.errors import ConfigError, UnsupportedModelError
 from oats.format import DTYPES, storage_dtype
 from oats.gated_mlp import merge_gated_mlps_
@@ -21,7 +24,13 @@ from oats.methods import decompose_by_method, input_statistics
 from oats.models import find_blocks
 from oats.models.linear import FUSED
 from oats.nn import SparseLowRankLinear, SplitLinear
-from oats.targets import SKIPPED, SPLIT, Target, find_targets, reasons
+from oats.quantization import quantize_decomposition, quantize_layer_
+from oats.storage import EXACT, Storage
+from oats.targets import SKIPPED, SPLIT, Target, Targets, find_targets, reasons
+
+BATCH_ELEMENTS = 2**23
+"""Matrices of one shape are decomposed together up to this many elements: beyond it each keeps the threads
+busy by itself, and only the memory grows."""
 
 Progress = Callable[[int, int, str, float], None]
 """Called after each layer with: layers done, layers in all, the layer's name, its relative error."""
@@ -103,90 +112,319 @@ def compress_(
         WeightError: a weight or its inputs are not finite; the message names the layer.
         ConfigError: the settings cannot be met for a layer's shape.
     """
+    config = checked_config(config, split)
+    path, block_list = find_blocks(model, blocks)
+    batches = as_batches(model, calibration, tokens_per_batch(config))
+    targets = find_targets(model, path, block_list, config, split)
+    targets.check(config)
+
+    with evaluating(model):
+        rehearse(model, list(block_list), batches)
+        dtype = dtype_of(model)
+        stored = DTYPES[config.dtype] if config.dtype else storage_dtype(dtype)
+        convert(model, stored)
+        batches = [convert_batch(batch, dtype, stored) for batch in batches]
+        compressions: dict[str, float] = {}
+        if config.budget != "uniform":
+            dense, measures = BlockRunner(model, list(block_list), batches), []
+            for index, block in enumerate(targets.blocks):
+                measures.append(measure_block(dense, index, block, config))
+                if index + 1 < len(block_list):
+                    dense.advance(index)
+            compressions = allocate(measures, config)
+            del dense
+        walk = Walk(model, path, targets, batches, config, compressions=compressions, progress=progress)
+        for index in range(len(block_list)):
+            walk.compress_block(index)
+            if index + 1 < len(block_list):
+                walk.advance(index)
+    merge_gated_mlps_(model)
+    walk.conclude()
+    return walk.report
+
+
+def checked_config(config: OatsConfig | None, split: Collection[str]) -> OatsConfig:
+    """The settings of a run; None means the defaults.
+
+    Raises:
+        ConfigError: one is of the wrong type.
+    """
     if config is None:
         config = OatsConfig()
     if not isinstance(config, OatsConfig):
         raise ConfigError(f"config is {config!r}; pass oats.OatsConfig(compression=0.5, …), or None")
     if isinstance(split, str) or not set(split) <= set(FUSED):
         raise ConfigError(f"split is {split!r}, expected a collection of names out of {', '.join(FUSED)}")
-    path, block_list = find_blocks(model, blocks)
-    batches = as_batches(model, calibration, TOKENS_PER_STEP if config.block_matching else TOKENS_PER_BATCH)
-    targets = find_targets(model, path, block_list, config, split)
-    targets.check(config)
-    report = CompressionReport(config, left_dense=dict(targets.left_dense))
+    return config
 
-    with _evaluating(model):
-        rehearse(model, list(block_list), batches)
-        dtype = _dtype_of(model)
-        stored = DTYPES[config.dtype] if config.dtype else storage_dtype(dtype)
-        _convert(model, stored)
-        # Images and the like come in the model's dtype.
-        batches = [
-            {k: v.to(stored) if getattr(v, "dtype", None) == dtype else v for k, v in batch.items()}
-            for batch in batches
-        ]
-        runner = BlockRunner(model, list(block_list), batches)
+
+def tokens_per_batch(config: OatsConfig) -> int:
+    """How many tokens run through a block together: with matching, those of one step of its optimiser."""
+    return TOKENS_PER_STEP if config.block_matching else TOKENS_PER_BATCH
+
+
+@dataclass(frozen=True, eq=False)
+class _Matrix:
+    """One matrix of a block to decompose: a layer's, or a part of a fused one."""
+
+    name: str
+    layer: str
+    part: str
+    weight: Tensor
+    bias: Tensor | None
+    statistic: Tensor
+
+
+class Walk:
+    """A compression on its way through a model: blocks before a certain one are done.
+
+    Args:
+        model: in evaluation mode, its layers in the dtype in which they are stored.
+        path: dotted path of its list of blocks.
+        targets: what to compress.
+        batches: calibration data, from :func:`oats.calibrate.as_batches`.
+        config: settings of the run.
+        compressions: name of a matrix → its own compression, where it is not the run's.
+        held: what the block before the first one to compress returned for each batch; None where that is the
+            first block of the model.
+        dense_held: the same in the dense model, for matching.
+        ranks: the processes that share the work.
+        progress: called after each layer.
+        report: of the blocks that are done already.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        path: str,
+        targets: Targets,
+        batches: list[dict[str, Tensor]],
+        config: OatsConfig,
+        *,
+        compressions: Mapping[str, float] | None = None,
+        held: Held | None = None,
+        dense_held: Held | None = None,
+        ranks: Ranks | None = None,
+        progress: Progress | None = None,
+        report: CompressionReport | None = None,
+    ) -> None:
+        """Stand before the first block that is not done."""
+        self._model, self._path, self._targets, self._config = model, path, targets, config
+        self._compressions = compressions or {}
+        self._batches, self._ranks, self._progress = batches, ranks or Ranks(), progress
+        self._blocks: list[nn.Module] = list(model.get_submodule(path).children())
+        self.runner = BlockRunner(model, self._blocks, batches, held, self._ranks)
         # What the dense blocks make of the data; only matching asks for it.
-        dense = BlockRunner(model, list(block_list), batches)
-        done = 0
-        for index, block in enumerate(targets.blocks):
-            modules = {name: target.module for name, target in block.items()}
-            statistics = input_statistics(runner, index, modules, config)
-            if config.block_matching:
-                dense.advance(index)
-            made: list[SparseLowRankLinear] = []
-            for name, target in block.items():
-                if name not in statistics:
-                    done += len(target.outputs) or 1
-                    report.left_dense[name] = "it did not run on the calibration data"
-                    continue
-                layer, parts = _decompose(name, target, statistics.pop(name), config)
-                if not report.layers and hasattr(model, "save_pretrained"):
-                    from oats.integrations.transformers import attach
+        self.dense = BlockRunner(model, self._blocks, batches, dense_held, self._ranks)
+        self.report = report or CompressionReport(config, left_dense=dict(targets.left_dense))
+        self._replaced: list[tuple[nn.Module, nn.Module]] = []
 
-                    # Before the first layer is replaced: saved without it, a checkpoint would load random
-                    # weights, and from here on the walk may be interrupted.
-                    attach(model, config)
-                _replace(model, target.module, layer)
-                made += [part for part in layer.modules() if isinstance(part, SparseLowRankLinear)]
-                for part in parts:
-                    done += 1
-                    report.layers.append(part)
-                    if progress is not None:
-                        progress(done, len(targets), part.name, part.relative_error)
-            if config.block_matching and made:
-                losses = match_block(runner, index, made, dense.held, config.block_matching)
-                report.matched[f"{path}.{index}"] = losses
-            if index + 1 < len(targets.blocks):
-                runner.advance(index)
-    merge_gated_mlps_(model)
-    if not report.layers:
-        raise UnsupportedModelError(
-            f"{type(model).__name__}: nothing was compressed; {reasons(report.left_dense)}"
-        )
-    unwanted = {name: why for name, why in report.left_dense.items() if why != SKIPPED}
-    if unwanted:
-        warnings.warn(f"left dense: {reasons(unwanted)}", stacklevel=2)
-    return report
+    def compress_block(self, index: int, dense_into: Held | None = None) -> None:
+        """Replace the layers of the next block.
 
+        Args:
+            index: the block.
+            dense_into: where the dense block's outputs go, for matching; None means in place of its inputs.
+        """
+        targets = self._targets.blocks[index]
+        matrices = self._matrices(index)
+        if self._config.block_matching:
+            self.dense.advance(index, dense_into)
+            self._ranks.barrier()
+        self._replaced = []
+        made: list[SparseLowRankLinear] = []
+        parts: dict[str, SparseLowRankLinear] = {}
+        done = len(self.report.layers) + self._not_run()
+        for matrix, layer, layer_report in self._decompositions(matrices):
+            parts[matrix.part] = layer
+            target = targets[matrix.layer]
+            if len(parts) == (len(target.outputs) or 1):
+                self._put(target, SplitLinear(parts) if target.outputs else layer)
+                made += parts.values()
+                parts = {}
+            self.report.layers.append(layer_report)
+            done += 1
+            if self._progress is not None:
+                self._progress(done, len(self._targets), layer_report.name, layer_report.relative_error)
+        if self._config.block_matching and made:
+            self._match(index, made)
+            if self._config.storage.has_codes:
+                for layer in made:
+                    quantize_layer_(layer, self._config.storage)
 
-def _decompose(
-    name: str, target: Target, statistic: Tensor, config: OatsConfig
-) -> tuple[nn.Module, list[LayerReport]]:
-    """The layer that replaces the target, and what became of each of its matrices."""
-    layers: dict[str, SparseLowRankLinear] = {}
-    reports = []
-    for part, (weight, bias) in target.matrices().items():
-        part_name = f"{name}.{part}" if part else name
+    def advance(self, index: int, into: Held | None = None) -> None:
+        """Let the compressed block make the inputs of the next one, see :meth:`BlockRunner.advance`."""
+        self.runner.advance(index, into)
+
+    def restore(self) -> None:
+        """Put the dense layers of the last block back; what was made of them is forgotten."""
+        for linear, layer in self._replaced:
+            _replace(self._model, layer, linear)
+        self._replaced = []
+
+    def conclude(self) -> None:
+        """Warn of what stayed dense.
+
+        Raises:
+            UnsupportedModelError: everything did.
+        """
+        report = self.report
+        if not report.layers:
+            raise UnsupportedModelError(
+                f"{type(self._model).__name__}: nothing was compressed; {reasons(report.left_dense)}"
+            )
+        unwanted = {name: why for name, why in report.left_dense.items() if why != SKIPPED}
+        if unwanted and self._ranks.rank == 0:
+            warnings.warn(f"left dense: {reasons(unwanted)}", stacklevel=3)
+
+    def _matrices(self, index: int) -> list[_Matrix]:
+        """Those of a block, with the statistics of their inputs."""
+        targets = self._targets.blocks[index]
+        modules = {name: target.module for name, target in targets.items()}
+        statistics = input_statistics(self.runner, index, modules, self._config)
+        matrices = []
+        for name, target in targets.items():
+            if name not in statistics:
+                self.report.left_dense[name] = "it did not run on the calibration data"
+                continue
+            for part, (weight, bias) in target.matrices().items():
+                part_name = f"{name}.{part}" if part else name
+                matrices.append(_Matrix(part_name, name, part, weight, bias, statistics[name]))
+        return matrices
+
+    def _not_run(self) -> int:
+        """Number of matrices that were targets, and turned out not to run."""
+        targets = [item for block in self._targets.blocks for item in block.items()]
+        return sum(len(target.outputs) or 1 for name, target in targets if name in self.report.left_dense)
+
+    def _decompositions(
+        self, matrices: list[_Matrix]
+    ) -> Iterator[tuple[_Matrix, SparseLowRankLinear, LayerReport]]:
+        """What becomes of each matrix, in order; each rank decomposes its share. Empties the list."""
+        ranks = self._ranks
+        done: dict[str, tuple[SparseLowRankLinear, LayerReport]] = {}
+        if ranks.size == 1:
+            while matrices:
+                if matrices[0].name not in done:
+                    done.update(self._decompose(self._alike(matrices)))
+                # Out of the list: a Hessian can be larger than all weights of its block.
+                matrix = matrices.pop(0)
+                yield matrix, *done.pop(matrix.name)
+            return
+        batches, left = {}, matrices
+        while left:
+            batch = self._alike(left)
+            batches[batch[0].name] = batch
+            left = [matrix for matrix in left if matrix not in batch]
+        owners = ranks.owners({name: sum(map(_cost, batch)) for name, batch in batches.items()})
+        for name, batch in batches.items():
+            if owners[name] == ranks.rank:
+                done.update(self._decompose(batch))
+        owner_of = {matrix.name: owners[name] for name, batch in batches.items() for matrix in batch}
+        for matrix in matrices:
+            own = done.pop(matrix.name, None)
+            sent = None if own is None else (own[0].canonical(), own[1])
+            tensors, report = ranks.broadcast(sent, owner_of[matrix.name])
+            yield matrix, self._of_tensors(matrix, tensors), report
+
+    def _alike(self, matrices: list[_Matrix]) -> list[_Matrix]:
+        """The first of the matrices, and of the others those that are decomposed together with it."""
+        first = matrices[0]
+        if self._config.method != "oats":
+            return [first]
+        shape, dtype = first.weight.shape, first.weight.dtype
+        compression = self._compressions.get(first.name)
+        alike = [
+            m
+            for m in matrices
+            if m.weight.shape == shape
+            and m.weight.dtype == dtype
+            and self._compressions.get(m.name) == compression
+        ]
+        return alike[: max(1, BATCH_ELEMENTS // first.weight.numel())]
+
+    def _decompose(self, batch: list[_Matrix]) -> dict[str, tuple[SparseLowRankLinear, LayerReport]]:
+        """What becomes of matrices that are alike, by name."""
         start = time.perf_counter()
-        result = decompose_by_method(weight.contiguous(), statistic, config, part_name)
-        layers[part] = layer = SparseLowRankLinear.from_decomposition(result, bias)
-        seconds = time.perf_counter() - start
-        d_out, d_in = weight.shape
-        reports.append(
-            LayerReport(part_name, d_out, d_in, layer.rank, layer.nnz, result.relative_error, seconds)
+        weights = [matrix.weight.contiguous() for matrix in batch]
+        statistics, names = [matrix.statistic for matrix in batch], [matrix.name for matrix in batch]
+        compression = self._compressions.get(names[0], self._config.compression)
+        best: list[Decomposition] = []
+        for rank_ratio in self._config.rank_ratios or (self._config.rank_ratio,):
+            settings = replace(
+                self._config, compression=compression, rank_ratio=rank_ratio, rank_ratios=(), budget="uniform"
+            )
+            if len(batch) == 1:
+                tried = [decompose_by_method(weights[0], statistics[0], settings, names[0])]
+            else:
+                tried = decompose_batch(weights, statistics, settings, names)
+            best = [
+                min(pair, key=lambda result: result.relative_error)
+                for pair in zip(best or tried, tried, strict=True)
+            ]
+        made = {}
+        for matrix, result in zip(batch, best, strict=True):
+            layer = self._layer(matrix, result)
+            seconds = (time.perf_counter() - start) / len(batch)
+            d_out, d_in = matrix.weight.shape
+            made[matrix.name] = (
+                layer,
+                LayerReport(matrix.name, d_out, d_in, layer.rank, layer.nnz, result.relative_error, seconds),
+            )
+        return made
+
+    def _layer(self, matrix: _Matrix, result: Decomposition) -> SparseLowRankLinear:
+        storage = self._storage
+        if not storage.has_codes:
+            return SparseLowRankLinear.from_decomposition(result, matrix.bias)
+        if matrix.statistic.dim() == 1:
+            tensors = quantize_decomposition(matrix.weight, result, matrix.statistic, storage)
+            return self._of_tensors(matrix, tensors)
+        # The low-rank part was fitted in the whole metric, and a fit in its diagonal would undo that.
+        layer = SparseLowRankLinear.from_decomposition(result, matrix.bias)
+        quantize_layer_(layer, storage, matrix.statistic.diagonal())
+        return layer
+
+    def _of_tensors(self, matrix: _Matrix, tensors: Mapping[str, Tensor]) -> SparseLowRankLinear:
+        d_in, dtype = matrix.weight.shape[1], storage_dtype(matrix.weight.dtype)
+        return SparseLowRankLinear.from_canonical(
+            tensors, d_in, matrix.bias, matrix.name, storage=self._storage, dtype=dtype
         )
-    return SplitLinear(layers) if target.outputs else layers[""], reports
+
+    @property
+    def _storage(self) -> Storage:
+        """Of new layers: matching moves exact values, which become codes afterwards."""
+        return EXACT if self._config.block_matching else self._config.storage
+
+    def _put(self, target: Target, layer: nn.Module) -> None:
+        if not self.report.layers and hasattr(self._model, "save_pretrained"):
+            from oats.integrations.transformers import attach
+
+            # Before the first layer is replaced: saved without it, a checkpoint would load random
+            # weights, and from here on the walk may be interrupted.
+            attach(self._model, self._config)
+        _replace(self._model, target.module, layer)
+        self._replaced.append((target.module, layer))
+
+    def _match(self, index: int, layers: list[SparseLowRankLinear]) -> None:
+        """Steps of an optimiser come one after another: the first rank takes them, and tells the others."""
+        done: tuple[tuple[float, float], list[dict[str, Tensor]]] | None = None
+        if self._ranks.rank == 0:
+            whole = BlockRunner(self._model, self._blocks, self._batches, self.runner.held)
+            losses = match_block(whole, index, layers, self.dense.held, self._config.block_matching)
+            done = losses, [layer.canonical() for layer in layers] if self._ranks.size > 1 else []
+        losses, tuned = self._ranks.broadcast(done)
+        if self._ranks.rank > 0:
+            for layer, tensors in zip(layers, tuned, strict=True):
+                layer.load_state_dict({**layer.state_dict(), **tensors})
+        self.report.matched[f"{self._path}.{index}"] = losses
+
+
+def _cost(matrix: _Matrix) -> float:
+    """Of one decomposition, in proportion: products with the matrix, and, of a Hessian, its eigenvectors."""
+    d_out, d_in = matrix.weight.shape
+    products = d_out * d_in * min(d_out, d_in)
+    return products + d_in**3 if matrix.statistic.dim() == 2 else products
 
 
 def _replace(model: nn.Module, linear: nn.Module, layer: nn.Module) -> None:
@@ -196,11 +434,12 @@ def _replace(model: nn.Module, linear: nn.Module, layer: nn.Module) -> None:
             model.set_submodule(name, layer)
 
 
-def _dtype_of(model: nn.Module) -> torch.dtype:
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """That of its first floating-point parameter; float32 where there is none."""
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
-def _convert(model: nn.Module, dtype: torch.dtype) -> None:
+def convert(model: nn.Module, dtype: torch.dtype) -> None:
     """Cast what a checkpoint holds; the rest (rotary frequencies) stays precise, as it does in loading."""
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
@@ -211,8 +450,13 @@ def _convert(model: nn.Module, dtype: torch.dtype) -> None:
                 setattr(module, name, buffer.to(dtype))
 
 
+def convert_batch(batch: dict[str, Tensor], dtype: torch.dtype, stored: torch.dtype) -> dict[str, Tensor]:
+    """Images and the like come in the model's dtype, and go over to the new one with it."""
+    return {k: v.to(stored) if getattr(v, "dtype", None) == dtype else v for k, v in batch.items()}
+
+
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, and no key-value cache: a cache would hold every block's keys at once."""
     training = [module for module in model.modules() if module.training]
     configuration = getattr(model, "config", None)

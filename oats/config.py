@@ -16,7 +16,10 @@ Pattern = str
 """``"row"``, ``"layer"``, or ``"N:M"`` such as ``"2:4"``."""
 
 METHODS = ("oats", "oats-hessian")
-OPTIONAL = frozenset({"method", "block_matching", "values", "low_rank", "scale_columns"})
+BUDGETS = ("uniform", "owl", "error")
+OPTIONAL = frozenset(
+    {"method", "block_matching", "budget", "rank_ratios", "values", "low_rank", "scale_columns"}
+)
 """Settings beyond the published method: a checkpoint made without them does not name them."""
 
 SCALE_COLUMNS = (64, 128)
@@ -63,6 +66,11 @@ class OatsConfig:
         seed: of the random start of the fast low-rank step.
         block_matching: passes over the calibration data in which the kept values and the factors of each
             block are tuned for the block's output (:mod:`oats.matching`); 0 is the published method.
+        budget: how `compression` is spread over the layers (:mod:`oats.allocation`): ``"uniform"``, the
+            published way; ``"owl"``, less of it in blocks with more outliers; ``"error"``, less of it where
+            the measured error grows faster with the parameters removed. Not with N:M patterns.
+        rank_ratios: for each layer the one of these with the lowest error replaces `rank_ratio`; none of them
+            leaves it.
         values: how the kept values are stored: ``"int8"`` or ``"int4"`` codes, or None for `dtype`, which
             ``"bf16"`` and ``"fp32"`` set too.
         low_rank: how the factors are stored: ``"int8"``, ``"bf16"`` or ``"fp32"``; None means as the values,
@@ -91,6 +99,8 @@ class OatsConfig:
     skip: tuple[str, ...] = ()
     seed: int = 0
     block_matching: int = 0
+    budget: Literal["uniform", "owl", "error"] = "uniform"
+    rank_ratios: tuple[float, ...] = ()
     values: Literal["int8", "int4", "bf16", "fp32"] | None = None
     low_rank: Literal["int8", "bf16", "fp32"] | None = None
     scale_columns: int = 128
@@ -132,6 +142,19 @@ class OatsConfig:
             "block_matching must be a whole number of passes, at least 0",
             self.block_matching,
         )
+        _require(self.budget in BUDGETS, 'budget must be "uniform", "owl" or "error"', self.budget)
+        _require(
+            self.budget == "uniform" or parse_n_m(self.pattern) is None,
+            f'an N:M pattern fixes what each layer keeps, so budget must be "uniform" with {self.pattern}',
+            self.budget,
+        )
+        ratios = self.rank_ratios
+        _require(
+            isinstance(ratios, (tuple, list)) and all(_is_number(r) and 0 <= r <= 1 for r in ratios),
+            "rank_ratios must be a list of numbers in [0, 1]",
+            ratios,
+        )
+        object.__setattr__(self, "rank_ratios", tuple(ratios))
         self._check_storage()
         patterns = (self.skip,) if isinstance(self.skip, str) else self.skip
         _require(
@@ -197,7 +220,8 @@ class OatsConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain JSON values; those of `OPTIONAL` only where they are not the default."""
-        settings = {**asdict(self), "skip": list(self.skip)}
+        settings = {**asdict(self), "skip": list(self.skip), "rank_ratios": list(self.rank_ratios)}
+        settings = {k: v for k, v in settings.items() if k != "rank_ratios" or v}
         return {k: v for k, v in settings.items() if k not in OPTIONAL or v != getattr(OatsConfig, k)}
 
 

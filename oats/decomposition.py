@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -13,7 +14,7 @@ from oats.config import OatsConfig, Pattern, parse_n_m
 from oats.errors import WeightError
 from oats.ops import active_isa
 from oats.selection import keep_largest
-from oats.svd import OVERSAMPLING, WarmSubspace, exact_low_rank, singular_order
+from oats.svd import OVERSAMPLING, WarmSubspace, add_product, exact_low_rank, singular_order
 
 MOMENT_FLOOR = 1e-12
 """The least second moment of a feature, as a share of the largest: unscaling a feature that was never active
@@ -134,7 +135,7 @@ def decompose(
     >>> result.relative_error < 0.4
     True
     """
-    config = OatsConfig(
+    settings = OatsConfig(
         compression=compression,
         rank_ratio=rank_ratio,
         pattern=pattern,
@@ -143,40 +144,85 @@ def decompose(
         momentum=momentum,
         seed=seed,
     )
-    layer = name or "weight"
-    check_weight(weight, layer)
-    _check_second_moment(second_moment, weight.shape[1], layer)
-    d_out, d_in = weight.shape
-    check_inputs(d_in, config.pattern, layer)
+    return decompose_batch([weight], [second_moment], settings, [name or "weight"])[0]
+
+
+def decompose_batch(
+    weights: Sequence[Tensor], second_moments: Sequence[Tensor], config: OatsConfig, names: Sequence[str]
+) -> list[Decomposition]:
+    """Decompose several weights of one shape at once: each as :func:`decompose` would, but for rounding.
+
+    Small matrices gain by it, which alone do not keep the threads busy. It takes the memory of all of them.
+
+    Args:
+        weights: (d_out, d_in) each, at least one, all of one dtype.
+        second_moments: of the inputs of each, (d_in,).
+        config: the settings of :func:`decompose`; the others are not used.
+        names: of the layers, for error messages.
+
+    Raises:
+        ConfigError, WeightError: as :func:`decompose`; the message names the layer.
+
+    >>> weights = torch.randn(2, 32, 48, generator=torch.Generator().manual_seed(0))
+    >>> both = decompose_batch(weights, torch.ones(2, 48), OatsConfig(), ["k", "v"])
+    >>> alone = decompose(weights[1], torch.ones(48))
+    >>> torch.allclose(both[1].to_dense(), alone.to_dense(), atol=1e-4)
+    True
+    """
+    for weight, second_moment, name in zip(weights, second_moments, names, strict=True):
+        check_weight(weight, name)
+        _check_second_moment(second_moment, weight.shape[1], name)
+        if weight.shape != weights[0].shape or weight.dtype != weights[0].dtype:
+            raise WeightError(
+                f"{name}: the weight is {weight.dtype} {tuple(weight.shape)} in a batch of "
+                f"{weights[0].dtype} {tuple(weights[0].shape)}; decompose it in another one"
+            )
+        check_inputs(weight.shape[1], config.pattern, name)
+    d_out, d_in = weights[0].shape
     rank = rank_for(d_out, d_in, config.compression, config.rank_ratio, config.pattern)
     count = kept_count(d_out, d_in, config)
 
     # Rounding decides which of two near-equal magnitudes stays, and the paths part from there: the published
     # algorithm is reproduced in float64 only.
     dtype = torch.float64 if config.svd == "exact" else torch.float32
-    root = root_moment(second_moment.detach().to(weight.device))
-    scaled = weight.detach().to(dtype) * root.to(dtype)
+    roots = [root_moment(m.detach().to(w.device)) for w, m in zip(weights, second_moments, strict=True)]
+    each = [w.detach().to(dtype) * root.to(dtype) for w, root in zip(weights, roots, strict=True)]
     # Largest magnitude 1, so that no sum of squares overflows or vanishes.
-    peak = float(scaled.abs().max()) or 1.0
-    scaled /= peak
+    peaks = [float(one.abs().max()) or 1.0 for one in each]
+    each = [one.div_(peak) for one, peak in zip(each, peaks, strict=True)]
+    scaled = each[0] if len(each) == 1 else torch.stack(each)
+    del each
 
-    u, v, error, done = _alternate(scaled, rank, count, config)
-    sparse = keep_largest(torch.addmm(scaled, u, v, alpha=-1), count, config.pattern)
-    unscale = peak / root
-    return Decomposition(
-        sparse=(sparse * unscale).to(weight.dtype).contiguous(),
-        low_rank_u=u.to(weight.dtype).contiguous(),
-        low_rank_v=(v * unscale).to(weight.dtype).contiguous(),
-        relative_error=error,
-        iterations=done,
+    u, v, errors, done = _alternate(scaled, rank, count, config)
+    sparse = keep_largest(
+        add_product(scaled, u, v, -1, out=torch.empty_like(scaled, memory_format=torch.contiguous_format)),
+        count,
+        config.pattern,
     )
+    parts = [_each(tensor) for tensor in (sparse, u, v)]
+    return [
+        Decomposition(
+            sparse=(own_sparse * (peak / root)).to(weight.dtype).contiguous(),
+            low_rank_u=own_u.to(weight.dtype).contiguous(),
+            low_rank_v=(own_v * (peak / root)).to(weight.dtype).contiguous(),
+            relative_error=error,
+            iterations=steps,
+        )
+        for weight, root, peak, own_sparse, own_u, own_v, error, steps in zip(
+            weights, roots, peaks, *parts, errors, done, strict=True
+        )
+    ]
 
 
 def _alternate(
     scaled: Tensor, rank: int, count: int, config: OatsConfig
-) -> tuple[Tensor, Tensor, float, int]:
-    """The factors with the lowest relative error, that error, and the number of alternations run."""
-    d_out, d_in = scaled.shape
+) -> tuple[Tensor, Tensor, list[float], list[int]]:
+    """The factors with the lowest relative error, that error, and the number of alternations run.
+
+    Of one matrix (d_out, d_in), or of each of a batch (batch, d_out, d_in): one that has stalled stays as it
+    is while the others go on.
+    """
+    d_out, d_in = scaled.shape[-2:]
     iterations, momentum = config.resolved_iterations, config.resolved_momentum
     fast = config.svd == "fast"
     if rank == 0 or count == 0:
@@ -185,13 +231,14 @@ def _alternate(
     if fast and rank + OVERSAMPLING < min(d_out, d_in):
         subspace = WarmSubspace((d_out, d_in), rank, seed=config.seed, device=scaled.device)
 
-    norm = frobenius_norm(scaled) or 1.0
+    norms = [norm or 1.0 for norm in _norms(scaled)]
     # The same memory in every alternation: a fresh matrix costs a page fault every 4 KB.
     work = torch.empty_like(scaled, memory_format=torch.contiguous_format)
     sparse, previous = torch.zeros_like(work), torch.zeros_like(work)
     difference = torch.empty_like(work, dtype=_difference_dtype(scaled)) if subspace else work
-    best = scaled.new_zeros(d_out, rank), scaled.new_zeros(rank, d_in)
-    errors: list[float] = []
+    best = scaled.new_zeros(*scaled.shape[:-1], rank), scaled.new_zeros(*scaled.shape[:-2], rank, d_in)
+    errors: list[list[float]] = [[] for _ in norms]
+    going = [True] * len(norms)
     for step in range(iterations):
         if subspace is not None and step > 0:
             # `work` holds A − UV − S, so this is A − (S + momentum (S − S_previous)) − UV.
@@ -201,23 +248,52 @@ def _alternate(
             torch.lerp(previous, sparse, 1 + momentum, out=work)
             torch.sub(scaled, work, out=work)
             u, v = subspace.approximate(work) if subspace else exact_low_rank(work, rank)
-        torch.addmm(scaled, u, v, alpha=-1, out=work)
+        add_product(scaled, u, v, -1, out=work)
         previous, sparse = sparse, keep_largest(work, count, config.pattern, out=previous)
-        errors.append(frobenius_norm(work.sub_(sparse)) / norm)
-        # With momentum the error is not monotone.
-        if errors[-1] <= min(errors):
-            best = u, v
-        if fast and len(errors) > PATIENCE and min(errors) >= (1 - STALL) * min(errors[:-PATIENCE]):
+        better = []
+        for i, norm in enumerate(_norms(work.sub_(sparse))):
+            if going[i]:
+                errors[i].append(norm / norms[i])
+            # With momentum the error is not monotone.
+            better.append(going[i] and errors[i][-1] <= min(errors[i]))
+            going[i] = going[i] and not (fast and _has_stalled(errors[i]))
+        best = (u, v) if all(better) else _replaced(best, (u, v), better)
+        if not any(going):
             break
     if subspace is not None:
         best = singular_order(*best)
-    return *best, min(errors), len(errors)
+    return *best, [min(own) for own in errors], [len(own) for own in errors]
+
+
+def _has_stalled(errors: list[float]) -> bool:
+    return len(errors) > PATIENCE and min(errors) >= (1 - STALL) * min(errors[:-PATIENCE])
+
+
+def _replaced(
+    old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], which: list[bool]
+) -> tuple[Tensor, Tensor]:
+    """The factors of a batch, the new ones for some of its matrices."""
+    if not any(which):
+        return old
+    chosen = torch.tensor(which, device=new[0].device)[:, None, None]
+    return torch.where(chosen, new[0], old[0]), torch.where(chosen, new[1], old[1])
+
+
+def _norms(matrices: Tensor) -> list[float]:
+    """Frobenius norms of one matrix, or of each of a batch."""
+    return [frobenius_norm(matrix) for matrix in _each(matrices)]
+
+
+def _each(matrices: Tensor) -> tuple[Tensor, ...]:
+    """The matrices of a batch, or the one."""
+    return (matrices,) if matrices.dim() == 2 else matrices.unbind()
 
 
 def _difference_dtype(scaled: Tensor) -> torch.dtype:
     """What `WarmSubspace.follow` is given."""
     supported = active_isa() == "avx512_bf16" and torch.backends.mkldnn.is_available()
-    return torch.bfloat16 if supported and scaled.numel() >= BFLOAT16_FROM else torch.float32
+    size = scaled.shape[-2] * scaled.shape[-1]
+    return torch.bfloat16 if supported and size >= BFLOAT16_FROM else torch.float32
 
 
 def kept_count(d_out: int, d_in: int, config: OatsConfig) -> int:

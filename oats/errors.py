@@ -41,3 +41,7 @@ class OutputExistsError(OatsError, FileExistsError):
 
 class QueueFullError(OatsError, RuntimeError):
     """As many requests are waiting for a model as may wait, or it takes no more."""
+
+
+class DistributedError(OatsError, RuntimeError):
+    """A process of a run of several is gone, or cannot be reached."""

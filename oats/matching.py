@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from oats.bitmask import decode
-from oats.calibrate import BlockRunner, replaced_forward, token_mask
+from oats.calibrate import BlockRunner, Held, replaced_forward, token_mask
 from oats.errors import CalibrationError
 from oats.nn import SparseLowRankLinear
 
@@ -32,7 +32,7 @@ def match_block(
     runner: BlockRunner,
     index: int,
     layers: Sequence[SparseLowRankLinear],
-    targets: Sequence[Any],
+    targets: Held,
     passes: int,
 ) -> tuple[float, float]:
     """Tune layers of a block, in place, so that the block returns what the dense block returned.
@@ -98,7 +98,7 @@ def _tune(
     runner: BlockRunner,
     index: int,
     layers: Sequence[SparseLowRankLinear],
-    targets: Sequence[Any],
+    targets: Held,
     passes: int,
 ) -> list[dict[str, Tensor]]:
     tunables = [_Tunable(layer) for layer in layers]
@@ -132,7 +132,7 @@ def _store(layer: SparseLowRankLinear, tensors: dict[str, Tensor]) -> None:
     layer.load_state_dict(state)
 
 
-def _loss(runner: BlockRunner, index: int, targets: Sequence[Any]) -> float:
+def _loss(runner: BlockRunner, index: int, targets: Held) -> float:
     losses = [
         float(_relative_error(output, target, runner.batch))
         for output, target in zip(runner.run(index), targets, strict=True)

@@ -14,7 +14,7 @@ def keep_largest(
     """Zero all but the entries of largest magnitude; of equal magnitudes the lowest column index is kept.
 
     Args:
-        residual: (d_out, d_in), float32 or float64, finite, contiguous.
+        residual: (…, d_out, d_in), float32 or float64, finite, contiguous.
         count: how many stay, in each row for ``"row"``, in the matrix for ``"layer"``; an N:M
             pattern says it itself, and `count` is not used.
         pattern: ``"row"``, ``"layer"`` or ``"N:M"`` with d_in a multiple of M.
@@ -29,8 +29,8 @@ def keep_largest(
     """
     n_m = parse_n_m(pattern)
     if n_m is not None:
-        rows, count = (-1, n_m[1]), n_m[0]
+        width, count = n_m[1], n_m[0]
     else:
-        rows = (1, -1) if pattern == "layer" else (residual.shape[0], -1)
-    into = None if out is None else out.view(rows)
-    return ops.keep_largest_in_rows(residual.view(rows), count, into).view_as(residual)
+        width = residual.shape[-1] * (residual.shape[-2] if pattern == "layer" else 1)
+    into = None if out is None else out.view(-1, width)
+    return ops.keep_largest_in_rows(residual.view(-1, width), count, into).view_as(residual)

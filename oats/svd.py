@@ -505,19 +505,19 @@ def exact_low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Best rank-r approximation ``u @ v`` from the full SVD (Eckart–Young).
 
     Args:
-        matrix: (m, n), float32 or float64.
+        matrix: (…, m, n), float32 or float64.
         rank: 0 to min(m, n).
 
     Returns:
-        u: (m, rank), orthonormal columns, in decreasing order of singular value.
-        v: (rank, n), orthogonal rows of norm equal to the singular values.
+        u: (…, m, rank), orthonormal columns, in decreasing order of singular value.
+        v: (…, rank, n), orthogonal rows of norm equal to the singular values.
 
     >>> u, v = exact_low_rank(torch.tensor([[3.0, 0.0], [0.0, 1.0]]), 1)
     >>> (u @ v).abs()
     tensor([[3., 0.],
             [0., 0.]])
     """
-    u = torch.linalg.svd(matrix, full_matrices=False).U[:, :rank]
+    u = torch.linalg.svd(matrix, full_matrices=False).U[..., :rank]
     # Not diag(s) Vᵀ: the projection makes each column of v accurate to the scale of that column, and
     # columns span decades once they carry the second moments.
     return u, u.mT @ matrix
@@ -574,7 +574,7 @@ class WarmSubspace:
         Martinsson and Tropp, SIAM Review 53(2), 2011, algorithm 4.4).
 
         Args:
-            matrix: (m, n), float32.
+            matrix: (m, n), float32; or (batch, m, n), as all matrices are then.
 
         Returns:
             u, v: as from `exact_low_rank`.
@@ -585,7 +585,7 @@ class WarmSubspace:
             self._basis = torch.linalg.qr(matrix.mT @ torch.linalg.qr(matrix @ self._basis).Q).Q
         u, v = _rayleigh_ritz(matrix, torch.linalg.qr(matrix @ self._basis).Q)
         self._basis, self._passes = v.mT, 1
-        self._last = u[:, : self._rank], v[: self._rank]
+        self._last = u[..., : self._rank], v[..., : self._rank, :]
         return self._last
 
     def follow(self, difference: Tensor) -> tuple[Tensor, Tensor]:
@@ -597,11 +597,11 @@ class WarmSubspace:
         lost that is small beside the largest.
 
         Args:
-            difference: (m, n), float32, or bfloat16, whose products are then computed from bfloat16 too.
+            difference: (…, m, n), float32, or bfloat16, whose products are then computed from bfloat16 too.
 
         Returns:
-            u: (m, rank), float32, orthonormal columns.
-            v: (rank, n), float32, ``uᵀ A``. Its rows are not orthogonal: `singular_order` makes them so.
+            u: (…, m, rank), float32, orthonormal columns.
+            v: (…, rank, n), float32, ``uᵀ A``. Its rows are not orthogonal: `singular_order` makes them so.
 
         Raises:
             RuntimeError: before the first `approximate`.
@@ -609,9 +609,8 @@ class WarmSubspace:
         if self._last is None:
             raise RuntimeError("follow() before approximate(): there is no approximation to follow")
         u, v = self._last
-        product = _product(difference, v.mT).addmm_(u, v @ v.mT)
-        q = torch.linalg.qr(product).Q
-        v = _product(q.mT, difference).addmm_(q.mT @ u, v)
+        q = torch.linalg.qr(add_product(_product(difference, v.mT), u, v @ v.mT)).Q
+        v = add_product(_product(q.mT, difference), q.mT @ u, v)
         self._basis, self._last = v.mT, (q, v)
         return self._last
 
@@ -623,12 +622,22 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return a @ b
 
 
+def add_product(base: Tensor, a: Tensor, b: Tensor, alpha: float = 1, *, out: Tensor | None = None) -> Tensor:
+    """``base + alpha a @ b`` of matrices, or batches of matrices (batch, m, n); without `out` in `base`.
+
+    >>> add_product(torch.ones(1, 1), torch.ones(1, 2), torch.ones(2, 1), -1)
+    tensor([[-1.]])
+    """
+    multiply = torch.addmm if base.dim() == 2 else torch.baddbmm
+    return multiply(base, a, b, alpha=alpha, out=base if out is None else out)
+
+
 def singular_order(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """The same product ``u @ v`` with rows of v that are orthogonal and of decreasing norm.
 
     Args:
-        u: (m, rank), orthonormal columns.
-        v: (rank, n).
+        u: (…, m, rank), orthonormal columns.
+        v: (…, rank, n).
 
     Returns:
         u, v: as from `exact_low_rank`.
@@ -640,5 +649,5 @@ def singular_order(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """
     # The Gram matrix squares the condition number, so in float64; it is small.
     wide = v.double()
-    rotation = torch.linalg.eigh(wide @ wide.mT).eigenvectors.flip(1).to(v.dtype)
+    rotation = torch.linalg.eigh(wide @ wide.mT).eigenvectors.flip(-1).to(v.dtype)
     return u @ rotation, rotation.mT @ v

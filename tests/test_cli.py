@@ -364,18 +364,26 @@ main()
     return process.pid
 
 
+# As from a GGUF file: a model that is read and written as a whole.
+IN_MEMORY = "from oats.integrations import checkpoint; checkpoint.load_dense_source = lambda *_: None"
+
+
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_a_run_stopped_while_it_saves_leaves_nothing_that_looks_finished(dense, text, tmp_path, how):
+def test_a_run_stopped_while_it_saves_leaves_nothing_that_looks_finished(
+    dense, text, tmp_path, how, monkeypatch
+):
+    monkeypatch.setattr(checkpoint, "load_dense_source", lambda *_: None)
     command = ["compress", dense, tmp_path / "out", "--calibration", text, *SMALL]
     # Every file is written by then; only the name is missing.
-    patch = "from oats.integrations import checkpoint; checkpoint._flush = hang"
+    patch = f"{IN_MEMORY}; checkpoint.flush = hang"
     pid = interrupted(patch, command, how)
     assert entries(tmp_path) == ([f".out.partial-{pid}"] if how == signal.SIGKILL else [])
     assert run(*command).exit_code == 0
     assert entries(tmp_path) == ["out"]
 
 
-def test_what_other_runs_are_writing_is_left_alone(dense, text, tmp_path):
+def test_what_other_runs_are_writing_is_left_alone(dense, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "load_dense_source", lambda *_: None)
     theirs = [f".out.partial-{os.getppid()}", ".out.partial-x", ".out2.partial-99999999", ".out.partial-"]
     for name in [*theirs, ".out.partial-99999999"]:
         (tmp_path / name).mkdir()
@@ -384,10 +392,12 @@ def test_what_other_runs_are_writing_is_left_alone(dense, text, tmp_path):
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_a_run_stopped_while_it_compresses_leaves_nothing(dense, text, tmp_path, how):
+def test_a_run_stopped_while_it_compresses_leaves_no_output(dense, text, tmp_path, how):
     command = ["compress", dense, tmp_path / "out", "--calibration", text, *SMALL]
     interrupted("import oats.compress; oats.compress.decompose_by_method = hang", command, how)
-    assert entries(tmp_path) == []
+    assert entries(tmp_path) == ([".out.unfinished"] if how == signal.SIGKILL else [])
+    assert run(*command).exit_code == 0
+    assert entries(tmp_path) == ["out"]
 
 
 @pytest.mark.parametrize("command", [["eval"], ["generate", "a prompt"]])

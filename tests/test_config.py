@@ -30,6 +30,8 @@ def test_explicit_values_win_over_defaults():
         *[("pattern", v) for v in ("rows", "4:2", "0:4", "2:4:8", "", None, 2)],
         *[("method", v) for v in ("hessian", "OATS", "", None)],
         *[("block_matching", v) for v in (-1, 1.5, "2", None, True)],
+        *[("budget", v) for v in ("even", "", None)],
+        *[("rank_ratios", v) for v in (None, 0.25, (0.1, 1.5), ("0.1",), (True,))],
         *[("svd", v) for v in ("full", "", None)],
         *[("iterations", v) for v in (0, -1, 2.5, "40", True)],
         *[("momentum", v) for v in (-0.1, 1, float("nan"), "0.9")],
@@ -76,3 +78,14 @@ def test_one_pattern_to_skip():
 
 def test_config_errors_are_value_errors():
     assert issubclass(ConfigError, ValueError) and issubclass(ConfigError, OatsError)
+
+
+def test_a_budget_and_an_n_m_pattern_contradict_each_other():
+    with pytest.raises(ConfigError, match=r"an N:M pattern fixes .* with 2:4, got 'owl'"):
+        OatsConfig(pattern="2:4", budget="owl")
+
+
+def test_settings_beyond_the_published_method_are_only_named_where_they_are_used():
+    assert not {"method", "block_matching", "budget", "rank_ratios"} & OatsConfig().to_dict().keys()
+    config = OatsConfig(budget="error", rank_ratios=[0.1, 0.4])
+    assert OatsConfig(**json.loads(json.dumps(config.to_dict()))) == config

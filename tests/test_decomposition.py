@@ -5,8 +5,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import oats
-from oats import decomposition
+from oats import OatsConfig, decompose, decomposition
 from oats.budget import nnz_per_layer, nnz_per_row, rank_for
+from oats.decomposition import decompose_batch
 from oats.errors import ConfigError, WeightError
 from oats.selection import keep_largest
 from tests import reference
@@ -473,3 +474,36 @@ def test_n_m_needs_a_multiple():
 def test_bad_settings(setting):
     with pytest.raises(ConfigError, match=f"^{next(iter(setting))} must be"):
         oats.decompose(torch.ones(4, 8), torch.ones(8), **setting)
+
+
+@pytest.mark.parametrize("svd", ["fast", "exact"])
+@pytest.mark.parametrize("pattern", ["row", "layer", "2:4"])
+def test_a_batch_is_what_each_matrix_is_alone(one_thread, svd, pattern) -> None:
+    generator = torch.Generator().manual_seed(3)
+    weights = list(torch.randn(3, 72, 96, generator=generator))
+    # Easy ones stall early, and stay as they are while the others go on.
+    weights[1] = torch.randn(72, 3, generator=generator) @ torch.randn(3, 96, generator=generator)
+    weights[2] = 1e-3 * weights[2].double().pow(3).float()
+    moments = list(torch.rand(3, 96, generator=generator))
+    config = OatsConfig(compression=0.4, pattern=pattern, svd=svd, iterations=30)
+    together = decompose_batch(weights, moments, config, ["a", "b", "c"])
+    for weight, moment, result in zip(weights, moments, together, strict=True):
+        alone = decompose(weight, moment, compression=0.4, pattern=pattern, svd=svd, iterations=30)
+        assert (result.rank, result.nnz) == (alone.rank, alone.nnz)
+        assert result.relative_error == pytest.approx(alone.relative_error, rel=0.02, abs=1e-5)
+        assert abs(result.iterations - alone.iterations) <= 8
+        scaled = (weight - result.to_dense()) * moment.sqrt()
+        assert scaled.norm() / (weight * moment.sqrt()).norm() == pytest.approx(
+            result.relative_error, rel=1e-3, abs=1e-5
+        )
+
+
+def test_a_batch_names_the_matrix_that_is_wrong() -> None:
+    weights = [torch.ones(4, 8), torch.ones(4, 8)]
+    weights[1][2, 3] = torch.nan
+    with pytest.raises(WeightError, match=r"v_proj: 1 of the 32 values of the weight are NaN"):
+        decompose_batch(weights, [torch.ones(8)] * 2, OatsConfig(), ["k_proj", "v_proj"])
+    with pytest.raises(WeightError, match=r"v_proj: .*\(8, 8\) in a batch of .*\(4, 8\)"):
+        decompose_batch(
+            [weights[0], torch.ones(8, 8)], [torch.ones(8)] * 2, OatsConfig(), ["k_proj", "v_proj"]
+        )

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from oats.config import OatsConfig
+from oats.errors import ConfigError
+
+if TYPE_CHECKING:
+    from oats.distributed import Ranks
+    from oats.integrations.staging import Staging
 
 
 def compress(
@@ -50,6 +57,14 @@ def compress(
     match_blocks: Annotated[
         int, typer.Option(help="Passes over the calibration text that tune each block's output; 2 is enough.")
     ] = OatsConfig.block_matching,
+    budget: Annotated[
+        str,
+        typer.Option(help="Spread of the compression over layers: uniform (as published), owl, or error."),
+    ] = OatsConfig.budget,
+    try_rank_ratio: Annotated[
+        list[float] | None,
+        typer.Option(help="Rank ratio to try; each layer takes the best of those given. May be repeated."),
+    ] = None,
     calibration: Annotated[
         Path | None,
         typer.Option(
@@ -63,9 +78,36 @@ def compress(
         typer.Option(help="Dotted path of the list of transformer blocks.", show_default="found by itself"),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that is at OUT.")] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Start over, instead of after the last block of a stopped run.")
+    ] = False,
+    values: Annotated[
+        str | None,
+        typer.Option(help="How kept values are stored: int8 or int4 codes.", show_default="as --dtype"),
+    ] = None,
+    low_rank: Annotated[
+        str | None,
+        typer.Option(
+            help="The same for the low-rank factors: int8, bf16, fp32.", show_default="as the values"
+        ),
+    ] = None,
+    scale_columns: Annotated[
+        int, typer.Option(help="Columns of a row whose codes share a scale: 64 or 128.")
+    ] = OatsConfig.scale_columns,
+    memory_limit: Annotated[
+        str | None,
+        typer.Option(
+            help="Memory that each process may take, such as 6GB; batches shrink to keep it.",
+            show_default="none",
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Compress MODEL without retraining and save it to OUT as a Hugging Face directory."""
+    """Compress MODEL without retraining and save it to OUT as a Hugging Face directory.
+
+    A run that was stopped goes on after its last finished block when it is started again. Under torchrun,
+    several processes share the work: torchrun --nproc-per-node 4 -m oats compress MODEL OUT
+    """
     config = OatsConfig(
         method=method,  # type: ignore[arg-type]  # OatsConfig checks it
         compression=compression,
@@ -77,18 +119,66 @@ def compress(
         skip=tuple(skip or ()),
         seed=seed,
         block_matching=match_blocks,
+        budget=budget,  # type: ignore[arg-type]
+        rank_ratios=tuple(try_rank_ratio or ()),
+        values=values,  # type: ignore[arg-type]
+        low_rank=low_rank,  # type: ignore[arg-type]
+        scale_columns=scale_columns,
     )
 
-    from oats.cli.console import human_bytes, print_json, progress_bar, results, settings_table, status
+    from oats.distributed import joined
+    from oats.memory import parse_size
+
+    limit = None if memory_limit is None else parse_size(memory_limit)
+    with joined() as ranks:
+        report = _run(
+            model, out, config, ranks,
+            calibration=calibration, samples=samples, length=length, blocks=blocks,
+            split=("qkv_proj", "gate_up_proj") if split_gate_up else ("qkv_proj",),
+            overwrite=overwrite, restart=restart, memory_limit=limit,
+        )  # fmt: skip
+    if ranks.rank == 0:
+        _print(report, as_json)
+
+
+def _run(
+    model: str,
+    out: Path,
+    config: OatsConfig,
+    ranks: Ranks,
+    *,
+    calibration: Path | None,
+    samples: int,
+    length: int,
+    blocks: str | None,
+    split: tuple[str, ...],
+    overwrite: bool,
+    restart: bool,
+    memory_limit: int | None,
+) -> dict[str, Any]:
+    """Do it; returns what is to be said about it."""
+    from oats.cli.console import layers_progress, status
     from oats.compress import compress_
     from oats.evaluate.text import bos_token_id, builtin_text, calibration_windows, read_text, tokenize
-    from oats.integrations.checkpoint import check_output, load_model, save_model
+    from oats.integrations.checkpoint import check_output, load_dense_source, load_model, save_model
+    from oats.integrations.model_card import write_model_card
+    from oats.integrations.staging import Staging
     from oats.integrations.stored_model import read_stored_model
+    from oats.memory import peak_bytes
 
-    check_output(out, overwrite=overwrite, source=model)
+    # Where an earlier run was stopped after it had given the model its name, little is left to do.
+    staging = Staging(out.resolve())
+    if not staging.is_delivered():
+        check_output(out, overwrite=overwrite, source=model)
+    out = staging.out
     text = builtin_text("first") if calibration is None else read_text(calibration)
     with status(f"Loading {model}"):
-        network, tokenizer = load_model(model, dtype)
+        opened = load_dense_source(model, config.dtype, blocks)
+        if opened is None:
+            network, tokenizer = load_model(model, config.dtype)
+        else:
+            source, tokenizer, dtype = opened
+            network = source.model
     windows = calibration_windows(
         tokenize(tokenizer, text, network.get_input_embeddings().num_embeddings),
         samples,
@@ -97,29 +187,43 @@ def compress(
         name=text.name,
     )
     started = time.perf_counter()
-    with progress_bar("Compressing") as bar:
-        made = compress_(
-            network,
-            windows,
-            config,
-            blocks=blocks,
-            split=("qkv_proj", "gate_up_proj") if split_gate_up else ("qkv_proj",),
-            progress=lambda done, total, name, error: bar.update(done, total, f"{name}  error {error:.3f}"),
-        )
+    with layers_progress() if ranks.rank == 0 else nullcontext() as progress:
+        if opened is not None:
+            from oats.integrations.streaming import compress_directory
+
+            with _telling_where_it_stopped(staging):
+                made = compress_directory(
+                    source, tokenizer, windows, out, config, dtype=dtype, split=split,
+                    overwrite=overwrite, restart=restart, memory_limit=memory_limit, ranks=ranks,
+                    progress=progress,
+                )  # fmt: skip
+        elif ranks.size > 1 or memory_limit is not None:
+            raise ConfigError(
+                f"{model} cannot be read block by block, as several processes and a memory limit need: it is "
+                "no directory of safetensors files, or its blocks share weights or are stored in another form"
+            )
+        else:
+            made = compress_(network, windows, config, blocks=blocks, split=split, progress=progress)
     seconds = time.perf_counter() - started
-    with status(f"Saving {out}"):
-        save_model(
-            network, tokenizer, out, overwrite=overwrite, report=made, source=model, seconds=seconds,
-            calibration={
-                "text": Path(text.name).name, "split": text.split, "sha256": text.sha256,
-                "samples": samples, "length": length,
-            },
-        )  # fmt: skip
+    known: dict[str, Any] = {
+        "source": model,
+        "seconds": seconds,
+        "calibration": {
+            "text": Path(text.name).name, "split": text.split, "sha256": text.sha256,
+            "samples": samples, "length": length,
+        },
+    }  # fmt: skip
+    if opened is None:
+        with status(f"Saving {out}"):
+            save_model(network, tokenizer, out, overwrite=overwrite, report=made, **known)
+    elif ranks.rank == 0:
+        write_model_card(out, made, **known)
+    ranks.barrier()
 
     stored = read_stored_model(out)
     layer_bytes = sum(layer.stored_bytes for layer in stored.layers)
     dense_bytes = sum(layer.dense_bf16_bytes for layer in stored.layers)
-    report = {
+    return {
         "model": model,
         "out": str(out),
         "method": config.method,
@@ -128,24 +232,48 @@ def compress(
         "iterations": config.resolved_iterations,
         "calibration": {**text.settings(), "samples": samples, "length": length},
         "seconds": seconds,
+        "peak_memory_bytes": peak_bytes(),
         "layers": len(stored.layers),
         "layer_bytes": layer_bytes,
         "share_of_dense_bf16": layer_bytes / dense_bytes if dense_bytes else None,
         "disk_bytes": stored.disk_bytes,
     }
+
+
+@contextmanager
+def _telling_where_it_stopped(staging: Staging) -> Iterator[None]:
+    from oats.cli.console import notes
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        if staging.exists():
+            blocks = staging.progress()["blocks"]
+            notes().print(f"Stopped after {blocks} finished blocks; the same command goes on from there.")
+        raise
+
+
+def _print(report: dict[str, Any], as_json: bool) -> None:
+    from oats.cli.console import human_bytes, human_time, print_json, results, settings_table
+
     if as_json:
         print_json(report)
         return
-    share = f" ({layer_bytes / dense_bytes:.3f} of dense bf16)" if dense_bytes else ""
+    share, calibration = report["share_of_dense_bf16"], report["calibration"]
     results().print(
         settings_table(
             {
-                "saved": out,
-                "layers": f"{len(stored.layers)} compressed in {seconds:.0f} s",
-                "linear layers": human_bytes(layer_bytes) + share,
-                "on disk": f"{human_bytes(stored.disk_bytes)} in all, embeddings and tokenizer included",
-                "calibration": f"{samples} x {length} tokens of {text.name}, {text.split}",
-                "next": f'oats eval {out} · oats generate {out} "Once upon a time" · oats info {out}',
+                "saved": report["out"],
+                "layers": f"{report['layers']} compressed in {human_time(report['seconds'])}",
+                "memory": f"{human_bytes(report['peak_memory_bytes'])} at most",
+                "linear layers": human_bytes(report["layer_bytes"])
+                + (f" ({share:.3f} of dense bf16)" if share else ""),
+                "on disk": f"{human_bytes(report['disk_bytes'])} in all, embeddings and tokenizer included",
+                "calibration": f"{calibration['samples']} x {calibration['length']} tokens of "
+                f"{calibration['text']}, {calibration['split']}",
+                "next": "oats eval {0} · oats generate {0} 'Once upon a time' · oats info {0}".format(
+                    report["out"]
+                ),
             }
         )
     )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +19,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+
+LOG_SECONDS = 60
+"""How often a log, where there is no terminal, gets a line about the progress."""
 
 
 def results() -> Console:
@@ -64,8 +68,46 @@ def progress_bar(description: str) -> Iterator[Bar]:
         TimeRemainingColumn(),
     )
     console = notes()
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+    # The time left from the last hour: a layer can take minutes.
+    with Progress(
+        *columns, console=console, disable=not console.is_terminal, speed_estimate_period=3600
+    ) as progress:
         yield Bar(progress, progress.add_task(description, total=None, note=""))
+
+
+@contextmanager
+def layers_progress() -> Iterator[Callable[[int, int, str, float], None]]:
+    """What to call after each layer with: layers done, layers in all, its name, its relative error.
+
+    A terminal gets a bar, and a log a line a minute: both with the mean error so far and the time left.
+
+    >>> with layers_progress() as progress:
+    ...     progress(1, 2, "q_proj", 0.1)
+    """
+    started = written = time.monotonic()
+    # Of the first layer: what comes before it (a rehearsal, another run's blocks) says nothing of the rest.
+    first_done, first_at = 0, 0.0
+    errors: list[float] = []
+    console = notes()
+    with progress_bar("Compressing") as bar:
+
+        def progress(done: int, total: int, name: str, error: float) -> None:
+            nonlocal written, first_done, first_at
+            now = time.monotonic()
+            if not errors:
+                first_done, first_at = done, now
+            errors.append(error)
+            note = f"{name}  error {error:.3f}, mean {sum(errors) / len(errors):.3f}"
+            bar.update(done - first_done, total - first_done, note)
+            if not console.is_terminal and now - written >= LOG_SECONDS:
+                written = now
+                line = f"{done} of {total} layers, {note}, {human_time(now - started)}"
+                if done > first_done:
+                    left = (now - first_at) / (done - first_done) * (total - done)
+                    line += f", about {human_time(left)} left"
+                console.print(line, soft_wrap=True)
+
+        yield progress
 
 
 @contextmanager
@@ -87,6 +129,19 @@ def settings_table(settings: Mapping[str, object]) -> Table:
     for name, value in settings.items():
         table.add_row(name, str(value))
     return table
+
+
+def human_time(seconds: float) -> str:
+    """A duration with its units.
+
+    >>> human_time(95), human_time(7260), human_time(4.2)
+    ('1 min 35 s', '2 h 1 min', '4 s')
+    """
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def human_bytes(size: float) -> str:

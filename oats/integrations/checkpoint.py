@@ -9,7 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from oats.errors import CheckpointError, ConfigError, OatsError, OutputExistsError
+from oats.errors import CheckpointError, ConfigError, FormatError, OatsError, OutputExistsError
+from oats.integrations.staging import flush
+
+if TYPE_CHECKING:
+    import torch
+
+    from oats.integrations.dense_source import DenseSource
 
 if TYPE_CHECKING:
     from oats.compress import CompressionReport
@@ -32,21 +38,70 @@ def load_model(model: str | Path, dtype: str | None = None) -> tuple[Any, Any]:
         ConfigError: another dtype.
         FormatError: the model is a compressed one, or its config.json, and damaged.
     """
-    names = {None: "auto", "bf16": "bfloat16", "fp32": "float32"}
-    if dtype not in names:
+    _check_dtype(dtype)
+    source, gguf_file = _locate(model)
+    return _load(model, source, gguf_file, _DTYPES["bf16"] if gguf_file and dtype is None else _DTYPES[dtype])
+
+
+def load_dense_source(
+    model: str | Path, dtype: str | None = None, blocks: str | None = None
+) -> tuple[DenseSource, Any, torch.dtype] | None:
+    """Load all but the blocks of a causal language model, and its tokenizer.
+
+    Args:
+        model: as in :func:`load_model`.
+        dtype: in which the model is to be used, as there.
+        blocks: dotted path of the list of blocks; None means that :mod:`oats.models` knows it.
+
+    Returns:
+        The model on disk, the tokenizer, and the dtype; None where it does not lie in safetensors files of a
+        local directory, or blocks cannot be read from them one at a time.
+
+    Raises:
+        CheckpointError, ConfigError, FormatError: as :func:`load_model`.
+        UnsupportedModelError: the list of blocks was not found.
+    """
+    from oats.integrations.dense_source import (
+        DenseSource,
+        checkpoint_files,
+        compressed_dtype,
+        stored_float_dtype,
+    )
+
+    _check_dtype(dtype)
+    source, gguf_file = _locate(model)
+    directory = Path(source)
+    if gguf_file or not directory.is_dir() or not checkpoint_files(directory):
+        return None
+    try:
+        wanted, held = compressed_dtype(directory, dtype), stored_float_dtype(directory)
+    except FormatError as error:
+        raise CheckpointError(f"cannot load the model {model}: {error}") from error
+    # In the dtype of the files nothing is read: weights are the files themselves, mapped into memory.
+    network, tokenizer = _load(model, source, None, str(held).removeprefix("torch."))
+    opened = DenseSource.open(directory, network, blocks)
+    return None if opened is None else (opened, tokenizer, wanted)
+
+
+_DTYPES = {None: "auto", "bf16": "bfloat16", "fp32": "float32"}
+
+
+def _check_dtype(dtype: str | None) -> None:
+    if dtype not in _DTYPES:
         raise ConfigError(f'dtype must be "bf16" or "fp32", got {dtype!r}')
 
+
+def _load(model: str | Path, source: str, gguf_file: str | None, dtype: str) -> tuple[Any, Any]:
     import transformers
     from safetensors import SafetensorError
 
     from oats.integrations.stored_model import read_config
 
-    source, gguf_file = _locate(model)
     if Path(source).is_dir() and not gguf_file:
         read_config(Path(source) / "config.json")  # transformers takes what is in there for granted
-    options: dict[str, Any] = {"dtype": names[dtype]}
+    options: dict[str, Any] = {"dtype": dtype}
     if gguf_file:
-        options |= {"gguf_file": gguf_file, "dtype": "bfloat16" if dtype is None else options["dtype"]}
+        options["gguf_file"] = gguf_file
         # Releases of transformers that have GgufConfig may leave the weights in GGUF blocks.
         if hasattr(transformers, "GgufConfig"):
             options["quantization_config"] = transformers.GgufConfig(dequantize=True)
@@ -197,13 +252,13 @@ def _new_directory(out: Path, overwrite: bool) -> Iterator[Path]:
     try:
         yield partial
         for path in [*partial.rglob("*"), partial]:
-            _flush(path)
+            flush(path)
         if overwrite and out.exists():
             out.rename(aside)
         elif out.exists():
             out.rmdir()  # fails if something was put there since it was checked
         partial.rename(out)
-        _flush(out.parent)
+        flush(out.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         if aside.exists() and not out.exists():
@@ -231,11 +286,3 @@ def _is_another_process(pid: int) -> bool:
     except PermissionError:
         pass  # somebody else's
     return True
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

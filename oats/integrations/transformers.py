@@ -26,7 +26,7 @@ from __future__ import annotations
 import contextlib
 import re
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -266,16 +266,7 @@ class OatsQuantizer(HfQuantizer):
             return None, {}
         self.quantization_config.follow(model)
         model.config.quantization_config = self.quantization_config
-        state_dict: dict[str, Tensor] = model.state_dict()
-        for name in layers.keys() | _replacements(model).keys():
-            # save_pretrained writes a tensor once, but each name of a shared layer needs all of its
-            # tensors: only so can a model that has two layers there load them.
-            if f"{name}.bias" in state_dict:
-                state_dict[f"{name}.bias"] = state_dict[f"{name}.bias"].clone()
-            # A marker that would be fused with other weights is in the way.
-            if not _saved_as_it_is(model, f"{name}.weight", fmt.MARKER):
-                state_dict.pop(f"{name}.weight", None)
-        return state_dict, {}
+        return storable(model, model.state_dict(), layers.keys() | _replacements(model).keys()), {}
 
     def is_serializable(self) -> bool:
         """Whether ``save_pretrained`` works."""
@@ -338,6 +329,40 @@ def attach(model: Any, config: OatsConfig) -> None:
     model.is_quantized = True
     model.quantization_method = QUANT_METHOD
     model.config.quantization_config = quantizer.quantization_config
+
+
+def storable(model: Any, state_dict: dict[str, Tensor], layers: Collection[str]) -> dict[str, Tensor]:
+    """The tensors of a compressed model, or of a part of it, as its files shall hold them.
+
+    Args:
+        model: that they are from.
+        state_dict: full name → tensor; changed in place.
+        layers: full names of the compressed layers among them, and of fused projections they are parts of.
+    """
+    for name in layers:
+        # save_pretrained writes a tensor once, but each name of a shared layer needs all of its
+        # tensors: only so can a model that has two layers there load them.
+        if f"{name}.bias" in state_dict:
+            state_dict[f"{name}.bias"] = state_dict[f"{name}.bias"].clone()
+        # A marker that would be fused with other weights is in the way.
+        if not _saved_as_it_is(model, f"{name}.weight", fmt.MARKER):
+            state_dict.pop(f"{name}.weight", None)
+    return state_dict
+
+
+def compressed_layers(module: nn.Module, prefix: str = "") -> tuple[dict[str, dict[str, Any]], set[str]]:
+    """What a model, or a part of it, has of compressed layers.
+
+    Args:
+        module: to look through.
+        prefix: of the names, such as ``"model.layers.0."``.
+
+    Returns:
+        Name of each layer → its entry in ``quantization_config.layers``; and those names with those of fused
+        projections.
+    """
+    table = {prefix + name: sizes for name, sizes in _layer_table(module).items()}
+    return table, {*table, *(prefix + name for name in _replacements(module))}
 
 
 def _layers(model: nn.Module) -> dict[str, SparseLowRankLinear]:

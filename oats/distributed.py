@@ -1,0 +1,146 @@
+"""Several processes that compress one model together, on torch.distributed.
+
+Each runs the model on its share of the calibration batches and decomposes its share of a block's matrices.
+What they exchange are sums over tokens, and finished layers.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
+from functools import partial
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from oats.errors import DistributedError
+
+T = TypeVar("T")
+
+TIMEOUT = timedelta(hours=24)
+"""A process that ends is noticed at once, by its closed connections. So this only bounds how long one may
+work on a matrix while the others wait."""
+
+
+class Ranks:
+    """The processes of one run: by default this one alone.
+
+    Args:
+        rank: of this process.
+        size: number of processes; more than one need torch's default process group.
+
+    >>> Ranks().share(range(5))
+    [0, 1, 2, 3, 4]
+    >>> Ranks(1, 2).share(range(5))
+    [1, 3]
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1) -> None:
+        """Note who is who."""
+        self.rank, self.size = rank, size
+
+    def share(self, items: Sequence[T]) -> list[T]:
+        """Every `size`-th item."""
+        return list(items[self.rank :: self.size])
+
+    def owners(self, costs: Mapping[str, float]) -> dict[str, int]:
+        """Name → the rank that does it: the costliest first, each to the rank with the least to do so far.
+
+        >>> Ranks(0, 2).owners({"a": 1, "b": 3, "c": 2})
+        {'b': 0, 'c': 1, 'a': 1}
+        """
+        load = [0.0] * self.size
+        owners = {}
+        for name in sorted(costs, key=lambda name: (-costs[name], name)):
+            owners[name] = load.index(min(load))
+            load[owners[name]] += costs[name]
+        return owners
+
+    def sum(self, sums: dict[T, Tensor]) -> dict[T, Tensor]:
+        """The sums over all ranks, by key; a key that a rank lacks counts as zeros there.
+
+        Raises:
+            DistributedError: another rank is gone.
+        """
+        if self.size == 1:
+            return sums
+        described = {key: (tuple(value.shape), value.dtype) for key, value in sums.items()}
+        everywhere: dict[T, Any] = {}
+        for one in self._call(lambda: _gathered(described, self.size)):
+            everywhere.update(one)
+        totals = {}
+        for key in sorted(everywhere, key=str):
+            shape, dtype = everywhere[key]
+            totals[key] = sums[key] if key in sums else torch.zeros(shape, dtype=dtype)
+            self._call(partial(dist.all_reduce, totals[key]))
+        return totals
+
+    def broadcast(self, value: T | None, source: int = 0) -> T:
+        """What the rank `source` has; pickled.
+
+        Raises:
+            DistributedError: another rank is gone.
+        """
+        if self.size == 1:
+            return cast(T, value)
+        values = [value]
+        self._call(lambda: dist.broadcast_object_list(values, src=source))
+        return cast(T, values[0])
+
+    def barrier(self) -> None:
+        """Wait until every rank is here.
+
+        Raises:
+            DistributedError: another rank is gone.
+        """
+        if self.size > 1:
+            self._call(dist.barrier)
+
+    def _call(self, collective: Callable[[], T]) -> T:
+        try:
+            return collective()
+        except (RuntimeError, ValueError) as error:
+            raise DistributedError(
+                f"rank {self.rank} of {self.size}: another rank has ended, so this one ends too; its own "
+                "message says why. Run the same command again, with any number of ranks, to go on from the "
+                f"last finished block ({str(error).splitlines()[0]})"
+            ) from error
+
+
+def _gathered(value: Any, size: int) -> list[Any]:
+    values = [None] * size
+    dist.all_gather_object(values, value)
+    return values
+
+
+def is_launched() -> bool:
+    """Whether ``torchrun``, or a launcher that sets the same variables, started several processes."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
+
+
+def joined() -> AbstractContextManager[Ranks]:
+    """The ranks of the launcher's run, in a process group (gloo) while the context lasts; or this one alone.
+
+    Raises:
+        DistributedError: the others cannot be reached.
+    """
+    return _Group() if is_launched() else nullcontext(Ranks())
+
+
+class _Group(AbstractContextManager[Ranks]):
+    def __enter__(self) -> Ranks:
+        try:
+            dist.init_process_group("gloo", timeout=TIMEOUT)
+        except (RuntimeError, ValueError) as error:
+            raise DistributedError(
+                f"the processes of this run cannot reach each other: {str(error).splitlines()[0]}; start "
+                "them with torchrun, and check --rdzv-endpoint and the firewall"
+            ) from error
+        return Ranks(dist.get_rank(), dist.get_world_size())
+
+    def __exit__(self, *exception: object) -> None:
+        dist.destroy_process_group()
