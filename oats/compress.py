@@ -24,7 +24,7 @@ from oats.methods import decompose_by_method, input_statistics
 from oats.models import find_blocks
 from oats.models.linear import FUSED
 from oats.nn import SparseLowRankLinear, SplitLinear
-from oats.quantization import quantize_decomposition, quantize_layer_
+from oats.quantization import quantize_layer_
 from oats.storage import EXACT, Storage
 from oats.targets import SKIPPED, SPLIT, Target, Targets, find_targets, reasons
 
@@ -374,15 +374,9 @@ class Walk:
         return made
 
     def _layer(self, matrix: _Matrix, result: Decomposition) -> SparseLowRankLinear:
-        storage = self._storage
-        if not storage.has_codes:
-            return SparseLowRankLinear.from_decomposition(result, matrix.bias)
-        if matrix.statistic.dim() == 1:
-            tensors = quantize_decomposition(matrix.weight, result, matrix.statistic, storage)
-            return self._of_tensors(matrix, tensors)
-        # The low-rank part was fitted in the whole metric, and a fit in its diagonal would undo that.
         layer = SparseLowRankLinear.from_decomposition(result, matrix.bias)
-        quantize_layer_(layer, storage, matrix.statistic.diagonal())
+        if self._storage.has_codes:
+            quantize_layer_(layer, self._storage)
         return layer
 
     def _of_tensors(self, matrix: _Matrix, tensors: Mapping[str, Tensor]) -> SparseLowRankLinear:

@@ -12,11 +12,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from oats.bitmask import decode, encode_mask
-from oats.decomposition import Decomposition, root_moment
+from oats.bitmask import decode
 from oats.errors import WeightError
 from oats.storage import CODEBOOK, LowRank, Storage, Values, pack_nibbles
-from oats.svd import truncated_svd
 
 if TYPE_CHECKING:
     from oats.nn import SparseLowRankLinear
@@ -33,9 +31,6 @@ _CHUNK = 1 << 23
 # Of Lloyd's algorithm, on so many rows.
 _ROUNDS = 8
 _SAMPLE_ROWS = 512
-
-# Of the low-rank part and the kept values, in quantize_decomposition.
-_TURNS = 2
 
 # Scales that are tried for each row and group, as shares of what maps the largest to the last level.
 _SHARES = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76)
@@ -138,52 +133,6 @@ def quantize_(
         if progress is not None:
             progress(done, len(layers), name)
     return len(layers)
-
-
-def quantize_decomposition(
-    weight: Tensor, decomposition: Decomposition, second_moment: Tensor, storage: Storage
-) -> dict[str, Tensor]:
-    """Codes for a decomposition, fitted to the weight rather than to what was decomposed.
-
-    The two parts take turns, as in SLiM (arXiv 2410.09615): the low-rank one is fitted to what the codes of
-    the other leave of the weight, and the kept values to what its own codes leave. The supports stay.
-
-    Args:
-        weight: (d_out, d_in), the dense weight.
-        decomposition: of it.
-        second_moment: (d_in,), as for :func:`oats.decompose`.
-        storage: what becomes codes.
-
-    Returns:
-        The tensors of :mod:`oats.format`; what stays exact is in the weight's dtype.
-
-    Raises:
-        WeightError: a value is not finite.
-    """
-    root = root_moment(second_moment).float()
-    dense, kept = weight.detach().float(), decomposition.sparse != 0
-    mask, d_in = encode_mask(kept), dense.shape[1]
-    sparse = decomposition.sparse.float()
-    u, v = decomposition.low_rank_u.float(), decomposition.low_rank_v.float()
-
-    def coded(
-        sparse: Tensor, u: Tensor, v: Tensor
-    ) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor, Tensor]]:
-        exact = {"mask": mask, "values": sparse[kept], "low_rank_u": u, "low_rank_v": v}
-        exact = {name: t if name == "mask" else t.to(weight.dtype) for name, t in exact.items()}
-        tensors = quantize_tensors(exact, d_in, storage, root.square())
-        return tensors, storage.exact_parts(tensors, d_in)
-
-    empty = dense.new_zeros(len(dense), 0), dense.new_zeros(0, d_in)
-    for _ in range(_TURNS if decomposition.rank else 0):
-        _, (rounded, _, _) = coded(sparse, *empty)
-        left = (dense - rounded).mul_(root)
-        u, s, v = truncated_svd(left, decomposition.rank, warm_start=v * root, power_passes=1)
-        v = s.unsqueeze(1) * v / root
-        _, (_, u, v) = coded(sparse, u, v)
-        sparse = torch.addmm(dense, u, v, alpha=-1).mul_(kept)
-    # Once more over what has been rounded changes no factor's code.
-    return coded(sparse, u, v)[0]
 
 
 def quantize_layer_(layer: SparseLowRankLinear, storage: Storage, importance: Tensor | None = None) -> None:

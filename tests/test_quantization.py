@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from oats import OatsConfig, SparseLowRankLinear, decompose, ops, quantize_
+from oats import OatsConfig, SparseLowRankLinear, ops, quantize_
 from oats.bitmask import decode, encode
 from oats.errors import ConfigError, FormatError, WeightError
-from oats.quantization import quantize_decomposition, quantize_tensors
+from oats.quantization import quantize_tensors
 from oats.storage import EXACT, Storage, pack_nibbles, unpack_nibbles
 from tests.conftest import DTYPES, ISAS, random_layer
 
@@ -291,30 +291,3 @@ def test_config() -> None:
     for wrong_storage in (("int8", "int8", 0), ("int8", "int4", 64), ("exact", "exact", 64)):
         with pytest.raises(ConfigError):
             Storage(*wrong_storage)
-
-
-@pytest.mark.parametrize("values", ["int8", "int4"])
-def test_the_parts_absorb_each_others_rounding(values: str) -> None:
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(160, 256, generator=generator)
-    moment = torch.rand(256, generator=generator) + 0.01
-    result = decompose(weight, moment)
-    storage = Storage(values, "int8", 64)  # type: ignore[arg-type]
-
-    def error(tensors: dict[str, Tensor]) -> float:
-        sparse, u, v = parts(tensors, storage, 256)
-        scaled = (weight.double() - sparse - u @ v) * moment.double().sqrt()
-        return float(scaled.norm() / (weight.double() * moment.double().sqrt()).norm())
-
-    mask, kept_values = encode(result.sparse)
-    exact = {
-        "mask": mask,
-        "values": kept_values,
-        "low_rank_u": result.low_rank_u,
-        "low_rank_v": result.low_rank_v,
-    }
-    rounded = error(quantize_tensors(exact, 256, storage, moment))
-    fitted = error(quantize_decomposition(weight, result, moment, storage))
-    assert result.relative_error < fitted < rounded
-    # Of what rounding adds to the squared error, a good part comes back.
-    assert fitted**2 - result.relative_error**2 < 0.9 * (rounded**2 - result.relative_error**2)
