@@ -145,7 +145,7 @@ def decompose(
     )
     layer = name or "weight"
     check_weight(weight, layer)
-    _check_second_moment(second_moment, weight.shape[1], layer)
+    check_second_moment(second_moment, weight.shape[1], layer)
     d_out, d_in = weight.shape
     check_inputs(d_in, config.pattern, layer)
     rank = rank_for(d_out, d_in, config.compression, config.rank_ratio, config.pattern)
@@ -268,7 +268,8 @@ def check_weight(weight: Tensor, layer: str) -> None:
     check_all(torch.isfinite(weight.detach().float()), "weight", "NaN or infinite in float32", layer)
 
 
-def _check_second_moment(second_moment: Tensor, d_in: int, layer: str) -> None:
+def check_second_moment(second_moment: Tensor, d_in: int, layer: str) -> None:
+    """Refuse what cannot be second moments of d_in inputs, with a WeightError that names the layer."""
     if not isinstance(second_moment, Tensor):
         raise WeightError(
             f"{layer}: second_moment must be a torch.Tensor, got {type(second_moment).__name__}"
