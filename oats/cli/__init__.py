@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from oats import __version__
-from oats.cli import bench, compress, eval, generate, info
+from oats.cli import bench, compare, compress, eval, generate, info, rollout
 from oats.errors import OatsError
 
 
@@ -34,8 +34,12 @@ app = typer.Typer(
 )
 app.command("compress", epilog="Example: oats compress google/gemma-3-270m small")(compress.compress)
 app.command("eval", epilog="Example: oats eval small --text book.txt")(eval.evaluate)
+app.command("compare", epilog="Example: oats compare small-model --methods wanda,oats --compressions 0.5")(
+    compare.compare
+)
 app.command("generate", epilog='Example: oats generate small "Once upon a time"')(generate.generate)
 app.command("bench", epilog="Example: oats bench --d-out 4096 --d-in 11008 --threads 2")(bench.bench)
+app.command("rollout", epilog="Example: oats rollout small-vit cat.png dog.png")(rollout.rollout)
 app.command("info", epilog="Example: oats info small")(info.info)
 
 
