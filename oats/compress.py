@@ -19,9 +19,10 @@ from oats.gated_mlp import merge_gated_mlps_
 from oats.matching import TOKENS_PER_STEP, match_block
 from oats.methods import decompose_by_method, input_statistics
 from oats.models import find_blocks
+from oats.models.experts import split_all_
 from oats.models.linear import FUSED
 from oats.nn import SparseLowRankLinear, SplitLinear
-from oats.targets import SKIPPED, SPLIT, Target, find_targets, reasons
+from oats.targets import SKIPPED, SPLIT, Target, find_targets, is_skipped, reasons
 
 Progress = Callable[[int, int, str, float], None]
 """Called after each layer with: layers done, layers in all, the layer's name, its relative error."""
@@ -111,12 +112,23 @@ def compress_(
         raise ConfigError(f"split is {split!r}, expected a collection of names out of {', '.join(FUSED)}")
     path, block_list = find_blocks(model, blocks)
     batches = as_batches(model, calibration, TOKENS_PER_STEP if config.block_matching else TOKENS_PER_BATCH)
-    targets = find_targets(model, path, block_list, config, split)
-    targets.check(config)
+    experts = split_all_(
+        model,
+        lambda name: name.startswith(f"{path}.") and not is_skipped(f"{name}.gate_up_proj", config),
+    )
+    try:
+        targets = find_targets(model, path, block_list, config, split)
+        targets.check(config)
+        with _evaluating(model):
+            rehearse(model, list(block_list), batches)
+    except BaseException:
+        for name, module in experts.items():
+            model.set_submodule(name, module)
+        raise
+    experts.clear()  # the memory of each is free once its layers are replaced
     report = CompressionReport(config, left_dense=dict(targets.left_dense))
 
     with _evaluating(model):
-        rehearse(model, list(block_list), batches)
         dtype = _dtype_of(model)
         stored = DTYPES[config.dtype] if config.dtype else storage_dtype(dtype)
         _convert(model, stored)
