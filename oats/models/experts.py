@@ -67,7 +67,11 @@ class Expert(nn.Module):
 
 
 class SplitExperts(nn.ModuleList):
-    """What stands in the place of experts that were 3-D parameters; an :class:`Expert` each."""
+    """What stands in the place of experts that were 3-D parameters; an :class:`Expert` each.
+
+    In calibration, an expert's inputs are the tokens that are routed to it, those of padding included: where
+    they are is no longer seen.
+    """
 
     def __init__(self, experts: list[Expert]) -> None:
         """Hold the experts."""
