@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from transformers import Dinov2Config, Dinov2ForImageClassification, ViTConfig, ViTForImageClassification
+from transformers.utils import logging
 
 import oats
 from oats import ops
@@ -147,6 +148,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=DEMO / "fashion-mnist")
     parser.add_argument("--out", type=Path, help="default: .demo/vision-MODEL")
     arguments = parser.parse_args()
+    logging.disable_progress_bar()  # of loading and saving
     common = oats.OatsConfig(rank_ratio=arguments.rank_ratio, pattern=arguments.pattern, seed=arguments.seed)
     planned = comparison.plan(common, arguments.methods, arguments.compressions)
 
