@@ -93,11 +93,11 @@ def test_help_does_not_import_torch():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert result.stdout.splitlines()[-1] == "False", result.stderr
-    for command in ("compress", "eval", "generate", "bench", "info"):
+    for command in ("compress", "compare", "eval", "generate", "bench", "rollout", "info"):
         assert re.search(rf"\b{command}\b", result.stdout)
 
 
-@pytest.mark.parametrize("command", ["compress", "eval", "generate", "bench", "info"])
+@pytest.mark.parametrize("command", ["compress", "compare", "eval", "generate", "bench", "rollout", "info"])
 def test_help_of_a_command_has_an_example(command):
     assert f"Example: oats {command} " in run(command, "--help").stdout
 
