@@ -203,4 +203,5 @@ def test_table_and_picture() -> None:
             (getattr(c, attribute) / 1e6, c.scores["perplexity, a.txt"]) for c in CELLS if c.method == "oats"
         )
         assert [*zip(*lines["oats"].get_data(), strict=True)] == points
-        assert axes.get_yscale() == "log"
+        assert axes.get_yscale() == "log" and axes.get_ylim()[1] < 30
+        assert [note.get_text() for note in axes.texts] == ["off the scale: wanda"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from oats.evaluate.comparison import DENSE, Cell, is_accuracy
 from oats.evaluate.plots import STYLE
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 _OURS = ("#0b6e4f", "#7cb518", "#2a9d8f", "#74c69d")
 _OTHERS = ("#d55e00", "#0072b2", "#e69f00", "#cc79a7", "#56b4e9", "#000000")
 _MARKERS = "osD^vPX*"
+
+OFF_SCALE = 10
+"""Perplexities of more than this many times the dense model's are named, and not drawn."""
 
 
 def draw(cells: Sequence[Cell], files: Sequence[Path]) -> None:
@@ -31,7 +34,7 @@ def draw(cells: Sequence[Cell], files: Sequence[Path]) -> None:
 def figure(cells: Sequence[Cell]) -> Figure:
     """A row of panels for each score; left by bytes, right by parameters of the compressed layers."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     methods = list(dict.fromkeys(cell.method for cell in cells if cell.method != DENSE))
     dense = next((cell for cell in cells if cell.method == DENSE), None)
@@ -68,11 +71,30 @@ def figure(cells: Sequence[Cell]) -> Figure:
             axes.set(xlabel=label, ylabel="accuracy, %" if is_accuracy(name) else "perplexity", title=name)
             if not is_accuracy(name):
                 axes.set_yscale("log")
-                axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
+                axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
                 axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
                 axes.yaxis.set_minor_formatter(NullFormatter())
+                if dense is not None:
+                    _cut(axes, OFF_SCALE * dense.scores[name])
     made.legend(list(handles.values()), list(handles), loc="outside right upper")
     return made
+
+
+def _cut(axes: Any, highest: float) -> None:
+    """End the vertical axis at `highest`, and name the lines that have points beyond it."""
+    beyond = [line.get_label() for line in axes.lines if max(line.get_ydata()) > highest]
+    if beyond:
+        inside = [y for line in axes.lines for y in line.get_ydata() if y <= highest]
+        axes.set_ylim(min(inside) / 1.1, max(inside) * 1.25)
+        axes.annotate(
+            f"off the scale: {', '.join(beyond)}",
+            (0.98, 0.96),
+            ha="right",
+            va="top",
+            xycoords="axes fraction",
+            fontsize=8,
+            color="#555555",
+        )
 
 
 def _colour(method: str, methods: Sequence[str]) -> str:
