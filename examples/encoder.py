@@ -76,6 +76,7 @@ def main() -> None:
     dense = embeddings(model, evaluation)
     size, parameters = comparison.dense_sizes(model, oats.OatsConfig())
 
+    console = Console(highlight=False)
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in ("method", "parameters", "layers, MB", "cosine", "same nearest"):
         table.add_column(name, justify="left" if name == "method" else "right")
@@ -87,10 +88,10 @@ def main() -> None:
         vectors = embeddings(model, evaluation)
         cosine = float((vectors * dense).sum(1).mean())
         same = float((nearest(vectors) == nearest(dense)).float().mean())
+        console.print(f"{name}: cosine {cosine:.4f}, same nearest {100 * same:.1f} %")
         table.add_row(
             name, f"{parameters / 1e6:.2f} M", f"{size / 1e6:.2f}", f"{cosine:.4f}", f"{100 * same:.1f} %"
         )
-    console = Console(highlight=False)
     console.print(table)
     console.print(f"{len(dense)} paragraphs of at most {LENGTH} tokens, {model.dtype}")
 
