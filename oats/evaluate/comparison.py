@@ -243,7 +243,7 @@ def rows(cells: Sequence[Cell]) -> list[list[str]]:
         [
             cell.method,
             "" if cell.method == DENSE else f"{100 * cell.compression:g} %",
-            f"{cell.layer_parameters / 1e6:.1f} M",
+            f"{cell.layer_parameters / 1e6:.3g} M",
             f"{cell.layer_bytes / 1e6:.2f}",
             *(format_score(name, value) for name, value in cell.scores.items()),
             "" if cell.method == DENSE else f"{cell.seconds:.0f}",
