@@ -342,10 +342,32 @@ def hessians(runner: BlockRunner, index: int, linears: Mapping[str, nn.Module]) 
     return _sum_over_inputs(runner, index, linears, lambda x: x.mT @ x)
 
 
+def means_and_variances(
+    runner: BlockRunner, index: int, linears: Mapping[str, nn.Module]
+) -> dict[str, Tensor]:
+    """Mean and variance over the tokens of each input of each linear layer of a block.
+
+    Args and tokens as in :func:`second_moments`.
+
+    Returns:
+        Name → (2, d_in) float64. A layer that did not run is absent.
+    """
+
+    def sums(x: Tensor) -> Tensor:
+        x = x.double()
+        return torch.stack([x.sum(0), x.square().sum(0), x.new_full(x.shape[1:], len(x))])
+
+    moments = {}
+    for name, (first, second, count) in _sum_over_inputs(runner, index, linears, sums).items():
+        mean = first / count
+        moments[name] = torch.stack([mean, (second / count - mean.square()).clamp_min(0)])
+    return moments
+
+
 def _sum_over_inputs(
     runner: BlockRunner, index: int, linears: Mapping[str, nn.Module], statistic: Callable[[Tensor], Tensor]
 ) -> dict[str, Tensor]:
-    """Sum of a statistic of the inputs (tokens, d_in) of each layer, in float32, over all ranks' batches."""
+    """Sum of a statistic of the float32 inputs (tokens, d_in) of each layer, over all ranks' batches."""
     # Of one batch: an input, its statistic, and the layers that it went to.
     seen: list[tuple[Tensor, int, Tensor, list[str]]] = []
     # Summed by the layers that shared it, so that q, k and v cost one statistic.

@@ -22,11 +22,13 @@ from oats.gated_mlp import merge_gated_mlps_
 from oats.matching import TOKENS_PER_STEP, match_block
 from oats.methods import decompose_by_method, input_statistics
 from oats.models import find_blocks
+from oats.models.experts import split_all_
+from oats.models.experts import split_all_
 from oats.models.linear import FUSED
 from oats.nn import SparseLowRankLinear, SplitLinear
 from oats.quantization import quantize_layer_
 from oats.storage import EXACT, Storage
-from oats.targets import SKIPPED, SPLIT, Target, Targets, find_targets, reasons
+from oats.targets import SKIPPED, SPLIT, Target, Targets, find_targets, is_skipped, reasons
 
 BATCH_ELEMENTS = 2**23
 """Matrices of one shape are decomposed together up to this many elements: beyond it each keeps the threads
@@ -115,11 +117,22 @@ def compress_(
     config = checked_config(config, split)
     path, block_list = find_blocks(model, blocks)
     batches = as_batches(model, calibration, tokens_per_batch(config))
-    targets = find_targets(model, path, block_list, config, split)
-    targets.check(config)
+    experts = split_all_(
+        model,
+        lambda name: name.startswith(f"{path}.") and not is_skipped(f"{name}.gate_up_proj", config),
+    )
+    try:
+        targets = find_targets(model, path, block_list, config, split)
+        targets.check(config)
+        with evaluating(model):
+            rehearse(model, list(block_list), batches)
+    except BaseException:
+        for name, module in experts.items():
+            model.set_submodule(name, module)
+        raise
+    experts.clear()  # the memory of each is free once its layers are replaced
 
     with evaluating(model):
-        rehearse(model, list(block_list), batches)
         dtype = dtype_of(model)
         stored = DTYPES[config.dtype] if config.dtype else storage_dtype(dtype)
         convert(model, stored)

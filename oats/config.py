@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 Pattern = str
 """``"row"``, ``"layer"``, or ``"N:M"`` such as ``"2:4"``."""
 
-METHODS = ("oats", "oats-hessian")
+PRUNING = ("magnitude", "wanda", "sparsegpt", "dsnot")
+"""The methods without a low-rank part: their rank ratio is 0 (:mod:`oats.baselines`)."""
+
+METHODS = ("oats", "oats-hessian", *PRUNING)
 BUDGETS = ("uniform", "owl", "error")
 OPTIONAL = frozenset(
     {"method", "block_matching", "budget", "rank_ratios", "values", "low_rank", "scale_columns"}
@@ -50,10 +53,12 @@ class OatsConfig:
     reaches an error at least as low in a fraction of the time (docs/design.md).
 
     Args:
-        method: ``"oats"``, the published one, or ``"oats-hessian"``, which weighs a layer's error by the
-            whole Hessian of its inputs instead of its diagonal (:func:`oats.decompose_hessian`).
+        method: ``"oats"``, the published one; ``"oats-hessian"``, which weighs a layer's error by the
+            whole Hessian of its inputs instead of its diagonal (:func:`oats.decompose_hessian`); or, to
+            compare with, ``"magnitude"``, ``"wanda"``, ``"sparsegpt"``, ``"dsnot"`` (:mod:`oats.baselines`).
         compression: share of a layer's parameters that is removed, in [0, 1).
-        rank_ratio: share of the parameters kept that goes to the low-rank part, in [0, 1].
+        rank_ratio: share of the parameters kept that goes to the low-rank part, in [0, 1]; 0 for the methods
+            in `PRUNING`, which have none, without being asked for.
         pattern: where non-zeros may sit: ``"row"`` keeps the same number in each row, ``"layer"``
             the largest of the whole matrix, ``"N:M"`` the N largest of every M contiguous inputs.
         svd: the low-rank step, ``"fast"`` or ``"exact"``.
@@ -88,7 +93,7 @@ class OatsConfig:
     oats.errors.ConfigError: compression must be in [0, 1), got 1.5
     """
 
-    method: Literal["oats", "oats-hessian"] = "oats"
+    method: Literal["oats", "oats-hessian", "magnitude", "wanda", "sparsegpt", "dsnot"] = "oats"
     compression: float = 0.5
     rank_ratio: float = 0.25
     pattern: Pattern = "row"
@@ -108,7 +113,7 @@ class OatsConfig:
     quant_method: ClassVar[str] = "oats"
 
     def __post_init__(self) -> None:
-        _require(self.method in METHODS, 'method must be "oats" or "oats-hessian"', self.method)
+        _require(self.method in METHODS, f"method must be one of {', '.join(METHODS)}", self.method)
         _require(
             _is_number(self.compression) and 0 <= self.compression < 1,
             "compression must be in [0, 1)",
@@ -163,6 +168,24 @@ class OatsConfig:
             self.skip,
         )
         object.__setattr__(self, "skip", tuple(patterns))
+        if self.method in PRUNING:
+            self._prune()
+
+    def _prune(self) -> None:
+        """Settle what a method without a low-rank part leaves no choice of."""
+        _require(
+            self.rank_ratio in (0, OatsConfig.rank_ratio),
+            f"{self.method} has no low-rank part, so that rank_ratio must be 0",
+            self.rank_ratio,
+        )
+        object.__setattr__(self, "rank_ratio", 0.0)
+        n_m = parse_n_m(self.pattern)
+        _require(
+            n_m is None or abs(n_m[0] / n_m[1] - (1 - self.compression)) < 1e-9,
+            f"{self.method} has no low-rank part, so that compression must be what pattern {self.pattern} "
+            f"removes{'' if n_m is None else f', {1 - n_m[0] / n_m[1]:g}'}",
+            self.compression,
+        )
 
     def _check_storage(self) -> None:
         exact = (None, "bf16", "fp32")
@@ -214,8 +237,10 @@ class OatsConfig:
         return DEFAULT_MOMENTUM[self.svd] if self.momentum is None else self.momentum
 
     def decompose_options(self) -> dict[str, Any]:
-        """The keyword arguments of :func:`oats.decompose` and :func:`oats.decompose_hessian`."""
-        names = ("compression", "rank_ratio", "pattern", "svd", "iterations", "momentum", "seed")
+        """The keyword arguments of the method's function (:mod:`oats.methods`)."""
+        names: tuple[str, ...] = ("compression", "pattern")
+        if self.method not in PRUNING:
+            names += ("rank_ratio", "svd", "iterations", "momentum", "seed")
         return {name: getattr(self, name) for name in names}
 
     def to_dict(self) -> dict[str, Any]:

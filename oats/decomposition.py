@@ -171,7 +171,7 @@ def decompose_batch(
     """
     for weight, second_moment, name in zip(weights, second_moments, names, strict=True):
         check_weight(weight, name)
-        _check_second_moment(second_moment, weight.shape[1], name)
+        check_second_moment(second_moment, weight.shape[1], name)
         if weight.shape != weights[0].shape or weight.dtype != weights[0].dtype:
             raise WeightError(
                 f"{name}: the weight is {weight.dtype} {tuple(weight.shape)} in a batch of "
@@ -344,7 +344,8 @@ def check_weight(weight: Tensor, layer: str) -> None:
     check_all(torch.isfinite(weight.detach().float()), "weight", "NaN or infinite in float32", layer)
 
 
-def _check_second_moment(second_moment: Tensor, d_in: int, layer: str) -> None:
+def check_second_moment(second_moment: Tensor, d_in: int, layer: str) -> None:
+    """Refuse what cannot be second moments of d_in inputs, with a WeightError that names the layer."""
     if not isinstance(second_moment, Tensor):
         raise WeightError(
             f"{layer}: second_moment must be a torch.Tensor, got {type(second_moment).__name__}"

@@ -125,7 +125,7 @@ def decompose_hessian(
     if not (isinstance(damping, (int, float)) and 0 <= damping < float("inf")):
         raise ConfigError(f"damping must be a finite number of at least 0, got {damping!r}")
     check_weight(weight, layer)
-    _check_hessian(hessian, weight.shape[1], layer)
+    check_hessian(hessian, weight.shape[1], layer)
     d_out, d_in = weight.shape
     check_inputs(d_in, config.pattern, layer)
     rank = rank_for(d_out, d_in, config.compression, config.rank_ratio, config.pattern)
@@ -282,7 +282,8 @@ def refit_values(target: Tensor, sparse: Tensor, support: Tensor, metric: Tensor
     return sparse
 
 
-def _check_hessian(hessian: Tensor, d_in: int, layer: str) -> None:
+def check_hessian(hessian: Tensor, d_in: int, layer: str) -> None:
+    """Refuse what cannot be the Hessian of d_in inputs, with a WeightError that names the layer."""
     if not isinstance(hessian, Tensor):
         raise WeightError(f"{layer}: the Hessian must be a torch.Tensor, got {type(hessian).__name__}")
     if tuple(hessian.shape) != (d_in, d_in) or not hessian.is_floating_point() or not hessian.is_cpu:

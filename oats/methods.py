@@ -6,13 +6,25 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
-from oats.calibrate import BlockRunner, hessians, second_moments
+from oats.baselines.dsnot import prune_dsnot
+from oats.baselines.magnitude import prune_magnitude
+from oats.baselines.sparsegpt import prune_sparsegpt
+from oats.baselines.wanda import prune_wanda
+from oats.calibrate import BlockRunner, hessians, means_and_variances, second_moments
 from oats.config import OatsConfig
 from oats.decomposition import Decomposition, decompose
 from oats.hessian import decompose_hessian
 
-_STATISTICS = {"oats": second_moments, "oats-hessian": hessians}
-_DECOMPOSE: dict[str, Callable[..., Decomposition]] = {"oats": decompose, "oats-hessian": decompose_hessian}
+Statistics = Callable[[BlockRunner, int, Mapping[str, nn.Module]], dict[str, Tensor]]
+
+_METHODS: dict[str, tuple[Statistics, Callable[..., Decomposition]]] = {
+    "oats": (second_moments, decompose),
+    "oats-hessian": (hessians, decompose_hessian),
+    "magnitude": (second_moments, prune_magnitude),
+    "wanda": (second_moments, prune_wanda),
+    "sparsegpt": (hessians, prune_sparsegpt),
+    "dsnot": (means_and_variances, prune_dsnot),
+}
 
 
 def input_statistics(
@@ -27,9 +39,11 @@ def input_statistics(
         config: whose `method` it is.
 
     Returns:
-        Name → second moments (d_in,) or Hessian (d_in, d_in). A layer that did not run is absent.
+        Name → second moments (d_in,), Hessian (d_in, d_in), or means and variances (2, d_in). A layer that
+        did not run is absent.
     """
-    return _STATISTICS[config.method](runner, index, linears)
+    statistics, _ = _METHODS[config.method]
+    return statistics(runner, index, linears)
 
 
 def decompose_by_method(
@@ -44,10 +58,11 @@ def decompose_by_method(
         name: of the layer, for error messages.
 
     Raises:
-        ConfigError, WeightError: as :func:`oats.decompose` and :func:`oats.decompose_hessian`.
+        ConfigError, WeightError: as the method's function.
 
     >>> import torch
     >>> decompose_by_method(torch.eye(8), torch.eye(8), OatsConfig(method="oats-hessian", rank_ratio=0)).nnz
     8
     """
-    return _DECOMPOSE[config.method](weight, statistic, **config.decompose_options(), name=name)
+    _, decomposed = _METHODS[config.method]
+    return decomposed(weight, statistic, **config.decompose_options(), name=name)

@@ -161,8 +161,8 @@ class SparseLowRankLinear(nn.Module):
 
         Args:
             linear: (d_in → d_out); left as it is.
-            statistic: (d_in,), the sum or mean over tokens of x_j²; for the method "oats-hessian" that of
-                x xᵀ, (d_in, d_in).
+            statistic: what the method needs to know of the inputs (:mod:`oats.methods`): for "oats" (d_in,),
+                the sum or mean over tokens of x_j²; for "oats-hessian" that of x xᵀ, (d_in, d_in).
             config: the compression's settings.
 
         Raises:

@@ -158,7 +158,7 @@ def _of_block(
         if module in seen:
             continue
         if isinstance(module, nn.Linear) or is_linear(module):
-            if any(_is_skipped(alias, config) for alias in names[module]):
+            if any(is_skipped(alias, config) for alias in names[module]):
                 left_dense[name] = SKIPPED
             elif module in fused:
                 left_dense[name] = f"{fused[module]} reads its weight and does not call it"
@@ -172,7 +172,9 @@ def _of_block(
         elif not isinstance(module, (nn.Embedding, SparseLowRankLinear)):
             for parameter_name, parameter in module.named_parameters(recurse=False):
                 if parameter.dim() >= 2 and min(parameter.shape[-2:]) > 1:
-                    left_dense[f"{name}.{parameter_name}"] = f"{type(module).__name__} is not a linear layer"
+                    full = f"{name}.{parameter_name}"
+                    reason = f"{type(module).__name__} is not a linear layer"
+                    left_dense[full] = SKIPPED if is_skipped(full, config) else reason
     seen.update(names)
     return found
 
@@ -195,8 +197,9 @@ def _note_other_blocks(
         for name, module in modules.named_modules(prefix=list_name):
             if (isinstance(module, nn.Linear) or is_linear(module)) and module not in inside:
                 reason = f"only the blocks in {path} are compressed"
-                left_dense[name] = SKIPPED if _is_skipped(name, config) else reason
+                left_dense[name] = SKIPPED if is_skipped(name, config) else reason
 
 
-def _is_skipped(name: str, config: OatsConfig) -> bool:
+def is_skipped(name: str, config: OatsConfig) -> bool:
+    """Whether the user wants a layer of that name to stay dense."""
     return any(fnmatch(name, pattern) for pattern in config.skip)

@@ -93,11 +93,13 @@ def test_help_does_not_import_torch():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert result.stdout.splitlines()[-1] == "False", result.stderr
-    for command in ("compress", "eval", "generate", "bench", "quantize", "info"):
+    for command in ("compress", "compare", "eval", "generate", "bench", "quantize", "rollout", "info"):
         assert re.search(rf"\b{command}\b", result.stdout)
 
 
-@pytest.mark.parametrize("command", ["compress", "eval", "generate", "bench", "quantize", "info"])
+@pytest.mark.parametrize(
+    "command", ["compress", "compare", "eval", "generate", "bench", "quantize", "rollout", "info"]
+)
 def test_help_of_a_command_has_an_example(command):
     assert f"Example: oats {command} " in run(command, "--help").stdout
 
@@ -193,7 +195,7 @@ def test_compress_calibrates_on_the_built_in_text(dense, tmp_path):
         (["--compression", "nan"], r"compression must be in"),
         (["--rank-ratio", "1.01"], r"rank_ratio must be in \[0, 1\], got 1.01"),
         (["--pattern", "4:2"], r"pattern must be .*, got '4:2'"),
-        (["--method", "hessian"], r'method must be "oats" or "oats-hessian", got \'hessian\''),
+        (["--method", "hessian"], r"method must be one of oats, oats-hessian, .*, dsnot, got 'hessian'"),
         (["--match-blocks", "-1"], r"block_matching must be a whole number of passes, at least 0, got -1"),
         (["--svd", "magic"], r'svd must be "fast" or "exact", got \'magic\''),
         (["--iterations", "0"], r"iterations must be a whole number of at least 1, got 0"),

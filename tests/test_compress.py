@@ -531,6 +531,27 @@ def test_layers_that_torch_does_not_call_stay_dense() -> None:
     assert report.left_dense["layers.0.attention.out_proj"].startswith("MultiheadAttention reads its weight")
 
 
+def test_a_layer_whose_weight_is_read_stays_dense_and_one_that_is_called_too_is_right() -> None:
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.read, self.called, self.both = (nn.Linear(32, 32) for _ in range(3))
+
+        def forward(self, x):
+            x = nn.functional.linear(x, self.read.weight, self.read.bias)
+            return nn.functional.linear(self.both(self.called(x)), self.both.weight)
+
+    model = Chain(block=Reads)
+    with pytest.warns(UserWarning, match=r"layers\.0\.read \(it did not run"):
+        report = oats.compress_(model, [ROWS])
+    assert [layer.name for layer in report.layers[:2]] == ["layers.0.called", "layers.0.both"]
+    block = model.layers[0]
+    x = torch.randn(3, 32)
+    both = block.both.to_dense()
+    expected = nn.functional.linear(block.called(block.read(x)), both, block.both.bias) @ both.T
+    torch.testing.assert_close(block(x), expected, atol=1e-5, rtol=1e-5)
+
+
 def test_the_encoder_beside_the_decoder_is_said() -> None:
     sizes = {
         f"{side}_{what}": n

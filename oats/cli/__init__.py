@@ -11,7 +11,20 @@ import typer
 from typer.core import TyperGroup
 
 from oats import __version__
-from oats.cli import bench, chat, compress, eval, generate, info, quantize, report, serve, welcome
+from oats.cli import (
+    bench,
+    chat,
+    compare,
+    compress,
+    eval,
+    generate,
+    info,
+    quantize,
+    report,
+    rollout,
+    serve,
+    welcome,
+)
 from oats.errors import OatsError
 
 
@@ -55,6 +68,10 @@ app.command(
     ),
 )(eval.evaluate)
 app.command(
+    "compare",
+    epilog=_examples("compare my-model --methods wanda,oats --compressions 0.5"),
+)(compare.compare)
+app.command(
     "generate",
     epilog=_examples(
         'generate small "Once upon a time"', 'generate small "2 + 2 =" --temperature 0.7 --seed 1'
@@ -84,6 +101,7 @@ app.command(
         "bench --model llama-3-8b --batch 1,4,16 --plot pictures/",
     ),
 )(bench.bench)
+app.command("rollout", epilog=_examples("rollout small-vit cat.png dog.png"))(rollout.rollout)
 
 
 def _print_version(value: bool) -> None:

@@ -26,7 +26,11 @@ def compress(
         Path, typer.Argument(metavar="OUT", help="Directory to write; must be empty or not exist.")
     ],
     method: Annotated[
-        str, typer.Option(help="oats (the published method), or oats-hessian (a lower loss, in more time).")
+        str,
+        typer.Option(
+            help="oats (the published method), oats-hessian (a lower loss, in more time), or to compare "
+            "with: magnitude, wanda, sparsegpt, dsnot."
+        ),
     ] = OatsConfig.method,
     compression: Annotated[
         float, typer.Option(help="Share of each layer's parameters to remove.")

@@ -84,7 +84,7 @@ def perplexity(
         OatsError: the model gives NaN or infinite logits.
     """
     limit = context_limit(model)
-    context = min(DEFAULT_CONTEXT, limit or DEFAULT_CONTEXT) if context is None else context
+    context = default_context(model) if context is None else context
     stride = context if stride is None else stride
     if context < 1 or (limit is not None and context > limit):
         at_most = "" if limit is None else f" and at most {limit}, the model's own"
@@ -160,6 +160,11 @@ def _summed_nll(logits: Tensor, targets: Tensor) -> float:
 
 def _exp(nll: float) -> float:
     return math.exp(nll) if nll < 700 else math.inf
+
+
+def default_context(model: Any) -> int:
+    """Tokens of a window where none are asked for: 2048, or what the model allows if less."""
+    return min(DEFAULT_CONTEXT, context_limit(model) or DEFAULT_CONTEXT)
 
 
 def context_limit(model: Any) -> int | None:

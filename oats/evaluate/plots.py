@@ -13,6 +13,24 @@ from oats.evaluate.latency import Row, Timing, contender_label
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+STYLE = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.grid": True,
+    "grid.color": "#e6e6e6",
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "svg.fonttype": "none",
+    "savefig.bbox": "tight",
+}
+"""Of every picture."""
+
 FILES = ("latency.png", "latency.svg", "roofline.png", "roofline.svg")
 
 # Ours in greens, the best instruction set first; others in colours that differ also without colour vision
@@ -31,6 +49,18 @@ _MARKERS = {
 }
 
 
+def require_matplotlib() -> None:
+    """Say what to install, before anything is measured.
+
+    Raises:
+        ConfigError: matplotlib is missing.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise ConfigError("plots need matplotlib: pip install 'oats-torch[plot]'") from None
+
+
 def prepare(directory: Path) -> None:
     """Check that the pictures can be drawn and written, before anything is measured.
 
@@ -38,10 +68,7 @@ def prepare(directory: Path) -> None:
         ConfigError: matplotlib is missing, or the directory cannot be made.
         OutputExistsError: a picture is there already.
     """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise ConfigError("plots need matplotlib: pip install 'oats-torch[plot]'") from None
+    require_matplotlib()
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -59,24 +86,8 @@ def draw(rows: Sequence[Row], directory: Path) -> list[Path]:
     """
     import matplotlib
 
-    style = {
-        "font.family": "DejaVu Sans",
-        "font.size": 9,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.titlesize": 10,
-        "axes.titleweight": "bold",
-        "axes.titlelocation": "left",
-        "axes.grid": True,
-        "grid.color": "#e6e6e6",
-        "grid.linewidth": 0.6,
-        "axes.axisbelow": True,
-        "legend.frameon": False,
-        "svg.fonttype": "none",
-        "savefig.bbox": "tight",
-    }
     files = []
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context(STYLE):
         for name, figure in (("latency", latency(rows)), ("roofline", roofline(rows))):
             for kind in ("png", "svg"):
                 files.append(directory / f"{name}.{kind}")

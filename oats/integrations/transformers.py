@@ -27,7 +27,7 @@ import contextlib
 import re
 import weakref
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -49,6 +49,7 @@ from oats.integrations.stored_model import (
     parse_quantization_config,
     read_header,
 )
+from oats.models.experts import SplitExperts, fused_weights, split_all_
 from oats.models.linear import fused_outputs, is_linear, like_linear, weight_of
 from oats.nn import SparseLowRankLinear, SplitLinear
 from oats.storage import Storage
@@ -185,6 +186,8 @@ class OatsQuantizer(HfQuantizer):
     ) -> None:
         if not self.pre_quantized:
             return
+        saved_names = [name for each in self.quantization_config.layers for name in _aliases(model, each)]
+        split_all_(model, lambda name: any(saved.startswith(f"{name}.") for saved in saved_names))
         places: dict[str, dict[str, dict[str, Any]]] = {}
         markers = set()
         for saved_name, sizes in self.quantization_config.layers.items():
@@ -244,12 +247,18 @@ class OatsQuantizer(HfQuantizer):
         wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype
         with torch.device("meta"):
             original = type(model)(model.config)  # has the kind of linear layer that belongs in each place
+        experts = {name: m for name, m in model.named_modules() if isinstance(m, SplitExperts)}
+        fused = split_all_(original, experts.__contains__)
         made: dict[nn.Module, nn.Module] = {}
         for name, layer in _replacements(model).items():
             if layer not in made:
                 bias = None if layer.bias is None else layer.bias.detach().to(wanted)
                 made[layer] = like_linear(original.get_submodule(name), layer.weight.to(wanted), bias)
             model.set_submodule(name, made[layer])
+        for name, module in experts.items():
+            for parameter, weight in fused_weights(module).items():
+                fused[name].register_parameter(parameter, nn.Parameter(weight.to(wanted)))
+            model.set_submodule(name, fused[name])
         return model
 
     def get_state_dict_and_metadata(
@@ -393,9 +402,7 @@ def _replacements(model: nn.Module) -> dict[str, SparseLowRankLinear | SplitLine
 
 def _find_linear(model: PreTrainedModel, saved_name: str) -> tuple[str, str]:
     """Name of the linear layer in the model, and which part of it is meant ("" for the whole)."""
-    # As transformers does for tensors: a model with a head and its base model load each other's checkpoints.
-    prefix = f"{model.base_model_prefix}."
-    for name in (saved_name, saved_name.removeprefix(prefix), prefix + saved_name):
+    for name in _aliases(model, saved_name):
         for place, part in ((name, ""), name.rpartition(".")[::2]):
             try:
                 module = model.get_submodule(place)
@@ -412,6 +419,13 @@ def _find_linear(model: PreTrainedModel, saved_name: str) -> tuple[str, str]:
         f"config.json: quantization_config.layers names {saved_name!r}, which is not in "
         f"{type(model).__name__}; load the checkpoint with the class it was saved from, or {RETRY}"
     )
+
+
+def _aliases(model: PreTrainedModel, saved_name: str) -> tuple[str, str, str]:
+    """The names that a layer of a checkpoint may have in the model."""
+    # As transformers does for tensors: a model with a head and its base model load each other's checkpoints.
+    prefix = f"{model.base_model_prefix}."
+    return saved_name, saved_name.removeprefix(prefix), prefix + saved_name
 
 
 def _fused_outputs(model: nn.Module, name: str) -> dict[str, int]:
@@ -477,14 +491,27 @@ def _check_headers(
 def _stored_tensors(model: PreTrainedModel, checkpoint_files: list[str]) -> dict[str, StoredTensor]:
     """Every tensor of the checkpoint, by the name that transformers will load it under."""
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming, rename_source_key
+    from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming, rename_source_key
 
-    renamings = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
+    conversions = get_model_conversion_mapping(model)
+    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+    # DINOv2's checkpoints have the biases of gate and up in one tensor.
+    chunks = [
+        entry
+        for entry in conversions
+        if isinstance(entry, WeightConverter) and [type(step) for step in entry.operations] == [Chunk]
+    ]
     state_dict = model.state_dict()
     stored = {}
     for path in checkpoint_files:
         for key, tensor in read_header(path).items():
-            name, _ = rename_source_key(key, renamings, [], model.base_model_prefix, state_dict)
+            name, source = rename_source_key(key, renamings, chunks, model.base_model_prefix, state_dict)
+            if source is not None:
+                targets = next(entry.target_patterns for entry in chunks if source in entry.source_patterns)
+                shape = (tensor.shape[0] // len(targets), *tensor.shape[1:])
+                part = replace(tensor, shape=shape, nbytes=tensor.nbytes // len(targets))
+                stored.update({name.replace(targets[0], target): part for target in targets})
+                continue
             if name not in state_dict and key in state_dict:
                 name = key
             stored[name] = tensor

@@ -1,0 +1,212 @@
+"""``oats compare MODEL``: methods by compressions, in one table and one picture."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from oats.config import OatsConfig
+from oats.errors import ConfigError
+
+
+def compare(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Directory (safetensors or GGUF), .gguf file, or hub name.")
+    ],
+    out: Annotated[
+        Path, typer.Option(help="Directory of the results; one with finished cells is continued.")
+    ] = Path("comparison"),
+    methods: Annotated[
+        str,
+        typer.Option(
+            help="Out of oats, oats-hessian, magnitude, wanda, sparsegpt, dsnot; +match behind a name tunes "
+            "each block too."
+        ),
+    ] = "magnitude,wanda,dsnot,sparsegpt,oats,oats-hessian",
+    compressions: Annotated[
+        str, typer.Option(help="Shares of the parameters to remove.")
+    ] = "0.3,0.4,0.5,0.6",
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="UTF-8 text to evaluate on; may be repeated.",
+            show_default="second half of Python's pydoc_data.topics",
+        ),
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option(help="Tokens of a window.", show_default="2048, or the model's own if less")
+    ] = None,
+    stride: Annotated[
+        int | None, typer.Option(help="Tokens scored in a window.", show_default="context: no overlap")
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Use only the first tokens of each text.", show_default="all")
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            help="UTF-8 text to calibrate on.", show_default="first half of Python's pydoc_data.topics"
+        ),
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Calibration sequences (the paper: 128).")] = 64,
+    length: Annotated[int, typer.Option(help="Tokens of a calibration sequence (the paper: 2048).")] = 512,
+    rank_ratio: Annotated[
+        float, typer.Option(help="Of the methods with a low-rank part.")
+    ] = OatsConfig.rank_ratio,
+    pattern: Annotated[
+        str, typer.Option(help="Where non-zeros may sit: row, layer, or N:M such as 2:4.")
+    ] = OatsConfig.pattern,
+    iterations: Annotated[int | None, typer.Option(help="Alternations at most.", show_default="40")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="bf16 or fp32.", show_default="the model's own; GGUF: bf16")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the fast low-rank step.")] = OatsConfig.seed,
+    plot: Annotated[bool, typer.Option(help="Draw the picture too (needs matplotlib).")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the table as JSON.")] = False,
+) -> None:
+    """Compress MODEL by each method at each compression, and evaluate what comes out.
+
+    Every method has the same walk over the model, budget, calibration and evaluation. Nothing but the results
+    is written; what is finished is not measured again.
+    """
+    common = OatsConfig(
+        rank_ratio=rank_ratio,
+        pattern=pattern,
+        iterations=iterations,
+        dtype=dtype,  # type: ignore[arg-type]  # OatsConfig checks it
+        seed=seed,
+    )
+    if max_tokens is not None and max_tokens < 1:
+        raise ConfigError(f"max_tokens must be at least 1, got {max_tokens}")
+    names = [path.name for path in text or ()]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"two of the texts have the same file name: {', '.join(names)}; rename one")
+
+    import torch
+
+    from oats import __version__, ops
+    from oats.cli.console import notes, print_json, progress_bar, results, settings_table, status
+    from oats.compress import compress_
+    from oats.evaluate.comparison import (
+        Cell,
+        Cells,
+        complete,
+        compressed_sizes,
+        dense_sizes,
+        format_score,
+        header,
+        markdown,
+        plan,
+        rows,
+        write_whole,
+    )  # fmt: skip
+    from oats.evaluate.perplexity import default_context, perplexity
+    from oats.evaluate.text import bos_token_id, builtin_text, calibration_windows, read_text, tokenize
+    from oats.integrations.checkpoint import load_model
+
+    planned = plan(
+        common, _listed(methods, "methods"), [_number(each) for each in _listed(compressions, "compressions")]
+    )
+    if plot:
+        from oats.evaluate.plots import require_matplotlib
+
+        require_matplotlib()
+    source = builtin_text("first") if calibration is None else read_text(calibration)
+    texts = [read_text(path) for path in text] if text else [builtin_text("second")]
+    with status(f"Loading {model}"):
+        network, tokenizer = load_model(model, dtype)
+    vocabulary, bos = network.get_input_embeddings().num_embeddings, bos_token_id(tokenizer)
+    window = default_context(network) if context is None else context
+    windows = calibration_windows(
+        tokenize(tokenizer, source, vocabulary), samples, length, bos=bos, name=source.name
+    )
+    ids = {
+        f"perplexity, {Path(each.name).name if text else each.split}": tokenize(tokenizer, each, vocabulary)[
+            :max_tokens
+        ]
+        for each in texts
+    }
+    settings = {
+        "model": model,
+        "tokenizer": f"{type(tokenizer).__name__}, {len(tokenizer)} tokens, "
+        + ("BOS before every window" if bos is not None else "no BOS"),
+        "dtype": str(network.dtype).removeprefix("torch."),
+        **{
+            f"evaluation {i + 1}": f"{each.name}, {each.split}, sha256 {each.sha256}, {len(tokens)} tokens"
+            for i, (each, tokens) in enumerate(zip(texts, ids.values(), strict=True))
+        },
+        "context": window,
+        "stride": window if stride is None else stride,
+        "calibration": f"{samples} x {length} tokens, {source.name}, {source.split}, sha256 {source.sha256}",
+        "rank ratio": rank_ratio,
+        "pattern": pattern,
+        "iterations": common.resolved_iterations,
+        "seed": seed,
+        "versions": f"oats {__version__}, torch {torch.__version__}, instruction set {ops.active_isa()}",
+    }
+    cells = Cells(out, settings)
+
+    networks = [network]  # the one that is loaded, for the first cell
+    del network
+
+    def measure(config: OatsConfig | None) -> tuple[dict[str, float], int, int, float]:
+        network = networks.pop() if networks else load_model(model, dtype)[0]
+        started = time.perf_counter()
+        if config is None:
+            sizes = dense_sizes(network, common)
+            networks.append(network)
+        else:
+            compress_(network, windows, config)
+            sizes = compressed_sizes(network)
+        seconds = time.perf_counter() - started
+        scores = {
+            score: perplexity(network, tokens, bos=bos, context=context, stride=stride).perplexity
+            for score, tokens in ids.items()
+        }
+        return scores, *sizes, seconds
+
+    with progress_bar("Comparing") as bar:
+
+        def progress(done: int, total: int, name: str, cell: Cell | None) -> None:
+            bar.update(done, total, name)
+            if cell is not None:
+                scores = ", ".join(format_score(*score) for score in cell.scores.items())
+                notes().print(f"{name}: {scores}  (compressed in {cell.seconds:.0f} s)")
+
+        finished = complete(cells, planned, measure, progress)
+    write_whole(out / "table.md", markdown(finished, settings))
+    if plot:
+        from oats.evaluate.comparison_plot import draw
+
+        draw(finished, [out / "plot.png", out / "plot.svg"])
+    if as_json:
+        print_json({"settings": settings, "cells": [vars(cell) for cell in finished]})
+        return
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for i, column in enumerate(header(finished)):
+        table.add_column(column, justify="left" if i < 1 else "right")
+    for row in rows(finished):
+        table.add_row(*row)
+    results().print(table)
+    results().print(settings_table(settings))
+    results().print(f"\nwritten: {out}/table.md" + (", plot.png, plot.svg" if plot else ""))
+
+
+def _listed(value: str, what: str) -> list[str]:
+    items = list(dict.fromkeys(item.strip() for item in value.split(",") if item.strip()))
+    if not items:
+        raise ConfigError(f"{what} is empty; give names or numbers with commas between them")
+    return items
+
+
+def _number(value: str) -> float:
+    try:
+        return float(value)
+    except ValueError:
+        raise ConfigError(f"compressions must be numbers with commas between them, got {value!r}") from None
