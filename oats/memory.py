@@ -19,7 +19,7 @@ _UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "ki": 2**10, "mi": 2**
 
 # What a decomposition takes, measured as the growth of the peak (tests/test_memory.py checks that it is
 # enough): something for its libraries, so many bytes an element of the matrix, and of a Hessian.
-_FIXED = 128_000_000
+_FIXED = 192_000_000
 _MATRIX_BYTES = {
     ("oats", "fast"): 28,
     ("oats", "exact"): 80,
