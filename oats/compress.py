@@ -23,7 +23,6 @@ from oats.matching import TOKENS_PER_STEP, match_block
 from oats.methods import decompose_by_method, input_statistics
 from oats.models import find_blocks
 from oats.models.experts import split_all_
-from oats.models.experts import split_all_
 from oats.models.linear import FUSED
 from oats.nn import SparseLowRankLinear, SplitLinear
 from oats.quantization import quantize_layer_
