@@ -20,12 +20,10 @@ _UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "ki": 2**10, "mi": 2**
 # What a decomposition takes, measured as the growth of the peak (tests/test_memory.py checks that it is
 # enough): something for its libraries, so many bytes an element of the matrix, and of a Hessian.
 _FIXED = 192_000_000
-_MATRIX_BYTES = {
-    ("oats", "fast"): 28,
-    ("oats", "exact"): 80,
-    ("oats-hessian", "fast"): 60,
-    ("oats-hessian", "exact"): 120,
-}
+_MATRIX_BYTES = {"fast": 28, "exact": 80}
+# The same of the methods that take a Hessian.
+_HESSIAN_METHODS = ("oats-hessian", "sparsegpt")
+_MATRIX_BYTES_WITH_HESSIAN = {"fast": 60, "exact": 120}
 # While the eigenvectors of a Hessian are computed, and of the matrix then.
 _HESSIAN_BYTES, _WAITING_MATRIX_BYTES = 48, 12
 
@@ -103,7 +101,7 @@ def block_bytes(
         "compressed weights": round(2 * compressed),
     }
     decomposing = max(decomposition_bytes(d_out, d_in, config) for d_out, d_in in shapes)
-    if config.method != "oats":
+    if config.method in _HESSIAN_METHODS:
         # Layers that share an input share its Hessian. Another of each while those of one batch are summed.
         inputs = {weight.shape[1] for target in targets.values() for weight, _ in target.matrices().values()}
         need["Hessians"] = 2 * 4 * sum(d_in**2 for d_in in inputs)
@@ -117,9 +115,9 @@ def block_bytes(
 
 def decomposition_bytes(d_out: int, d_in: int, config: OatsConfig) -> int:
     """What the decomposition of one matrix takes, in bytes; a prediction."""
-    own = _MATRIX_BYTES[config.method, config.svd] * d_out * d_in
-    if config.method == "oats":
-        return _FIXED + own
+    if config.method not in _HESSIAN_METHODS:
+        return _FIXED + _MATRIX_BYTES[config.svd] * d_out * d_in
+    own = _MATRIX_BYTES_WITH_HESSIAN[config.svd] * d_out * d_in
     return _FIXED + max(own, _WAITING_MATRIX_BYTES * d_out * d_in + _HESSIAN_BYTES * d_in**2)
 
 

@@ -70,8 +70,13 @@ def stream(source: Path, out: Path, config: oats.OatsConfig = FAST, **options) -
     return content(out)
 
 
+CARD = ("README.md", "oats_report.json")
+
+
 def content(directory: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in sorted(directory.iterdir())}
+    """Each file but the model card, which has the name of the directory and the time that it took."""
+    files = sorted(directory.iterdir())
+    return {file.name: file.read_bytes() for file in files if file.name not in CARD}
 
 
 def in_memory(source: Path, out: Path, config: oats.OatsConfig) -> dict[str, bytes]:

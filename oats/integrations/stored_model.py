@@ -279,9 +279,7 @@ def read_stored_model(directory: str | Path) -> StoredModel:
     layers = []
     if is_oats:
         _, table = parse_quantization_config(quantization, str(config_file))
-        layers = [
-            _stored_layer(directory, name, table[name], tensors) for name in sorted(table, key=_natural)
-        ]
+        layers = [_stored_layer(directory, name, table, tensors) for name in sorted(table, key=_natural)]
     return StoredModel(
         directory=str(directory),
         model_type=str(config.get("model_type", "unknown")),
@@ -299,14 +297,19 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 
 def _stored_layer(
-    directory: Path, name: str, sizes: Mapping[str, Any], tensors: dict[str, StoredTensor]
+    directory: Path, name: str, table: Mapping[str, Mapping[str, Any]], tensors: dict[str, StoredTensor]
 ) -> StoredLayer:
     """The layer of that name; its tensors are taken out of `tensors`."""
-    stored_name = name
+    stored_name, sizes = name, table[name]
     if f"{name}.mask" not in tensors:
-        # A base model was compressed, and saved as a part of a model with a head.
-        longer = [key.removesuffix(".mask") for key in tensors if key.endswith(f".{name}.mask")]
-        stored_name = longer[0] if len(longer) == 1 else name
+        masked = [key.removesuffix(".mask") for key in tensors if key.endswith(".mask")]
+        # A base model was compressed, and saved as a part of a model with a head; or transformers gives a
+        # part of the name another spelling in files (Mixtral's "mlp").
+        for fits in (lambda other: other.endswith(f".{name}"), lambda other: _one_part_differs(other, name)):
+            found_names = [other for other in masked if other not in table and fits(other)]
+            if len(found_names) == 1:
+                stored_name = found_names[0]
+                break
     # The markers: of the layer, and of a fused projection that it is a part of.
     for place in (stored_name, stored_name.rpartition(".")[0]):
         marker = tensors.get(f"{place}.weight")
@@ -341,6 +344,11 @@ def _stored_layer(
         stored_bytes=sum(tensor.nbytes for tensor in found.values()),
         storage=storage,
     )
+
+
+def _one_part_differs(name: str, other: str) -> bool:
+    parts, others = name.split("."), other.split(".")
+    return len(parts) == len(others) and sum(a != b for a, b in zip(parts, others, strict=True)) == 1
 
 
 def _shortened(value: object) -> str:

@@ -30,6 +30,7 @@ from oats.distributed import Ranks
 from oats.errors import DistributedError, UnsupportedModelError
 from oats.integrations.checkpoint import check_output
 from oats.integrations.dense_source import DenseSource
+from oats.integrations.model_card import write_model_card
 from oats.integrations.staging import DENSE, HIDDEN, MEASURED, Staging, write_file
 from oats.integrations.stored_model import read_header
 from oats.integrations.transformers import OatsQuantizationConfig, compressed_layers, storable
@@ -370,6 +371,7 @@ class _Run:
             if model.can_generate():
                 model.generation_config.save_pretrained(staging.model)
             model.config.save_pretrained(staging.model)
+            write_model_card(staging.model, name=staging.out.name)
 
     def _index_or_join(self, single: Path) -> None:
         """Say what is in which file; or, of a small model, make one of them."""
