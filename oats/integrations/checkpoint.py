@@ -234,8 +234,8 @@ def save_model(
             if tokenizer is not None:
                 tokenizer.save_pretrained(partial)
             if report is not None or getattr(model, "quantization_method", None) == "oats":
-                # Where transformers gives layers other names in files (DINOv2), headers alone do not tell which
-                # tensors are whose, and the card is left out.
+                # Where transformers gives layers other names in files (DINOv2), headers alone do not tell
+                # which tensors are whose, and the card is left out.
                 with contextlib.suppress(FormatError):
                     write_model_card(partial, report, name=out.name, **known)
     except (OSError, SafetensorError) as error:
