@@ -21,7 +21,8 @@ def quantize(
 ) -> None:
     """Store the values of a compressed model as int8 or int4 codes: fewer bytes, and faster for it.
 
-    No calibration is needed; `oats compress --values int4` gives the same in one step.
+    No calibration is needed. With `oats compress --values int4`, later blocks are fitted to what the coded
+    ones before them return.
     """
     from oats.cli.console import human_bytes, print_json, progress_bar, results, settings_table
     from oats.integrations.checkpoint import check_output, load_model, save_model
