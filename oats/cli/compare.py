@@ -88,6 +88,7 @@ def compare(
     import torch
 
     from oats import __version__, ops
+    from oats.atomic_file import write_text
     from oats.cli.console import notes, print_json, progress_bar, results, settings_table, status
     from oats.compress import compress_
     from oats.evaluate.comparison import (
@@ -101,7 +102,6 @@ def compare(
         markdown,
         plan,
         rows,
-        write_whole,
     )  # fmt: skip
     from oats.evaluate.perplexity import default_context, perplexity
     from oats.evaluate.text import bos_token_id, builtin_text, calibration_windows, read_text, tokenize
@@ -177,7 +177,7 @@ def compare(
                 notes().print(f"{name}: {scores}  (compressed in {cell.seconds:.0f} s)")
 
         finished = complete(cells, planned, measure, progress)
-    write_whole(out / "table.md", markdown(finished, settings))
+    write_text(out / "table.md", markdown(finished, settings))
     if plot:
         from oats.evaluate.comparison_plot import draw
 

@@ -34,9 +34,10 @@ def report(
 
     The file has its pictures in it and opens in any browser, also without a network.
     """
+    from oats.atomic_file import write_text
     from oats.cli.console import human_bytes, progress_bar, results
     from oats.evaluate.html_report import html_report
-    from oats.integrations.record import Record, write_text
+    from oats.integrations.record import Record
     from oats.integrations.stored_model import read_stored_model
 
     out = Path(f"{directory.resolve().name}-report.html") if out is None else out

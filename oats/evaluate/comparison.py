@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from oats.atomic_file import write_text
 from oats.config import PRUNING, OatsConfig
 from oats.errors import ConfigError, FormatError, OutputExistsError
 from oats.models import find_blocks
@@ -111,7 +111,7 @@ class Cells:
             new = not file.is_file()
             foreign = new and any(self.directory.iterdir())
             if new and not foreign:
-                write_whole(file, json.dumps(self.settings, indent=2) + "\n")
+                write_text(file, json.dumps(self.settings, indent=2) + "\n")
         except OSError as error:
             raise OutputExistsError(
                 f"cannot use the directory {self.directory}: {error.strerror}; choose another"
@@ -148,7 +148,7 @@ class Cells:
 
     def put(self, cell: Cell) -> None:
         """Keep a finished cell."""
-        write_whole(self._file(cell.method, cell.compression), json.dumps(asdict(cell), indent=2) + "\n")
+        write_text(self._file(cell.method, cell.compression), json.dumps(asdict(cell), indent=2) + "\n")
 
     def _file(self, method: str, compression: float) -> Path:
         return self.directory / f"{method}-{100 * compression:g}.json"
@@ -187,16 +187,6 @@ def complete(
         finished.append(cell)
         progress(len(finished), len(everything), name, cell)
     return finished
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Write a text file all or nothing."""
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
-    with partial.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(file)
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from oats.atomic_file import flush
 from oats.errors import CheckpointError, ConfigError, FormatError, OatsError, OutputExistsError
-from oats.integrations.staging import flush
 
 if TYPE_CHECKING:
     import torch

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oats import __version__
+from oats.atomic_file import write_text
 from oats.config import OatsConfig
-from oats.integrations.record import Record, write_text
+from oats.integrations.record import Record
 from oats.integrations.stored_model import StoredModel, parse_quantization_config, read_stored_model
 
 if TYPE_CHECKING:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from oats import __version__
+from oats.atomic_file import write_text
 from oats.errors import FormatError
 
 if TYPE_CHECKING:
@@ -132,14 +132,3 @@ class Record:
 
         others = [entry for entry in self.evaluations if settings(entry) != settings(result)]
         self.evaluations = [*others, dict(result)]
-
-
-def write_text(file: Path, text: str) -> Path:
-    """Write a file that is there as a whole or not at all."""
-    partial = file.with_name(f".{file.name}.partial-{os.getpid()}")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)
-    return file

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from oats.atomic_file import flush, write_file, write_text
 from oats.errors import ConfigError, FormatError, OatsError, OutputExistsError
 
 PLAN, PROGRESS, LOCK, MODEL = "plan.json", "progress.json", "lock", "model"
@@ -93,7 +94,7 @@ class Staging:
         with self.writing():
             self.model.mkdir(parents=True, exist_ok=True)
             if not self.exists():
-                write_file(self.directory / PLAN, lambda path: path.write_text(json.dumps(plan, indent=1)))
+                write_text(self.directory / PLAN, json.dumps(plan, indent=1), alone=True)
 
     def lock(self) -> None:
         """Keep other runs out for as long as this process lives.
@@ -151,7 +152,7 @@ class Staging:
             OatsError: it cannot be written.
         """
         with self.writing():
-            write_file(self.directory / PROGRESS, lambda path: path.write_text(json.dumps(progress)))
+            write_text(self.directory / PROGRESS, json.dumps(progress), alone=True)
         for kind in (HIDDEN, DENSE):
             self.drop(kind, keep=progress["blocks"])
 
@@ -185,10 +186,7 @@ class Staging:
             OatsError: it cannot be written.
         """
         with self.writing():
-            write_file(
-                self.directory / COMPRESSIONS,
-                lambda path: path.write_text(json.dumps(compressions, indent=1)),
-            )
+            write_text(self.directory / COMPRESSIONS, json.dumps(compressions, indent=1), alone=True)
         self.drop(MEASURED, keep=0)
 
     def deliver(self, *, overwrite: bool) -> None:
@@ -284,7 +282,9 @@ class StoredStates:
         structure = json.dumps(_described(value, tensors))
         with self._staging.writing():
             self._directory.mkdir(parents=True, exist_ok=True)
-            write_file(self._file(index), lambda path: save_file(tensors, path, {"structure": structure}))
+            write_file(
+                self._file(index), lambda path: save_file(tensors, path, {"structure": structure}), alone=True
+            )
 
     def _file(self, index: int) -> Path:
         return self._directory / f"{index}.safetensors"
@@ -311,28 +311,6 @@ def _restored(structure: Any, tensor: Callable[[str], Tensor]) -> Any:
     if isinstance(structure, list):
         return tuple(_restored(entry, tensor) for entry in structure)
     return tensor(structure["tensor"]) if "tensor" in structure else structure["value"]
-
-
-def write_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file under another name, flush it to disk, and give it its name."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        write(partial)
-        flush(partial)
-        partial.rename(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    flush(path.parent)
-
-
-def flush(path: Path) -> None:
-    """Wait until a file's content, or a directory's entries, are on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from oats import __version__
 from oats.allocation import allocate, measure_block
+from oats.atomic_file import write_file, write_text
 from oats.calibrate import BlockRunner, as_batches, first_sequence
 from oats.compress import (
     CompressionReport,
@@ -31,7 +32,7 @@ from oats.errors import DistributedError, UnsupportedModelError
 from oats.integrations.checkpoint import check_output
 from oats.integrations.dense_source import DenseSource
 from oats.integrations.model_card import write_model_card
-from oats.integrations.staging import DENSE, HIDDEN, MEASURED, Staging, write_file
+from oats.integrations.staging import DENSE, HIDDEN, MEASURED, Staging
 from oats.integrations.stored_model import read_header
 from oats.integrations.transformers import OatsQuantizationConfig, compressed_layers, storable
 from oats.memory import Limit, block_bytes, largest_need, resident_bytes, return_freed
@@ -386,7 +387,7 @@ class _Run:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         text = json.dumps(index, indent=2) + "\n"
         with self.staging.writing():
-            write_file(single.with_name("model.safetensors.index.json"), lambda path: path.write_text(text))
+            write_text(single.with_name("model.safetensors.index.json"), text, alone=True)
 
     def _rest(self) -> list[list[str]]:
         """Names of the tensors outside the blocks, in groups of about `SHARD_BYTES`; tied ones once."""
@@ -410,7 +411,9 @@ class _Run:
         from safetensors.torch import save_file
 
         with self.staging.writing():
-            write_file(self.staging.model / name, lambda path: save_file(tensors, path, {"format": "pt"}))
+            write_file(
+                self.staging.model / name, lambda path: save_file(tensors, path, {"format": "pt"}), alone=True
+            )
 
 
 def _as_saved(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
