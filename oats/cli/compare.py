@@ -8,14 +8,23 @@ from typing import Annotated
 
 import typer
 
+from oats.cli.options import (
+    CalibrationText,
+    Context,
+    DenseModel,
+    Length,
+    Pattern,
+    RunDtype,
+    Samples,
+    Seed,
+    Stride,
+)
 from oats.config import OatsConfig
 from oats.errors import ConfigError
 
 
 def compare(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Directory (safetensors or GGUF), .gguf file, or hub name.")
-    ],
+    model: DenseModel,
     out: Annotated[
         Path, typer.Option(help="Directory of the results; one with finished cells is continued.")
     ] = Path("comparison"),
@@ -36,34 +45,21 @@ def compare(
             show_default="second half of Python's pydoc_data.topics",
         ),
     ] = None,
-    context: Annotated[
-        int | None, typer.Option(help="Tokens of a window.", show_default="2048, or the model's own if less")
-    ] = None,
-    stride: Annotated[
-        int | None, typer.Option(help="Tokens scored in a window.", show_default="context: no overlap")
-    ] = None,
+    context: Context = None,
+    stride: Stride = None,
     max_tokens: Annotated[
         int | None, typer.Option(help="Use only the first tokens of each text.", show_default="all")
     ] = None,
-    calibration: Annotated[
-        Path | None,
-        typer.Option(
-            help="UTF-8 text to calibrate on.", show_default="first half of Python's pydoc_data.topics"
-        ),
-    ] = None,
-    samples: Annotated[int, typer.Option(help="Calibration sequences (the paper: 128).")] = 64,
-    length: Annotated[int, typer.Option(help="Tokens of a calibration sequence (the paper: 2048).")] = 512,
+    calibration: CalibrationText = None,
+    samples: Samples = 64,
+    length: Length = 512,
     rank_ratio: Annotated[
         float, typer.Option(help="Of the methods with a low-rank part.")
     ] = OatsConfig.rank_ratio,
-    pattern: Annotated[
-        str, typer.Option(help="Where non-zeros may sit: row, layer, or N:M such as 2:4.")
-    ] = OatsConfig.pattern,
+    pattern: Pattern = OatsConfig.pattern,
     iterations: Annotated[int | None, typer.Option(help="Alternations at most.", show_default="40")] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="bf16 or fp32.", show_default="the model's own; GGUF: bf16")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the fast low-rank step.")] = OatsConfig.seed,
+    dtype: RunDtype = None,
+    seed: Seed = OatsConfig.seed,
     plot: Annotated[bool, typer.Option(help="Draw the picture too (needs matplotlib).")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print the table as JSON.")] = False,
 ) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from oats.cli.options import CalibrationText, DenseModel, Length, Pattern, Samples, Seed
 from oats.config import OatsConfig
 from oats.errors import ConfigError
 
@@ -19,9 +20,7 @@ if TYPE_CHECKING:
 
 
 def compress(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Directory (safetensors or GGUF), .gguf file, or hub name.")
-    ],
+    model: DenseModel,
     out: Annotated[
         Path, typer.Argument(metavar="OUT", help="Directory to write; must be empty or not exist.")
     ],
@@ -38,9 +37,7 @@ def compress(
     rank_ratio: Annotated[
         float, typer.Option(help="Share of the kept parameters that goes to the low-rank part.")
     ] = OatsConfig.rank_ratio,
-    pattern: Annotated[
-        str, typer.Option(help="Where non-zeros may sit: row, layer, or N:M such as 2:4.")
-    ] = OatsConfig.pattern,
+    pattern: Pattern = OatsConfig.pattern,
     svd: Annotated[
         str, typer.Option(help="Low-rank step: fast, or exact (the published algorithm).")
     ] = OatsConfig.svd,
@@ -57,7 +54,7 @@ def compress(
     split_gate_up: Annotated[
         bool, typer.Option("--split-gate-up", help="Decompose a fused gate_up_proj as gate and up.")
     ] = False,
-    seed: Annotated[int, typer.Option(help="Seed of the fast low-rank step.")] = OatsConfig.seed,
+    seed: Seed = OatsConfig.seed,
     match_blocks: Annotated[
         int, typer.Option(help="Passes over the calibration text that tune each block's output; 2 is enough.")
     ] = OatsConfig.block_matching,
@@ -69,14 +66,9 @@ def compress(
         list[float] | None,
         typer.Option(help="Rank ratio to try; each layer takes the best of those given. May be repeated."),
     ] = None,
-    calibration: Annotated[
-        Path | None,
-        typer.Option(
-            help="UTF-8 text to calibrate on.", show_default="first half of Python's pydoc_data.topics"
-        ),
-    ] = None,
-    samples: Annotated[int, typer.Option(help="Calibration sequences (the paper: 128).")] = 64,
-    length: Annotated[int, typer.Option(help="Tokens of a calibration sequence (the paper: 2048).")] = 512,
+    calibration: CalibrationText = None,
+    samples: Samples = 64,
+    length: Length = 512,
     blocks: Annotated[
         str | None,
         typer.Option(help="Dotted path of the list of transformer blocks.", show_default="found by itself"),

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from oats.cli.options import Context, RunDtype, Stride
 from oats.errors import ConfigError, OatsError
 
 
@@ -18,12 +19,8 @@ def evaluate(
         Path | None,
         typer.Option(help="UTF-8 text file.", show_default="second half of Python's pydoc_data.topics"),
     ] = None,
-    context: Annotated[
-        int | None, typer.Option(help="Tokens of a window.", show_default="2048, or the model's own if less")
-    ] = None,
-    stride: Annotated[
-        int | None, typer.Option(help="Tokens scored in a window.", show_default="context: no overlap")
-    ] = None,
+    context: Context = None,
+    stride: Stride = None,
     max_tokens: Annotated[
         int | None, typer.Option(help="Use only the first tokens of the text.", show_default="all")
     ] = None,
@@ -44,9 +41,7 @@ def evaluate(
     save: Annotated[
         bool, typer.Option("--save", help="Add the perplexity to the model card of DIR.")
     ] = False,
-    dtype: Annotated[
-        str | None, typer.Option(help="bf16 or fp32.", show_default="the model's own; GGUF: bf16")
-    ] = None,
+    dtype: RunDtype = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Perplexity of a model on a text, with every setting it depends on; or its scores on tasks."""

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from oats.cli.options import RunDtype
 from oats.errors import ConfigError
 
 
@@ -29,9 +30,7 @@ def serve(
         ),
     ] = None,
     max_waiting: Annotated[int, typer.Option(help="Requests that may wait for the one that runs.")] = 64,
-    dtype: Annotated[
-        str | None, typer.Option(help="bf16 or fp32.", show_default="the model's own; GGUF: bf16")
-    ] = None,
+    dtype: RunDtype = None,
 ) -> None:
     """Serve a model over HTTP as OpenAI's API does: /v1/chat/completions, /v1/completions, /v1/models.
 
