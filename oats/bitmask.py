@@ -43,6 +43,16 @@ def encode(sparse: Tensor) -> tuple[Tensor, Tensor]:
     return encode_mask(kept), sparse[kept]
 
 
+def decode_mask(mask: Tensor, d_in: int) -> Tensor:
+    """The inverse of :func:`encode_mask`: (d_out, d_in), bool.
+
+    >>> decode_mask(torch.tensor([[6]], dtype=torch.uint8), 3)
+    tensor([[False,  True,  True]])
+    """
+    bits = mask.unsqueeze(-1).bitwise_right_shift(torch.arange(8, dtype=torch.uint8)).bitwise_and(1)
+    return bits.view(mask.shape[0], -1)[:, :d_in].bool()
+
+
 def decode(mask: Tensor, values: Tensor, d_in: int) -> Tensor:
     """The inverse of :func:`encode`.
 
@@ -53,6 +63,5 @@ def decode(mask: Tensor, values: Tensor, d_in: int) -> Tensor:
     tensor([[0., 2., 3.],
             [4., 0., 0.]])
     """
-    bits = mask.unsqueeze(-1).bitwise_right_shift(torch.arange(8, dtype=torch.uint8)).bitwise_and(1)
-    kept = bits.view(mask.shape[0], -1)[:, :d_in].bool()
+    kept = decode_mask(mask, d_in)
     return torch.zeros(kept.shape, dtype=values.dtype).masked_scatter_(kept, values)

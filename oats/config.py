@@ -219,12 +219,11 @@ class OatsConfig:
         """How the tensors of a layer are stored."""
         from oats.storage import Storage
 
-        low_rank = self.low_rank or ("int8" if self.values else "exact")
-        codes: tuple[Values, LowRank] = (
-            self.values if self.values in ("int8", "int4") else "exact",
-            "int8" if low_rank == "int8" else "exact",
+        values: Values = self.values if self.values in ("int8", "int4") else "exact"
+        low_rank: LowRank = (
+            "int8" if self.low_rank == "int8" or (self.values and self.low_rank is None) else "exact"
         )
-        return Storage(*codes, self.scale_columns if codes != ("exact", "exact") else 0)
+        return Storage.of(values, low_rank, self.scale_columns)
 
     @property
     def resolved_iterations(self) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from oats.bitmask import decode
+from oats.bitmask import decode, decode_mask
 from oats.calibrate import BlockRunner, Held, replaced_forward, token_mask
 from oats.errors import CalibrationError
 from oats.nn import SparseLowRankLinear
@@ -73,7 +73,7 @@ class _Tunable:
         canonical = layer.canonical()
         mask, values = canonical["mask"], canonical["values"].float()
         self._bias, self._nnz = layer.bias, layer.nnz
-        self._kept = decode(mask, torch.ones_like(values), layer.in_features)
+        self._kept = decode_mask(mask, layer.in_features).float()
         self._sparse = decode(mask, values, layer.in_features).requires_grad_()
         self._u = canonical["low_rank_u"].float().requires_grad_()
         self._v = canonical["low_rank_v"].float().requires_grad_()

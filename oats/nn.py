@@ -114,7 +114,7 @@ class SparseLowRankLinear(nn.Module):
             FormatError: the tensors disagree.
         """
         mask, values = tensors["mask"], tensors["values"]
-        nnz = values.numel() if storage.values != "int4" else ops.mask_population(mask, in_features)
+        nnz = ops.stored_values(mask, values, in_features, storage)
         layer = cls(
             in_features,
             mask.shape[0],
@@ -226,10 +226,7 @@ class SparseLowRankLinear(nn.Module):
         fmt.validate(
             name, self.out_features, self.in_features, storage=self.storage, bias=self.bias, **tensors
         )
-        if self.storage.values == "int4":
-            nnz = ops.mask_population(tensors["mask"], self.in_features)
-        else:
-            nnz = tensors["values"].numel()
+        nnz = ops.stored_values(tensors["mask"], tensors["values"], self.in_features, self.storage)
         if tensors["low_rank_v"].shape[0] != self.rank or nnz != self.nnz:
             raise FormatError(
                 f"{name}: rank {tensors['low_rank_v'].shape[0]} and {nnz} values, "

@@ -64,6 +64,11 @@ def mask_population(mask: Tensor, d_in: int) -> int:
     return _core.mask_population(mask.data_ptr(), mask.shape[0], d_in)
 
 
+def stored_values(mask: Tensor, values: Tensor, d_in: int, storage: Storage) -> int:
+    """Number of kept values that are stored; of int4, two in a byte, only the mask tells."""
+    return mask_population(mask, d_in) if storage.values == "int4" else values.numel()
+
+
 def pack(
     mask: Tensor,
     values: Tensor,
@@ -90,7 +95,7 @@ def pack(
     """
     isa = active_isa() if isa is None else isa
     rank, d_in = low_rank_v.shape
-    nnz = values.numel() if storage.values != "int4" else mask_population(mask, d_in)
+    nnz = stored_values(mask, values, d_in, storage)
     shape = (
         *(mask.shape[0], d_in, rank, nnz, _VALUE_BYTES[dtype or values.dtype]),
         *(VALUES.index(storage.values), LOW_RANK.index(storage.low_rank), storage.scale_columns),

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from oats.bitmask import decode
+from oats.bitmask import decode, decode_mask
 from oats.errors import WeightError
 from oats.storage import CODEBOOK, LowRank, Storage, Values, pack_nibbles
 
@@ -45,9 +45,8 @@ def quantize_tensors(
     """The tensors of a layer, with codes in the place of numbers.
 
     Each input is first multiplied by the power of two that brings the kept values for it to the size of the
-    others. The scales of int8 map
-    the largest magnitude to 127. Those of int4, and its codebook, minimise ``Σ importance_j (s_ij − ŝ_ij)²``,
-    the same error that the decomposition weighs its entries with.
+    others. The scales of int8 map the largest magnitude to 127. Those of int4, and its codebook, minimise
+    ``Σ importance_j (s_ij − ŝ_ij)²``.
 
     Args:
         tensors: ``mask``, ``values``, ``low_rank_u`` and ``low_rank_v`` of :mod:`oats.format`, exact.
@@ -71,7 +70,7 @@ def quantize_tensors(
             raise WeightError(f"{name}: values that are not finite have no codes; compress the layer again")
     result = {"mask": tensors["mask"]}
     sparse = decode(tensors["mask"], tensors["values"].float(), d_in)
-    kept = decode(tensors["mask"], torch.ones(tensors["values"].shape, dtype=torch.bool), d_in)
+    kept = decode_mask(tensors["mask"], d_in)
     exponent = _input_exponent(sparse, kept)
     powers = exponent.float().exp2()
     sparse /= powers
@@ -123,7 +122,7 @@ def quantize_(
     """
     from oats.nn import SparseLowRankLinear
 
-    storage = Storage(values, low_rank, scale_columns if (values, low_rank) != ("exact", "exact") else 0)
+    storage = Storage.of(values, low_rank, scale_columns)
     modules = model.named_modules()
     layers = {name: module for name, module in modules if isinstance(module, SparseLowRankLinear)}
     for done, (name, layer) in enumerate(layers.items(), start=1):
@@ -141,7 +140,7 @@ def quantize_layer_(layer: SparseLowRankLinear, storage: Storage, importance: Te
     tensors = layer.canonical()
     if layer.storage.has_codes:
         sparse, u, v = layer.storage.exact_parts(tensors, layer.in_features)
-        kept = decode(tensors["mask"], torch.ones(layer.nnz, dtype=torch.bool), layer.in_features)
+        kept = decode_mask(tensors["mask"], layer.in_features)
         exact = {"values": sparse[kept], "low_rank_u": u, "low_rank_v": v}
         tensors = {"mask": tensors["mask"]} | {name: t.to(layer.dtype) for name, t in exact.items()}
     if storage.has_codes:

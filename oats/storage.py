@@ -61,6 +61,18 @@ class Storage:
                 + ("64 or 128" if self.has_codes else "0, because nothing has a scale")
             )
 
+    @classmethod
+    def of(cls, values: Values, low_rank: LowRank, scale_columns: int) -> Storage:
+        """The storage of both, with scales where one of them has codes.
+
+        Raises:
+            ConfigError: there is no such storage.
+
+        >>> Storage.of("exact", "exact", 128) == EXACT
+        True
+        """
+        return cls(values, low_rank, 0 if values == low_rank == "exact" else scale_columns)
+
     @property
     def has_codes(self) -> bool:
         """Whether any tensor holds codes."""

@@ -30,8 +30,7 @@ def quantize(
     from oats.quantization import quantize_
     from oats.storage import Storage
 
-    exact = (values, low_rank) == ("exact", "exact")
-    Storage(values, low_rank, 0 if exact else scale_columns)  # type: ignore[arg-type]  # checks them
+    Storage.of(values, low_rank, scale_columns)  # type: ignore[arg-type]  # checks them
     check_output(out, overwrite=overwrite, source=directory)
     before = read_stored_model(directory)
     if not before.layers:

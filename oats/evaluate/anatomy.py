@@ -11,8 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from oats import ops
-from oats.bitmask import decode
+from oats.bitmask import decode_mask
 from oats.format import TENSORS
 from oats.integrations.stored_model import StoredLayer, StoredModel, read_header
 
@@ -85,7 +84,7 @@ def density_picture(mask: Tensor, d_in: int, cells: int = CELLS) -> Tensor:
     tensor([[1., 0.],
             [0., 0.]])
     """
-    kept = decode(mask, torch.ones(ops.mask_population(mask, d_in)), d_in)
+    kept = decode_mask(mask, d_in).float()
     tiles: Tensor = torch.nn.functional.adaptive_avg_pool2d(
         kept[None], (min(cells, kept.shape[0]), min(cells, d_in))
     )
