@@ -74,10 +74,7 @@ struct ColumnLoops {
     const int strips = strips_of_block(weight->strips, block);
     if constexpr (StoredLoops::kCodes) {
       alignas(64) int8_t codes[kLanes * kStripsPerBlock * StoredLoops::kCell + StoredLoops::kSpare];
-      const auto* scales =
-          reinterpret_cast<const uint16_t*>(reinterpret_cast<const char*>(weight) + weight->values_scale_at) +
-          block * kStripsPerBlock * weight->scale_groups * kLanes +
-          g * kGroup / weight->shape.scale_columns * strips * kLanes;
+      const uint16_t* scales = StoredLoops::value_scales(weight, block, g);
       typename Stored::CellScales scale[kStripsPerBlock];
       for (int s = 0; s < strips; ++s) scale[s] = Stored::cell_scales(scales + s * kLanes);
       const typename StoredLoops::Kept begin = values.source(mask, groups * strips, codes);
@@ -315,6 +312,28 @@ struct ColumnLoops {
     return kernels;
   }
 };
+
+// The kernels of an ISA for each dtype and storage. `Exact` and `Codes` are its Traits, of fp32 or bf16
+// elements.
+template <template <class> class Exact, template <class> class Codes>
+const StripKernels& strip_table(Dtype dtype, Storage storage) {
+  if (storage == Storage::exact) {
+    return dtype == Dtype::fp32 ? StripLoops<Exact<Fp32Element>>::table()
+                                : StripLoops<Exact<Bf16Element>>::table();
+  }
+  return dtype == Dtype::fp32 ? StripLoops<Codes<Fp32Element>>::table()
+                              : StripLoops<Codes<Bf16Element>>::table();
+}
+
+template <template <class> class Exact, template <class> class Codes>
+const ColumnKernels& column_table(Dtype dtype, Storage storage, int64_t min_columns) {
+  if (storage == Storage::exact) {
+    return dtype == Dtype::fp32 ? ColumnLoops<Exact<Fp32Element>>::table(min_columns)
+                                : ColumnLoops<Exact<Bf16Element>>::table(min_columns);
+  }
+  return dtype == Dtype::fp32 ? ColumnLoops<Exact<Fp32Element>, Codes<Fp32Element>>::table(min_columns)
+                              : ColumnLoops<Exact<Bf16Element>, Codes<Bf16Element>>::table(min_columns);
+}
 
 }  // namespace
 }  // namespace oats

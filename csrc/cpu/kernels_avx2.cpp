@@ -137,21 +137,11 @@ struct Avx2Codes : Avx2<Io> {
 }  // namespace
 
 const StripKernels& strip_kernels_avx2(Dtype dtype, Storage storage) {
-  if (storage == Storage::exact) {
-    return dtype == Dtype::fp32 ? StripLoops<Avx2<Fp32Element>>::table()
-                                : StripLoops<Avx2<Bf16Element>>::table();
-  }
-  return dtype == Dtype::fp32 ? StripLoops<Avx2Codes<Fp32Element>>::table()
-                              : StripLoops<Avx2Codes<Bf16Element>>::table();
+  return strip_table<Avx2, Avx2Codes>(dtype, storage);
 }
 
 const ColumnKernels& column_kernels_avx2(Dtype dtype, Storage storage) {
-  if (storage == Storage::exact) {
-    return dtype == Dtype::fp32 ? ColumnLoops<Avx2<Fp32Element>>::table(36)
-                                : ColumnLoops<Avx2<Bf16Element>>::table(36);
-  }
-  return dtype == Dtype::fp32 ? ColumnLoops<Avx2<Fp32Element>, Avx2Codes<Fp32Element>>::table(36)
-                              : ColumnLoops<Avx2<Bf16Element>, Avx2Codes<Bf16Element>>::table(36);
+  return column_table<Avx2, Avx2Codes>(dtype, storage, 36);
 }
 
 }  // namespace oats

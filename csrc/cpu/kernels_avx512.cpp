@@ -70,21 +70,11 @@ struct Avx512Codes : Avx512<Io> {
 }  // namespace
 
 const StripKernels& strip_kernels_avx512(Dtype dtype, Storage storage) {
-  if (storage == Storage::exact) {
-    return dtype == Dtype::fp32 ? StripLoops<Avx512<Fp32Element>>::table()
-                                : StripLoops<Avx512<Bf16Element>>::table();
-  }
-  return dtype == Dtype::fp32 ? StripLoops<Avx512Codes<Fp32Element>>::table()
-                              : StripLoops<Avx512Codes<Bf16Element>>::table();
+  return strip_table<Avx512, Avx512Codes>(dtype, storage);
 }
 
 const ColumnKernels& column_kernels_avx512(Dtype dtype, Storage storage) {
-  if (storage == Storage::exact) {
-    return dtype == Dtype::fp32 ? ColumnLoops<Avx512<Fp32Element>>::table(60)
-                                : ColumnLoops<Avx512<Bf16Element>>::table(60);
-  }
-  return dtype == Dtype::fp32 ? ColumnLoops<Avx512<Fp32Element>, Avx512Codes<Fp32Element>>::table(60)
-                              : ColumnLoops<Avx512<Bf16Element>, Avx512Codes<Bf16Element>>::table(60);
+  return column_table<Avx512, Avx512Codes>(dtype, storage, 60);
 }
 
 }  // namespace oats

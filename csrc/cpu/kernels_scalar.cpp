@@ -98,21 +98,11 @@ struct ScalarCodes : Scalar<Io> {
 }  // namespace
 
 const StripKernels& strip_kernels_scalar(Dtype dtype, Storage storage) {
-  if (storage == Storage::exact) {
-    return dtype == Dtype::fp32 ? StripLoops<Scalar<Fp32Element>>::table()
-                                : StripLoops<Scalar<Bf16Element>>::table();
-  }
-  return dtype == Dtype::fp32 ? StripLoops<ScalarCodes<Fp32Element>>::table()
-                              : StripLoops<ScalarCodes<Bf16Element>>::table();
+  return strip_table<Scalar, ScalarCodes>(dtype, storage);
 }
 
 const ColumnKernels& column_kernels_scalar(Dtype dtype, Storage storage) {
-  if (storage == Storage::exact) {
-    return dtype == Dtype::fp32 ? ColumnLoops<Scalar<Fp32Element>>::table(20)
-                                : ColumnLoops<Scalar<Bf16Element>>::table(20);
-  }
-  return dtype == Dtype::fp32 ? ColumnLoops<Scalar<Fp32Element>, ScalarCodes<Fp32Element>>::table(20)
-                              : ColumnLoops<Scalar<Bf16Element>, ScalarCodes<Bf16Element>>::table(20);
+  return column_table<Scalar, ScalarCodes>(dtype, storage, 20);
 }
 
 }  // namespace oats

@@ -123,6 +123,15 @@ struct StripLoops {
            block * kStripsPerBlock * weight->groups;
   }
 
+  // Scales of the strips of a block, [strip][lanes], for the columns of group `g`.
+  static const uint16_t* value_scales(const PackedHeader* weight, int64_t block, int64_t g) {
+    const char* base = reinterpret_cast<const char*>(weight);
+    return reinterpret_cast<const uint16_t*>(base + weight->values_scale_at) +
+           (block * kStripsPerBlock * weight->scale_groups +
+            g * kGroup / weight->shape.scale_columns * strips_of_block(weight->strips, block)) *
+               kLanes;
+  }
+
   // One group after the other: sums += cells times `Columns` columns, whose units are `stride` apart. Returns
   // the source behind the cells used.
   template <int Strips, int Columns, class Source, class Sum>
@@ -328,9 +337,6 @@ struct StripLoops {
                            float* sums) {
     const int64_t groups = weight->groups;
     const Mask* mask = masks(weight, block);
-    const uint16_t* scales =
-        reinterpret_cast<const uint16_t*>(reinterpret_cast<const char*>(weight) + weight->values_scale_at) +
-        block * kStripsPerBlock * weight->scale_groups * kLanes;
     Values values(weight, block, 0);
     alignas(64) Value codes[kScaledGroups * kStripsPerBlock * kCell + kSpare];
     alignas(64) uint32_t cells[kScaledGroups * kStripsPerBlock * kLanes];
@@ -338,7 +344,7 @@ struct StripLoops {
       const int64_t count = std::min(kScaledGroups, groups - g);
       const Kept begin = values.source(mask + g * Strips, count * Strips, codes);
       Kept source = begin;
-      const uint16_t* scale = scales + g * kGroup / weight->shape.scale_columns * Strips * kLanes;
+      const uint16_t* scale = value_scales(weight, block, g);
       over_columns(columns, [&](auto width, int first) {
         const uint32_t* units = x.units + g * columns + first;
         const float* of_x = x_scales(x, g, columns, first);
