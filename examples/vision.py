@@ -31,6 +31,7 @@ from transformers.utils import logging
 
 import oats
 from oats import ops
+from oats.atomic_file import write_text
 from oats.cli.console import progress_bar
 from oats.evaluate import comparison, comparison_plot, rollout
 from oats.integrations.checkpoint import save_model
@@ -161,7 +162,7 @@ def main() -> None:
         started = time.perf_counter()
         trained = train(*MODELS[arguments.model], images, labels, arguments.epochs, arguments.seed)
         save_model(trained, None, dense, overwrite=True)
-        comparison.write_whole(normalisation, json.dumps({"image_mean": [MEAN], "image_std": [STD]}))
+        write_text(normalisation, json.dumps({"image_mean": [MEAN], "image_std": [STD]}))
         console.print(f"trained in {time.perf_counter() - started:.0f} s")
 
     calibration = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))]
@@ -196,7 +197,7 @@ def main() -> None:
 
     cells = comparison.Cells(out / f"cells-{dense.name}-{arguments.pattern.replace(':', '-')}", settings)
     finished = comparison.complete(cells, planned, measure, progress)
-    comparison.write_whole(out / "table.md", comparison.markdown(finished, settings))
+    write_text(out / "table.md", comparison.markdown(finished, settings))
     comparison_plot.draw(finished, [out / "accuracy.png", out / "accuracy.svg"])
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in comparison.header(finished):
