@@ -252,6 +252,23 @@ def killed_at_rename(number: int):
     return before
 
 
+def killed_in_removal(number: int, out: Path):
+    """Kill this process just before a file is removed, the one with that number, once `out` is there."""
+
+    def before() -> None:
+        left = [number]
+
+        def hook(event: str, _) -> None:
+            if event in ("os.remove", "os.rmdir") and out.exists():
+                left[0] -= 1
+                if left[0] == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(hook)
+
+    return before
+
+
 def command(dense: Path, out: Path, text: Path) -> list[object]:
     small = ["--samples", 4, "--length", 24, "--iterations", 2]
     return ["compress", dense, out, "--calibration", text, *small]
@@ -282,6 +299,38 @@ def test_killed_at_any_write_it_goes_on_to_the_same_bytes(dense, text, finished,
     assert len(blocks) >= 3 and blocks == sorted(blocks) and blocks[-1] >= 3
     assert content(out) == finished
     assert sorted(path.name for path in tmp_path.iterdir()) == ["log", "out"]
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 4, 5])
+def test_killed_while_it_clears_up_the_next_run_finishes_that(
+    dense, text, finished, tmp_path, number
+) -> None:
+    out, log = tmp_path / "out", tmp_path / "log"
+    assert wait(child(command(dense, out, text), log, killed_in_removal(number, out))) == -signal.SIGKILL
+    assert content(out) == finished and Staging(out).directory.exists()
+    # Without its plan, what is left says nothing of this run: the output is refused like any other.
+    known = Staging(out).exists()
+    assert wait(child(command(dense, out, text), log)) == (0 if known else 1), log.read_text()
+    assert content(out) == finished
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log", "out"]
+
+
+def test_killed_while_a_restart_clears_up_it_is_not_taken_for_finished(
+    dense, text, finished, tmp_path
+) -> None:
+    out, log = tmp_path / "out", tmp_path / "log"
+    out.mkdir()
+    old = out / "config.json"
+    old.write_text("{}")
+    stopped(dense, out, overwrite=True)
+    for number in range(1, 5):
+        restart = [*command(dense, out, text), "--overwrite", "--restart"]
+        code = wait(child(restart, log, killed_in_removal(number, out)))
+        if code != -signal.SIGKILL:
+            break
+        assert old.read_text() == "{}" and not Staging(out).is_delivered()
+    assert wait(child([*command(dense, out, text), "--overwrite"], log)) == 0, log.read_text()
+    assert content(out) == finished
 
 
 def test_killed_at_random_moments_it_goes_on_to_the_same_bytes(dense, text, finished, tmp_path) -> None:

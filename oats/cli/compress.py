@@ -164,6 +164,8 @@ def _run(
 
     # Where an earlier run was stopped after it had given the model its name, little is left to do.
     staging = Staging(out.resolve())
+    if ranks.rank == 0:
+        staging.sweep()
     if not staging.is_delivered():
         check_output(out, overwrite=overwrite, source=model)
     out = staging.out

@@ -120,8 +120,26 @@ class Staging:
             self._lock = None
 
     def remove(self) -> None:
-        """Forget everything."""
+        """Forget everything; a removal that is stopped is finished by the next run."""
+        plan = self.directory / PLAN
+        if self.model.exists():
+            # Not delivered: without the plan, what is left counts as nothing.
+            plan.unlink(missing_ok=True)
+        # Delivered: as long as the plan is there, so is what says that only this removal is left to do.
+        for entry in self.directory.glob("*"):
+            if entry.is_dir():
+                shutil.rmtree(entry, ignore_errors=True)
+        plan.unlink(missing_ok=True)
         shutil.rmtree(self.directory, ignore_errors=True)
+
+    def sweep(self) -> None:
+        """Finish a removal that was stopped.
+
+        Raises:
+            OutputExistsError: another run is at work there.
+        """
+        if not self.exists():
+            self.discard()
 
     def discard(self) -> None:
         """Forget what an earlier run left.
