@@ -57,6 +57,7 @@ class PeerProcess:
         """
         self.name, self.form, self.stored_dtype, self.batches = name, form, stored_dtype, batches
         self.isa = ""
+        self.compression: float | None = None
         self.dtype: Dtype = "fp32" if stored_dtype == "fp32" else "bf16"
         self.tolerance = {**TOLERANCES, **_QUANTISED}[stored_dtype]
         self._command, self._environment = list(command), {**os.environ, **(environment or {})}

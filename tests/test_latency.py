@@ -168,6 +168,15 @@ def test_a_contender_that_is_too_slow_is_left_out(monkeypatch):
     assert len(left_out) == 2 and left_out[0].reason.startswith("one call takes")
 
 
+def test_compressions_are_timed_in_turn():
+    ours = [compressed("bf16", compression=share) for share in (0.3, 0.7)]
+    rows = rows_of(ours, [torch_dense("bf16")], batches=(1,))
+    assert [row.compression for row in rows] == [0.3, 0.7]
+    sizes = [row.ours.weight_bytes for row in rows]
+    assert sizes[1] < sizes[0] and rows[0].ours.nnz > 1.5 * rows[1].ours.nnz
+    assert rows[0].peer == rows[1].peer
+
+
 def test_layer_rows_refuse_bad_settings():
     with pytest.raises(ConfigError, match=r"at least 1, got 96, 200, \[0\] and 3"):
         rows_of([], [], batches=[0])

@@ -31,7 +31,7 @@ def bench(
         str, typer.Option(help="Rows of the input (tokens in one forward pass): one number, or some: 1,4,16.")
     ] = "1",
     compression: Annotated[
-        str, typer.Option(help="Share of the parameters removed: one, or some: 0.3,0.5.")
+        str, typer.Option(help="Share of the parameters removed: one, or some in turn: 0.3,0.5.")
     ] = str(OatsConfig.compression),
     rank_ratio: Annotated[
         float, typer.Option(help="Share of the rest that is low-rank.")
@@ -88,9 +88,7 @@ def bench(
 
         plots.prepare(plot)
     shapes = shapes_of(model) if model is not None else (LayerShape(f"{d_out} x {d_in}", d_out, d_in),)
-    configs = [
-        OatsConfig(compression=share, rank_ratio=rank_ratio, pattern=pattern) for share in compressions
-    ]
+    config = OatsConfig(compression=compressions[0], rank_ratio=rank_ratio, pattern=pattern)
     rows: list[Row] = []
     left_out: list[LeftOut] = []
     # Codes compute in bf16 or near it.
@@ -98,14 +96,18 @@ def bench(
         ("fp32" if name == "fp32" else "bf16", OatsConfig(values=name).storage)  # type: ignore[arg-type]
         for name in dtypes
     ]
-    ours = [compressed(name, isa=isa_name, storage=how) for name, how in plain for isa_name in isas]
+    ours = [
+        compressed(name, isa=isa_name, storage=how, compression=share)
+        for share in compressions
+        for name, how in plain
+        for isa_name in isas
+    ]
     peers = [torch_dense(name) for name in dict.fromkeys(name for name, _ in plain)]
     with progress_bar("Timing") as bar:
-        cases = [(shape, config) for config in configs for shape in shapes]
-        for done, (shape, config) in enumerate(cases):
+        for done, shape in enumerate(shapes):
 
             def progress(note: str, done: int = done) -> None:
-                bar.update(done, len(cases), note)
+                bar.update(done, len(shapes), note)
 
             rows += layer_rows(
                 shape, batches, config, ours, peers, model=model or "", repetitions=repetitions,
@@ -156,7 +158,7 @@ def print_rows(console: Console, rows: Sequence[Row]) -> None:
             box=SIMPLE_HEAD,
             padding=(0, 1, 0, 0),
         )
-        table.add_column("batch", justify="right")
+        table.add_column("batch", justify="right", no_wrap=True)
         table.add_column("", no_wrap=True)
         for column in ("ms", "p10–p90", "weight", "read", "GFLOP/s", "ratio"):
             table.add_column(column, justify="right", no_wrap=True)

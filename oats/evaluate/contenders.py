@@ -57,6 +57,7 @@ class Contender(Protocol):
         stored_dtype: what it makes of the weight, as in "q8_0".
         isa: that it was told to use, "" where it chooses by itself.
         form: the weight that it takes.
+        compression: of that weight, None for the one of the run.
         tolerance: largest error accepted, in units of `Reference.scale`.
         batches: at which it is to be timed, None for all.
     """
@@ -67,6 +68,7 @@ class Contender(Protocol):
     stored_dtype: str
     isa: str
     form: Form
+    compression: float | None
     tolerance: float
     batches: Collection[int] | None
 
@@ -107,6 +109,7 @@ class InProcess:
         """Wrap `make`, which gives an endless supply of modules that compute with a weight."""
         self.name, self.version, self.dtype, self.form, self.isa = name, version, dtype, form, isa
         self.stored_dtype: str = dtype
+        self.compression: float | None = None
         self.tolerance = TOLERANCES[dtype]
         self.batches: Collection[int] | None = None
         self._make, self._weight_bytes = make, weight_bytes
@@ -151,9 +154,16 @@ class InProcess:
 
 
 def compressed(
-    dtype: Dtype, *, isa: str | None = None, form: Form = "oats", storage: Storage = EXACT
+    dtype: Dtype,
+    *,
+    isa: str | None = None,
+    form: Form = "oats",
+    storage: Storage = EXACT,
+    compression: float | None = None,
 ) -> Contender:
     """`SparseLowRankLinear`, packed for `isa` (None: the best one), its numbers stored as `storage` says.
+
+    `compression` is of a weight other than the run's: several of them are timed in turn.
 
     >>> compressed("bf16", form="unstructured").form
     'unstructured'
@@ -172,6 +182,7 @@ def compressed(
             yield layer
 
     contender = InProcess("oats", dtype, form, make, _packed_bytes, version=__version__, isa=isa)
+    contender.compression = compression
     if storage.values != "exact":
         contender.stored_dtype = storage.values
         contender.tolerance = TOLERANCES[storage.values]

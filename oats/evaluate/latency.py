@@ -42,6 +42,7 @@ class Timing:
         dtype: that it stores the weight in.
         isa: that it was told to use, "" where it chooses by itself.
         form: of the weight: sparse plus low-rank, sparse alone (unstructured), or dense.
+        compression: of the weight, None for the one of the run.
         weight_bytes: of the weight as a call reads it, None where that is not known.
         copies: of the weight, cycled through.
         calls: that were timed.
@@ -54,6 +55,7 @@ class Timing:
     dtype: str
     isa: str
     form: Form
+    compression: float | None
     rank: int
     nnz: int
     weight_bytes: int | None
@@ -165,7 +167,8 @@ def layer_rows(
     is compared with float64 first. Then all take turns, in rounds.
 
     Args:
-        config: the budget; its dtype is not used, each contender has its own.
+        config: the budget; its dtype is not used: each contender has its own, and may have its
+            own compression.
         ours: a wrong result of one of these is an error.
         peers: one of these that fails, or is wrong, is left out, and `left_out` says why.
         repetitions: timed calls of each contender at a batch, at most.
@@ -201,7 +204,7 @@ def layer_rows(
         key = _key(contender)
         if key not in weights:
             say(f"{label}: a random {contender.form} weight, {contender.dtype}")
-            budget = replace(config, dtype=contender.dtype)
+            budget = replace(config, dtype=contender.dtype, compression=_compression(contender, config))
             weights[key] = RandomWeight.make(contender.form, shape.d_out, shape.d_in, budget, seed)
         say(f"{label}: loading {_label(contender)}")
         try:
@@ -233,17 +236,23 @@ def layer_rows(
         others = [turns.timing() for turns in ready if turns.contender not in ours]
         for our, peer in _pairs(mine, others):
             yield Row(
-                model, shape.name, shape.d_out, shape.d_in, batch, config.compression, config.rank_ratio,
-                config.pattern, torch.get_num_threads(), bandwidth, others_share, our, peer,
+                model, shape.name, shape.d_out, shape.d_in, batch, _compression(our, config),
+                config.rank_ratio, config.pattern, torch.get_num_threads(), bandwidth, others_share,
+                our, peer,
             )  # fmt: skip
 
 
-_Key = tuple[Form, str]
+_Key = tuple[Form, str, float | None]
 
 
 def _key(contender: Contender) -> _Key:
     """What contenders of one weight and input have in common."""
-    return contender.form, contender.dtype
+    return contender.form, contender.dtype, contender.compression
+
+
+def _compression(one: Contender | Timing, config: OatsConfig) -> float:
+    """Of its weight."""
+    return config.compression if one.compression is None else one.compression
 
 
 class _TooSlowError(OatsError):
@@ -295,7 +304,7 @@ class _Turns:
     def timing(self) -> Timing:
         c, weight = self.contender, self._weight
         return Timing(
-            c.name, c.version, c.stored_dtype, c.isa, c.form, weight.rank, weight.nnz,
+            c.name, c.version, c.stored_dtype, c.isa, c.form, c.compression, weight.rank, weight.nnz,
             self._loaded.weight_bytes, self._loaded.copies, len(self._taken), Spread.of(self._taken),
             self._error,
         )  # fmt: skip
