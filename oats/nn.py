@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from oats.decomposition import Decomposition
 
 _LINEAR = torch.ops.oats.sparse_low_rank_linear
+# By name here: it is called for every product.
+_is_grad_enabled = torch.is_grad_enabled
 
 
 class SparseLowRankLinear(nn.Module):
@@ -290,7 +292,11 @@ class SparseLowRankLinear(nn.Module):
         if x.dtype is not self._dtype or x.dim() == 0 or x.shape[-1] != self.in_features or not x.is_cpu:
             x = self._accept(x)
         # The operator knows autograd and the compiler, and checks a bias that was replaced.
-        if not ops.is_plain(x) or (torch.is_grad_enabled() and x.requires_grad) or not self._is_plain(bias):
+        if (
+            not ops.is_plain(x)
+            or (x.requires_grad and _is_grad_enabled())
+            or (bias is not None and not self._is_plain(bias))
+        ):
             if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
                 raise NotImplementedError("a sparse plus low-rank layer has no forward-mode derivative")
             return _LINEAR(x, packed, bias, self.out_features)  # type: ignore[no-any-return]
@@ -301,7 +307,7 @@ class SparseLowRankLinear(nn.Module):
         return bias is None or (
             bias.dtype is self._dtype
             and bias.shape == (self.out_features,)
-            and not (bias.requires_grad and torch.is_grad_enabled())
+            and not (bias.requires_grad and _is_grad_enabled())
         )
 
     def _accept(self, x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from oats.config import OatsConfig
 from oats.errors import ConfigError, OatsError
-from oats.evaluate.contenders import Contender, Loaded, read_time
+from oats.evaluate.contenders import Contender, Dtype, Loaded, read_time
 from oats.evaluate.layer import Form, RandomWeight, Reference, random_input
 from oats.evaluate.shapes import LayerShape
 from oats.evaluate.spread import Spread
@@ -68,6 +68,11 @@ class Timing:
     def label(self) -> str:
         """Everything that tells one contender from another."""
         return contender_label(self.name, self.dtype, self.form, self.isa)
+
+    @property
+    def input_dtype(self) -> Dtype:
+        """Of inputs and outputs; codes and quantised dtypes take bf16."""
+        return "fp32" if self.dtype == "fp32" else "bf16"
 
     @property
     def gb_per_s(self) -> float | None:
@@ -340,13 +345,13 @@ def _cpu_ticks() -> tuple[int, int]:
 
 
 def _pairs(ours: Sequence[Timing], peers: Sequence[Timing]) -> Iterator[tuple[Timing, Timing]]:
-    in_bf16 = {peer.name for peer in peers if peer.dtype != "fp32"}
+    in_bf16 = {peer.name for peer in peers if peer.input_dtype == "bf16"}
     for our in ours:
         for peer in peers:
-            if our.dtype == "fp32":
-                fits = peer.dtype == "fp32"
+            if our.input_dtype == "fp32":
+                fits = peer.input_dtype == "fp32"
             else:
-                fits = peer.dtype != "fp32" or peer.name not in in_bf16
+                fits = peer.input_dtype == "bf16" or peer.name not in in_bf16
             if fits:
                 yield our, peer
 

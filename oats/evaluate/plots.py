@@ -96,16 +96,16 @@ def draw(rows: Sequence[Row], directory: Path) -> list[Path]:
 
 
 def latency(rows: Sequence[Row]) -> Figure:
-    """Milliseconds by batch, a panel for each layer, compression and dtype of ours; bands are p10 to p90."""
+    """Milliseconds by batch, a panel for each layer, compression and input dtype; bands are p10 to p90."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
     panels: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        key = (row.d_out, row.d_in, row.compression, row.ours.dtype)
+        key = (row.d_out, row.d_in, row.compression, row.ours.input_dtype)
         panels.setdefault(key, []).append(row)
     names, colours = _names(rows), _colours(rows)
-    columns = min(len({row.ours.dtype for row in rows}) if len(panels) > 1 else 1, 2)
+    columns = min(len({row.ours.input_dtype for row in rows}) if len(panels) > 1 else 1, 2)
     lines = -(-len(panels) // columns)
     figure = Figure(figsize=(5.0 * columns + 2.4, 3.5 * lines + 0.3), layout="constrained")
     grid = figure.subplots(lines, columns, squeeze=False)
@@ -150,7 +150,7 @@ def latency(rows: Sequence[Row]) -> Figure:
 
 
 def roofline(rows: Sequence[Row]) -> Figure:
-    """Effective GFLOP/s by arithmetic intensity, every timing a point, a panel for each dtype of ours.
+    """Effective GFLOP/s by arithmetic intensity, every timing a point, a panel for each input dtype.
 
     The roofs are the read bandwidth of the rows' own run (median) and torch's dense product, measured here.
     Work is that of the dense product, so a kernel that skips zeros can be above the second roof; bytes are
@@ -162,12 +162,12 @@ def roofline(rows: Sequence[Row]) -> Figure:
 
     names, colours = _names(rows), _colours(rows)
     bandwidth = float(np.median([row.read_gb_per_s for row in rows]))
-    dtypes: list[Dtype] = [d for d in DTYPES if any(row.ours.dtype == d for row in rows)]
+    dtypes: list[Dtype] = [d for d in DTYPES if any(row.ours.input_dtype == d for row in rows)]
     figure = Figure(figsize=(5.6 * len(dtypes) + 2.4, 5.4), layout="constrained")
     for axes, dtype in zip(figure.subplots(1, len(dtypes), squeeze=False).flat, dtypes, strict=True):
         points: dict[tuple[Any, ...], tuple[str, int, float, float]] = {}
         for row in rows:
-            for timing in (row.ours, row.peer) if row.ours.dtype == dtype else ():
+            for timing in (row.ours, row.peer) if row.ours.input_dtype == dtype else ():
                 key = (row.d_out, row.d_in, row.batch, row.compression, timing.label)
                 points[key] = names[timing.label], row.batch, _intensity(row, timing), row.gflops(timing)
         for name, batch, intensity, gflops in points.values():

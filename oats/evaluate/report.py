@@ -44,7 +44,7 @@ def to_dict(rows: Sequence[Row], left_out: Sequence[LeftOut], **more: Any) -> di
 
 
 def markdown(rows: Sequence[Row], left_out: Sequence[LeftOut]) -> str:
-    """The medians in tables, contenders by batch, one table for each layer, compression and dtype of ours."""
+    """The medians in tables, contenders by batch, one table for each layer, compression and input dtype."""
     facts = machine()
     speeds = [row.read_gb_per_s for row in rows]
     others = max((row.others for row in rows), default=math.nan)
@@ -59,7 +59,7 @@ def markdown(rows: Sequence[Row], left_out: Sequence[LeftOut]) -> str:
     ]
     tables: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        key = (row.model, row.layer, row.d_out, row.d_in, row.compression, row.ours.dtype)
+        key = (row.model, row.layer, row.d_out, row.d_in, row.compression, row.ours.input_dtype)
         tables.setdefault(key, []).append(row)
     for table in tables.values():
         lines += ["", *_table(table)]
@@ -84,7 +84,7 @@ def _table(rows: Sequence[Row]) -> list[str]:
     shape = f"{first.d_out} × {first.d_in}"
     named = f"{first.model} {first.layer}, {shape}" if first.model else shape
     lines = [
-        f"**{named}**, {first.compression:.0%} removed, {first.ours.dtype}: rank {first.ours.rank}, "
+        f"**{named}**, {first.compression:.0%} removed, {first.ours.input_dtype}: rank {first.ours.rank}, "
         f"density {first.ours.nnz / (first.d_out * first.d_in):.3f}",
         "",
         "| | MB | batch " + " | ".join(str(batch) for batch in batches) + " |",
