@@ -13,10 +13,11 @@ import oats
 from oats.baselines import sparsegpt
 from oats.baselines.dsnot import CYCLES, THRESHOLD, prune_dsnot
 from oats.baselines.magnitude import prune_magnitude
-from oats.baselines.sparsegpt import DAMPING, prune_sparsegpt
+from oats.baselines.sparsegpt import prune_sparsegpt
 from oats.baselines.wanda import prune_wanda
 from oats.calibrate import BlockRunner, as_batches, means_and_variances
 from oats.config import PRUNING, OatsConfig
+from oats.error_feedback import DAMPING
 from oats.errors import ConfigError, WeightError
 from oats.nn import SparseLowRankLinear
 

@@ -10,15 +10,12 @@ from torch import Tensor
 from oats.baselines.pruning import as_decomposition, check_budget
 from oats.config import Pattern, parse_n_m
 from oats.decomposition import Decomposition
-from oats.errors import WeightError
+from oats.error_feedback import inverse_factor, settle_columns
 from oats.hessian import check_hessian
 from oats.selection import keep_largest
 
 BLOCK = 128
 """Columns whose masks are chosen together (the paper's B_s = B)."""
-
-DAMPING = 0.01
-"""Added to the diagonal of the Hessian, as a share of its mean."""
 
 
 @torch.no_grad()
@@ -62,54 +59,27 @@ def prune_sparsegpt(
     hessian = hessian.detach().double()
     left = weight.detach().float().clone()
     left[:, hessian.diagonal() == 0] = 0  # what multiplies inputs that are always zero
-    factor = _inverse_factor(hessian, layer).float()
+    factor = inverse_factor(hessian, layer).float()
+    diagonal = factor.diagonal()
 
     n_m = parse_n_m(pattern)
     width = BLOCK if n_m is None else max(BLOCK // n_m[1], 1) * n_m[1]
-    for start in range(0, d_in, width):
-        stop = min(start + width, d_in)
-        # Every block has its share of the row's, or the layer's, budget.
-        kept = count if n_m else count * stop // d_in - count * start // d_in
-        block, rest = left[:, start:stop], left[:, stop:]
-        errors = _prune_block(block, factor[start:stop, start:stop], kept, pattern)
-        rest.addmm_(errors, factor[start:stop, stop:], alpha=-1)
+    # Columns whose masks are chosen together, and those masks.
+    together = n_m[1] if n_m else width
+    mask = torch.empty(0)
+
+    def prune(j: int, block: Tensor) -> Tensor:
+        nonlocal mask
+        if j % together == 0:
+            columns = block[:, :together]
+            stop = j + columns.shape[1]
+            # Every block has its share of the row's, or the layer's, budget.
+            kept = count if n_m else count * stop // d_in - count * j // d_in
+            mask = keep_largest((columns / diagonal[j:stop]).contiguous(), kept, pattern) != 0
+        return block[:, 0] * mask[:, j % together]
+
+    settle_columns(left, factor, prune, width)
     return as_decomposition(weight, left, _output_error(weight, left, hessian))
-
-
-def _prune_block(block: Tensor, factor: Tensor, count: int, pattern: Pattern) -> Tensor:
-    """Prune a block of columns in place; returns the errors, scaled by the diagonal of the factor."""
-    n_m = parse_n_m(pattern)
-    diagonal = factor.diagonal()
-    errors = torch.empty_like(block)
-    mask = torch.empty_like(block, dtype=torch.bool)
-    if n_m is None:
-        mask.copy_(keep_largest((block / diagonal).contiguous(), count, pattern) != 0)
-    for j in range(block.shape[1]):
-        if n_m is not None and j % n_m[1] == 0:
-            group = slice(j, j + n_m[1])
-            scores = (block[:, group] / diagonal[group]).contiguous()
-            mask[:, group] = keep_largest(scores, count, pattern) != 0
-        errors[:, j] = block[:, j] * ~mask[:, j] / diagonal[j]
-        block[:, j] *= mask[:, j]
-        block[:, j + 1 :].addr_(errors[:, j], factor[j, j + 1 :], alpha=-1)
-    return errors
-
-
-def _inverse_factor(hessian: Tensor, layer: str) -> Tensor:
-    """Upper U with ``Uᵀ U = (H + damping)⁻¹``, (d_in, d_in) float64."""
-    damped = hessian.clone()
-    diagonal = damped.diagonal()
-    diagonal[diagonal == 0] = 1
-    diagonal += DAMPING * diagonal.mean()
-    try:
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-        factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
-    except RuntimeError as error:  # torch.linalg.LinAlgError
-        raise WeightError(
-            f"{layer}: the Hessian is not positive semi-definite ({error}); pass X Xᵀ summed over the "
-            "calibration tokens, in float32 or better"
-        ) from error
-    return factor
 
 
 def _output_error(weight: Tensor, sparse: Tensor, hessian: Tensor) -> float:

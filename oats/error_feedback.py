@@ -1,0 +1,80 @@
+"""Settling a weight's columns one by one, where those to come make good what the settled ones miss.
+
+The loop that SparseGPT (arXiv 2301.00774) and GPTQ (arXiv 2210.17323) share: with ``U`` the upper Cholesky
+factor of the inverse Hessian, the error of column j over ``U_jj`` times ``U_j,·`` is taken off the columns to
+its right, which is the update of the Optimal Brain Surgeon where the columns before j are fixed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from oats.errors import WeightError
+
+DAMPING = 0.01
+"""Added to the diagonal of the Hessian, as a share of its mean."""
+
+
+def inverse_factor(hessian: Tensor, layer: str) -> Tensor:
+    """Upper U with ``Uᵀ U = (H + damping)⁻¹``.
+
+    Args:
+        hessian: (d_in, d_in), ``X Xᵀ``.
+        layer: its name, for the error message.
+
+    Returns:
+        (d_in, d_in) float64.
+
+    Raises:
+        WeightError: the Hessian is not positive semi-definite.
+
+    >>> inverse_factor(torch.diag(torch.tensor([0.25, 0.25])), "weight").diag().round(decimals=2).tolist()
+    [1.99, 1.99]
+    """
+    damped = hessian.detach().double().clone()
+    diagonal = damped.diagonal()
+    diagonal[diagonal == 0] = 1
+    diagonal += DAMPING * diagonal.mean()
+    try:
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+        factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
+    except RuntimeError as error:  # torch.linalg.LinAlgError
+        raise WeightError(
+            f"{layer}: the Hessian is not positive semi-definite ({error}); pass X Xᵀ summed over the "
+            "calibration tokens, in float32 or better"
+        ) from error
+    return factor
+
+
+def settle_columns(
+    matrix: Tensor, factor: Tensor, settle: Callable[[int, Tensor], Tensor], width: int = 128
+) -> None:
+    """Replace the columns of a matrix in place, from left to right.
+
+    Args:
+        matrix: (d_out, d_in), float32.
+        factor: from :func:`inverse_factor`, float32.
+        settle: called with j and what columns j up to the end of its block have become by then; returns what
+            column j shall be, (d_out,).
+        width: of a block: the columns behind it get its errors in one product.
+
+    >>> matrix = torch.tensor([[1.0, 1.0]])
+    >>> hessian = torch.tensor([[1.0, 1.0], [1.0, 1.0]])
+    >>> settle_columns(matrix, inverse_factor(hessian, "weight").float(), lambda j, block: block[:, 0] * j)
+    >>> matrix.round(decimals=1)  # the second input says what the first does
+    tensor([[0., 2.]])
+    """
+    for start in range(0, matrix.shape[1], width):
+        stop = min(start + width, matrix.shape[1])
+        block, rest = matrix[:, start:stop], matrix[:, stop:]
+        own = factor[start:stop, start:stop]
+        errors = torch.empty_like(block)
+        for j in range(stop - start):
+            settled = settle(start + j, block[:, j:])
+            errors[:, j] = (block[:, j] - settled) / own[j, j]
+            block[:, j] = settled
+            block[:, j + 1 :].addr_(errors[:, j], own[j, j + 1 :], alpha=-1)
+        rest.addmm_(errors, factor[start:stop, stop:], alpha=-1)
