@@ -62,6 +62,7 @@ def measure_block(
         Name → measure; a layer that did not run is absent.
     """
     linears = {name: target.module for name, target in targets.items()}
+    config = replace(config, values=OatsConfig.values)  # codes come after the decomposition
     statistics = input_statistics(runner, index, linears, config)
     weights = {
         f"{name}.{part}" if part else name: (weight, statistics[name])

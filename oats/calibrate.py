@@ -313,6 +313,24 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
             module.forward = own
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and no key-value cache: a cache would hold every block's keys at once."""
+    training = [module for module in model.modules() if module.training]
+    configuration = getattr(model, "config", None)
+    use_cache = getattr(configuration, "use_cache", None)
+    model.eval()
+    if use_cache is not None:
+        configuration.use_cache = False  # type: ignore[union-attr]
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+        if use_cache is not None:
+            configuration.use_cache = use_cache  # type: ignore[union-attr]
+
+
 def second_moments(runner: BlockRunner, index: int, linears: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     """Σ over tokens of x_j² at the input of each linear layer of a block (arXiv 2409.13652, section 2.2).
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from oats.allocation import allocate, measure_block
-from oats.calibrate import TOKENS_PER_BATCH, BlockRunner, Calibration, Held, as_batches, rehearse
+from oats.calibrate import TOKENS_PER_BATCH, BlockRunner, Calibration, Held, as_batches, evaluating, rehearse
 from oats.config import OatsConfig
 from oats.decomposition import Decomposition, decompose_batch
 from oats.distributed import Ranks
@@ -20,7 +19,7 @@ from oats.errors import ConfigError, UnsupportedModelError
 from oats.format import DTYPES, storage_dtype
 from oats.gated_mlp import merge_gated_mlps_
 from oats.matching import TOKENS_PER_STEP, match_block
-from oats.methods import decompose_by_method, input_statistics
+from oats.methods import decompose_by_method, hessian_of, input_statistics, second_moments_of
 from oats.models import find_blocks
 from oats.models.experts import split_all_
 from oats.models.linear import FUSED
@@ -245,9 +244,12 @@ class Walk:
             self._ranks.barrier()
         self._replaced = []
         made: list[SparseLowRankLinear] = []
+        hessians: list[Tensor | None] = []  # that codes wait for until the layers have been matched
         parts: dict[str, SparseLowRankLinear] = {}
         done = len(self.report.layers) + self._not_run()
         for matrix, layer, layer_report in self._decompositions(matrices):
+            if self._config.block_matching:
+                hessians.append(hessian_of(matrix.statistic, self._config))
             parts[matrix.part] = layer
             target = targets[matrix.layer]
             if len(parts) == (len(target.outputs) or 1):
@@ -261,8 +263,8 @@ class Walk:
         if self._config.block_matching and made:
             self._match(index, made)
             if self._config.storage.has_codes:
-                for layer in made:
-                    quantize_layer_(layer, self._config.storage)
+                for layer, hessian in zip(made, hessians, strict=True):
+                    quantize_layer_(layer, self._config.storage, hessian)
 
     def advance(self, index: int, into: Held | None = None) -> None:
         """Let the compressed block make the inputs of the next one, see :meth:`BlockRunner.advance`."""
@@ -369,7 +371,8 @@ class Walk:
             if len(batch) == 1:
                 tried = [decompose_by_method(weights[0], statistics[0], settings, names[0])]
             else:
-                tried = decompose_batch(weights, statistics, settings, names)
+                moments = [second_moments_of(statistic, settings) for statistic in statistics]
+                tried = decompose_batch(weights, moments, settings, names)
             best = [
                 min(pair, key=lambda result: result.relative_error)
                 for pair in zip(best or tried, tried, strict=True)
@@ -388,7 +391,7 @@ class Walk:
     def _layer(self, matrix: _Matrix, result: Decomposition) -> SparseLowRankLinear:
         layer = SparseLowRankLinear.from_decomposition(result, matrix.bias)
         if self._storage.has_codes:
-            quantize_layer_(layer, self._storage)
+            quantize_layer_(layer, self._storage, hessian_of(matrix.statistic, self._config))
         return layer
 
     def _of_tensors(self, matrix: _Matrix, tensors: Mapping[str, Tensor]) -> SparseLowRankLinear:
@@ -459,21 +462,3 @@ def convert(model: nn.Module, dtype: torch.dtype) -> None:
 def convert_batch(batch: dict[str, Tensor], dtype: torch.dtype, stored: torch.dtype) -> dict[str, Tensor]:
     """Images and the like come in the model's dtype, and go over to the new one with it."""
     return {k: v.to(stored) if getattr(v, "dtype", None) == dtype else v for k, v in batch.items()}
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and no key-value cache: a cache would hold every block's keys at once."""
-    training = [module for module in model.modules() if module.training]
-    configuration = getattr(model, "config", None)
-    use_cache = getattr(configuration, "use_cache", None)
-    model.eval()
-    if use_cache is not None:
-        configuration.use_cache = False  # type: ignore[union-attr]
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-        if use_cache is not None:
-            configuration.use_cache = use_cache  # type: ignore[union-attr]

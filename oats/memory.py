@@ -24,7 +24,7 @@ _MATRIX_BYTES = {"fast": 28, "exact": 80}
 # The same of the methods that take a Hessian.
 _HESSIAN_METHODS = ("oats-hessian", "sparsegpt")
 _MATRIX_BYTES_WITH_HESSIAN = {"fast": 60, "exact": 120}
-# While the eigenvectors of a Hessian are computed, and of the matrix then.
+# While the eigenvectors of a Hessian, or factors of its inverse, are computed, and of the matrix then.
 _HESSIAN_BYTES, _WAITING_MATRIX_BYTES = 48, 12
 
 # Copies of the widest activation, in the model's dtype, that are alive at once inside a block; and of a
@@ -101,7 +101,7 @@ def block_bytes(
         "compressed weights": round(2 * compressed),
     }
     decomposing = max(decomposition_bytes(d_out, d_in, config) for d_out, d_in in shapes)
-    if config.method in _HESSIAN_METHODS:
+    if config.method in _HESSIAN_METHODS or config.storage.values == "int4":
         # Layers that share an input share its Hessian. Another of each while those of one batch are summed.
         inputs = {weight.shape[1] for target in targets.values() for weight, _ in target.matrices().values()}
         need["Hessians"] = 2 * 4 * sum(d_in**2 for d_in in inputs)
@@ -115,10 +115,11 @@ def block_bytes(
 
 def decomposition_bytes(d_out: int, d_in: int, config: OatsConfig) -> int:
     """What the decomposition of one matrix takes, in bytes; a prediction."""
-    if config.method not in _HESSIAN_METHODS:
-        return _FIXED + _MATRIX_BYTES[config.svd] * d_out * d_in
-    own = _MATRIX_BYTES_WITH_HESSIAN[config.svd] * d_out * d_in
-    return _FIXED + max(own, _WAITING_MATRIX_BYTES * d_out * d_in + _HESSIAN_BYTES * d_in**2)
+    with_hessian = _WAITING_MATRIX_BYTES * d_out * d_in + _HESSIAN_BYTES * d_in**2
+    if config.method in _HESSIAN_METHODS:
+        return _FIXED + max(_MATRIX_BYTES_WITH_HESSIAN[config.svd] * d_out * d_in, with_hessian)
+    own = _MATRIX_BYTES[config.svd] * d_out * d_in
+    return _FIXED + (max(own, with_hessian) if config.storage.values == "int4" else own)
 
 
 class Limit:

@@ -40,10 +40,34 @@ def input_statistics(
 
     Returns:
         Name → second moments (d_in,), Hessian (d_in, d_in), or means and variances (2, d_in). A layer that
-        did not run is absent.
+        did not run is absent. int4 codes are fitted by Hessians, which then stand in for second moments.
     """
     statistics, _ = _METHODS[config.method]
+    if _rounds_by_hessian(config) and statistics is second_moments:
+        statistics = hessians
     return statistics(runner, index, linears)
+
+
+def _rounds_by_hessian(config: OatsConfig) -> bool:
+    """Whether codes are so coarse that it pays to pass their errors on."""
+    return config.storage.values == "int4"
+
+
+def second_moments_of(statistic: Tensor, config: OatsConfig) -> Tensor:
+    """What the method takes, where Hessians were collected for the codes alone.
+
+    >>> import torch
+    >>> second_moments_of(torch.eye(2), OatsConfig(values="int4"))
+    tensor([1., 1.])
+    """
+    own, _ = _METHODS[config.method]
+    return statistic.diagonal() if own is second_moments and statistic.dim() == 2 else statistic
+
+
+def hessian_of(statistic: Tensor, config: OatsConfig) -> Tensor | None:
+    """The Hessian that codes are fitted by, None where they are rounded without."""
+    own, _ = _METHODS[config.method]
+    return statistic if _rounds_by_hessian(config) and own in (second_moments, hessians) else None
 
 
 def decompose_by_method(
@@ -65,4 +89,4 @@ def decompose_by_method(
     8
     """
     _, decomposed = _METHODS[config.method]
-    return decomposed(weight, statistic, **config.decompose_options(), name=name)
+    return decomposed(weight, second_moments_of(statistic, config), **config.decompose_options(), name=name)

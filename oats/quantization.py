@@ -13,7 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from oats.bitmask import decode, decode_mask
+from oats.calibrate import BlockRunner, Calibration, as_batches, evaluating, hessians
+from oats.error_feedback import inverse_factor, settle_columns
 from oats.errors import WeightError
+from oats.models import find_blocks
 from oats.storage import CODEBOOK, LowRank, Storage, Values, pack_nibbles
 
 if TYPE_CHECKING:
@@ -40,22 +43,23 @@ def quantize_tensors(
     tensors: Mapping[str, Tensor],
     d_in: int,
     storage: Storage,
-    importance: Tensor | None = None,
+    hessian: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """The tensors of a layer, with codes in the place of numbers.
 
     Each input is first multiplied by the power of two that brings the kept values for it to the size of the
     others. The scales of int8 map the largest magnitude to 127. Those of int4, and its codebook, minimise
-    ``Σ importance_j (s_ij − ŝ_ij)²``.
+    ``Σ H_jj (s_ij − ŝ_ij)²``. With a Hessian, the error of each code is then made good by the kept
+    values of the inputs to come (GPTQ, arXiv 2210.17323, on the support).
 
     Args:
         tensors: ``mask``, ``values``, ``low_rank_u`` and ``low_rank_v`` of :mod:`oats.format`, exact.
         d_in: inputs.
         storage: what becomes codes.
-        importance: (d_in,), the second moment of each input; None means that it is not known.
+        hessian: (d_in, d_in), ``X Xᵀ`` of the layer's inputs; None means that it is not known.
 
     Raises:
-        WeightError: a value is not finite.
+        WeightError: a value is not finite, or the Hessian is not positive semi-definite.
 
     >>> from oats.bitmask import encode
     >>> mask, values = encode(torch.tensor([[0.5, 0.0, -1.0]]))
@@ -77,9 +81,10 @@ def quantize_tensors(
     if storage.values == "exact":
         result["values"] = sparse[kept].to(tensors["values"].dtype)
     else:
-        weight = torch.ones(d_in) if importance is None else importance.float() * powers.square()
+        if hessian is not None:
+            hessian = hessian * (powers * powers[:, None])
         fit = _int8 if storage.values == "int8" else _int4
-        result |= fit(sparse, kept, weight, storage)
+        result |= fit(sparse, kept, storage, hessian)
     result["input_exponent"] = exponent
     v = tensors["low_rank_v"]
     tensors = {**tensors, "low_rank_v": (v.float() / powers).to(v.dtype)}
@@ -100,17 +105,23 @@ def quantize_(
     low_rank: LowRank = "int8",
     scale_columns: int = 128,
     *,
+    calibration: Calibration | None = None,
+    blocks: str | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> int:
     """Store every compressed layer of a model as codes, in place.
 
-    Layers that hold codes already are fitted anew from the numbers for which these stand.
+    Layers that hold codes already are fitted anew from the numbers for which these stand. With calibration
+    data, the error of each code is made good by the values after it (:func:`quantize_tensors`), block by
+    block, each on what the coded blocks before it return.
 
     Args:
         model: with `SparseLowRankLinear` layers; or such a layer.
         values: of the kept values: "exact", "int8" or "int4".
         low_rank: of the factors: "exact" or "int8".
         scale_columns: columns of a row that share a scale, 64 or 128.
+        calibration: as of :func:`oats.compress_`; None means that codes are rounded one by one.
+        blocks: as there; it is needed for calibration only.
         progress: called after each layer with: layers done, layers in all, the layer's name.
 
     Returns:
@@ -119,23 +130,49 @@ def quantize_(
     Raises:
         ConfigError: there is no such storage.
         WeightError: a layer has values that are not finite; the message names it.
+        UnsupportedModelError, CalibrationError: as :func:`oats.compress_`.
     """
-    from oats.nn import SparseLowRankLinear
-
     storage = Storage.of(values, low_rank, scale_columns)
-    modules = model.named_modules()
-    layers = {name: module for name, module in modules if isinstance(module, SparseLowRankLinear)}
-    for done, (name, layer) in enumerate(layers.items(), start=1):
-        try:
-            quantize_layer_(layer, storage)
-        except WeightError as error:
-            raise WeightError(f"{name}: {error}") from error
+    layers = _layers_of(model)
+    left = dict(layers)
+    for known in () if calibration is None else _by_block(model, calibration, blocks):
+        for name, hessian in known.items():
+            _quantize_named_(name, left.pop(name), storage, hessian)
+            if progress is not None:
+                progress(len(layers) - len(left), len(layers), name)
+    for done, (name, layer) in enumerate(left.items(), start=len(layers) - len(left) + 1):
+        _quantize_named_(name, layer, storage, None)
         if progress is not None:
             progress(done, len(layers), name)
     return len(layers)
 
 
-def quantize_layer_(layer: SparseLowRankLinear, storage: Storage, importance: Tensor | None = None) -> None:
+def _layers_of(module: nn.Module, prefix: str = "") -> dict[str, SparseLowRankLinear]:
+    from oats.nn import SparseLowRankLinear
+
+    modules = module.named_modules(prefix=prefix)
+    return {name: layer for name, layer in modules if isinstance(layer, SparseLowRankLinear)}
+
+
+def _by_block(model: nn.Module, calibration: Calibration, blocks: str | None) -> Iterator[dict[str, Tensor]]:
+    """Name of a layer → Hessian of its inputs, block by block, each once the one before has its codes."""
+    path, block_list = find_blocks(model, blocks)
+    runner = BlockRunner(model, list(block_list), as_batches(model, calibration))
+    with evaluating(model):
+        for index, block in enumerate(block_list):
+            yield hessians(runner, index, _layers_of(block, f"{path}.{index}"))
+            if index + 1 < len(block_list):
+                runner.advance(index)
+
+
+def _quantize_named_(name: str, layer: SparseLowRankLinear, storage: Storage, hessian: Tensor | None) -> None:
+    try:
+        quantize_layer_(layer, storage, hessian)
+    except WeightError as error:
+        raise WeightError(f"{name}: {error}") from error
+
+
+def quantize_layer_(layer: SparseLowRankLinear, storage: Storage, hessian: Tensor | None = None) -> None:
     """Store one layer as `storage` says; see :func:`quantize_tensors`."""
     tensors = layer.canonical()
     if layer.storage.has_codes:
@@ -144,7 +181,7 @@ def quantize_layer_(layer: SparseLowRankLinear, storage: Storage, importance: Te
         exact = {"values": sparse[kept], "low_rank_u": u, "low_rank_v": v}
         tensors = {"mask": tensors["mask"]} | {name: t.to(layer.dtype) for name, t in exact.items()}
     if storage.has_codes:
-        tensors = quantize_tensors(tensors, layer.in_features, storage, importance)
+        tensors = quantize_tensors(tensors, layer.in_features, storage, hessian)
     layer.store_(tensors, storage)
 
 
@@ -163,9 +200,41 @@ def _input_exponent(sparse: Tensor, kept: Tensor) -> Tensor:
     return exponent.clamp_(-LARGEST_EXPONENT, LARGEST_EXPONENT).to(torch.int8)
 
 
-def _int8(sparse: Tensor, kept: Tensor, importance: Tensor, storage: Storage) -> dict[str, Tensor]:
+def _int8(sparse: Tensor, kept: Tensor, storage: Storage, hessian: Tensor | None) -> dict[str, Tensor]:
     codes, scale = _round_to_int8(sparse, storage.scale_columns)
+    if hessian is not None:
+        settled = _with_feedback(sparse, kept, scale, storage.scale_columns, hessian, _nearest_int8)
+        codes = settled.to(torch.int8)
     return {"values": codes[kept], "values_scale": scale}
+
+
+def _nearest_int8(shares: Tensor) -> Tensor:
+    return shares.round().clamp_(-LARGEST, LARGEST)
+
+
+def _with_feedback(
+    sparse: Tensor,
+    kept: Tensor,
+    scale: Tensor,
+    scale_columns: int,
+    hessian: Tensor,
+    nearest: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Values of S in units of their scales: each what `nearest` makes of it, given the errors before it.
+
+    What is not kept stays zero; the errors that fall to it are passed on as well.
+    """
+    factor = inverse_factor(hessian, "its inputs").float()
+    each = scale.float()
+    shares = torch.empty_like(sparse)
+
+    def settle(j: int, block: Tensor) -> Tensor:
+        unit = each[:, j // scale_columns]
+        shares[:, j] = torch.where(kept[:, j] & (unit > 0), nearest(block[:, 0] / unit), 0)
+        return shares[:, j] * unit
+
+    settle_columns(sparse.clone(), factor, settle)
+    return shares
 
 
 def _round_to_int8(matrix: Tensor, scale_columns: int) -> tuple[Tensor, Tensor]:
@@ -175,13 +244,14 @@ def _round_to_int8(matrix: Tensor, scale_columns: int) -> tuple[Tensor, Tensor]:
     largest = padded.view(rows, padded.shape[1] // scale_columns, scale_columns).abs().amax(-1)
     scale = (largest / LARGEST).bfloat16()
     each = scale.float().repeat_interleave(scale_columns, 1)[:, :columns]
-    codes = (matrix / each).nan_to_num_(0).round_().clamp_(-LARGEST, LARGEST)
+    codes = _nearest_int8((matrix / each).nan_to_num_(0))
     return codes.to(torch.int8), scale
 
 
-def _int4(sparse: Tensor, kept: Tensor, importance: Tensor, storage: Storage) -> dict[str, Tensor]:
+def _int4(sparse: Tensor, kept: Tensor, storage: Storage, hessian: Tensor | None) -> dict[str, Tensor]:
     rows, columns = sparse.shape
     padding = (0, -columns % storage.scale_columns)
+    importance = torch.ones(columns) if hessian is None else hessian.diagonal().float()
     weight = nn.functional.pad(importance, padding).view(-1, storage.scale_columns)
     padded = nn.functional.pad(sparse.abs(), padding)
     magnitudes = padded.view(rows, storage.scales(columns), storage.scale_columns)
@@ -193,6 +263,13 @@ def _int4(sparse: Tensor, kept: Tensor, importance: Tensor, storage: Storage) ->
     for part in _chunks(rows, columns):
         scale[part], chosen = _fit_scales(magnitudes[part], weight, levels)
         codes[part] = chosen.view(len(chosen), -1)[:, :columns]
+    if hessian is not None:
+
+        def nearest(shares: Tensor) -> Tensor:
+            return levels[_nearest(shares.abs(), levels).int()].copysign_(shares)
+
+        sparse = _with_feedback(sparse, kept, scale, storage.scale_columns, hessian, nearest)
+        codes = _nearest(sparse.abs(), levels)
     # The lower half of the codebook are the negative levels.
     codes = torch.where(sparse < 0, CODEBOOK // 2 - 1 - codes, CODEBOOK // 2 + codes)
     codebook = torch.cat([-levels.flip(0), levels]).to(torch.int8)

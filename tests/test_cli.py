@@ -674,6 +674,15 @@ def test_quantize(compressed, tmp_path, values):
     assert json.loads((again / "config.json").read_text())["quantization_config"]["format_version"] == 1
 
 
+def test_quantize_with_calibration(compressed, text, tmp_path):
+    plain, fitted = tmp_path / "plain", tmp_path / "fitted"
+    run("quantize", compressed, plain, "--values", "int4")
+    settings = ["--calibration", text, "--samples", 4, "--length", 24]
+    assert run("quantize", compressed, fitted, "--values", "int4", *settings).exit_code == 0
+    files = [(out / "model.safetensors").read_bytes() for out in (plain, fitted)]
+    assert len(files[0]) == len(files[1]) and files[0] != files[1]
+
+
 def test_quantize_refuses(dense, compressed, tmp_path):
     assert "no layer that oats compressed" in fails("quantize", dense, tmp_path / "out")
     assert "values are 'int3'" in fails("quantize", compressed, tmp_path / "out", "--values", "int3")

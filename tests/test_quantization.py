@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from oats import OatsConfig, SparseLowRankLinear, ops, quantize_
-from oats.bitmask import decode, encode
+from oats.bitmask import decode, decode_mask, encode
 from oats.errors import ConfigError, FormatError, WeightError
 from oats.quantization import quantize_tensors
 from oats.storage import EXACT, Storage, pack_nibbles, unpack_nibbles
 from tests.conftest import DTYPES, ISAS, random_layer
+from tests.tiny import compressed_llama
 
 STORAGES = [
     Storage("int8", "int8", 128),
@@ -180,7 +181,7 @@ def test_the_error_of_a_fit(scale_columns: int) -> None:
     for values in ("int8", "int4"):
         storage = Storage(values, "int8", scale_columns)
         errors[values] = error_of(
-            quantize_tensors(layer, 512, storage, importance), storage, sparse, importance
+            quantize_tensors(layer, 512, storage, torch.diag(importance)), storage, sparse, importance
         )
     # Half a step of 2/254 of the range each way, evenly; the range is some 3 deviations of 1.
     assert errors["int8"] < 0.008
@@ -192,13 +193,49 @@ def test_the_error_of_a_fit(scale_columns: int) -> None:
     assert errors["int4"] < 0.7 * usual
 
 
+@pytest.mark.parametrize("values", ["int8", "int4"])
+def test_errors_are_made_good_by_the_inputs_to_come(values: str) -> None:
+    generator = torch.Generator().manual_seed(3)
+    layer = pruned(64, 256, 0.4)
+    inputs = torch.randn(256, 32, generator=generator) @ torch.randn(32, 2000, generator=generator)
+    inputs += 0.3 * torch.randn(256, 2000, generator=generator)
+    hessian = inputs @ inputs.T
+    storage = Storage.of(values, "int8", 64)
+    lost = []
+    for known in (hessian.diagonal().diag(), hessian):
+        codes = quantize_tensors(layer, 256, storage, known)
+        there, _, _ = storage.exact_parts(codes, 256)
+        assert not bool(there[~decode_mask(layer["mask"], 256)].any())
+        lost.append(float(((there - decode(layer["mask"], layer["values"], 256)) @ inputs).norm()))
+    assert lost[1] < 0.85 * lost[0]
+
+
+def test_codes_of_a_model_are_fitted_by_calibration() -> None:
+    model, _ = compressed_llama(dtype="fp32")
+    tokens = torch.randint(0, 97, (16, 64), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        exact = model(tokens).logits
+    lost = []
+    for calibration in (None, tokens):
+        coded = copy.deepcopy(model)
+        done: list[str] = []
+        count = quantize_(
+            coded, "int4", calibration=calibration, progress=lambda *args, names=done: names.append(args[2])
+        )
+        assert count == len({*done}) == len(done) == 14
+        with torch.inference_mode():
+            lost.append(float((coded(tokens).logits - exact).norm()))
+        assert coded.config.use_cache and not coded.training
+    assert lost[1] < 0.95 * lost[0]
+
+
 def test_importance_is_weighed() -> None:
     layer = pruned(64, 128, 0.5)
     sparse = decode(layer["mask"], layer["values"], 128)
     importance = torch.ones(128)
     importance[::2] = 100.0
     storage = Storage("int4", "int8", 128)
-    weighed = quantize_tensors(layer, 128, storage, importance)
+    weighed = quantize_tensors(layer, 128, storage, torch.diag(importance))
     plain = quantize_tensors(layer, 128, storage)
     assert error_of(weighed, storage, sparse, importance) < error_of(plain, storage, sparse, importance)
 

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from oats.cli.options import CalibrationText, Length, Samples
 from oats.errors import ConfigError
 
 
@@ -16,28 +17,48 @@ def quantize(
     values: Annotated[str, typer.Option(help="Kept values: int8, int4, or exact.")] = "int8",
     low_rank: Annotated[str, typer.Option(help="Low-rank factors: int8 or exact.")] = "int8",
     scale_columns: Annotated[int, typer.Option(help="Columns that share a scale: 64 or 128.")] = 128,
+    calibrate: Annotated[
+        bool, typer.Option(help="Fit codes by what the layers see: worth it for int4, takes longer.")
+    ] = False,
+    calibration: CalibrationText = None,
+    samples: Samples = 64,
+    length: Length = 512,
     overwrite: Annotated[bool, typer.Option(help="Replace a model that is already at OUT.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Store the values of a compressed model as int8 or int4 codes: fewer bytes, and faster for it.
 
-    No calibration is needed. With `oats compress --values int4`, later blocks are fitted to what the coded
-    ones before them return.
+    No calibration is needed. With --calibrate, or a --calibration text, the error of each code is made good
+    by the values after it, and later blocks are fitted to what the coded ones before them return.
     """
     from oats.cli.console import human_bytes, print_json, progress_bar, results, settings_table
+    from oats.evaluate.text import bos_token_id, builtin_text, calibration_windows, read_text, tokenize
     from oats.integrations.checkpoint import check_output, load_model, save_model
     from oats.integrations.stored_model import read_stored_model
     from oats.quantization import quantize_
     from oats.storage import Storage
 
-    Storage.of(values, low_rank, scale_columns)  # type: ignore[arg-type]  # checks them
+    storage = Storage.of(values, low_rank, scale_columns)  # type: ignore[arg-type]  # checks them
     check_output(out, overwrite=overwrite, source=directory)
     before = read_stored_model(directory)
     if not before.layers:
         raise ConfigError(f"{directory} has no layer that oats compressed; run `oats compress` first")
     model, tokenizer = load_model(directory)
+    windows = None
+    if calibrate or calibration is not None:
+        text = builtin_text("first") if calibration is None else read_text(calibration)
+        windows = calibration_windows(
+            tokenize(tokenizer, text, model.get_input_embeddings().num_embeddings),
+            samples,
+            length,
+            bos=bos_token_id(tokenizer),
+            name=text.name,
+        )
     with progress_bar("Quantising") as bar:
-        quantize_(model, values, low_rank, scale_columns, progress=bar.update)  # type: ignore[arg-type]
+        quantize_(
+            model, storage.values, storage.low_rank, storage.scale_columns,
+            calibration=windows, progress=bar.update,
+        )  # fmt: skip
     save_model(model, tokenizer, out, overwrite=overwrite)
     after = read_stored_model(out)
     sizes = [sum(layer.stored_bytes for layer in stored.layers) for stored in (before, after)]

@@ -15,7 +15,7 @@ from torch import Tensor
 from oats import __version__
 from oats.allocation import allocate, measure_block
 from oats.atomic_file import write_file, write_text
-from oats.calibrate import BlockRunner, as_batches, first_sequence
+from oats.calibrate import BlockRunner, as_batches, evaluating, first_sequence
 from oats.compress import (
     CompressionReport,
     LayerReport,
@@ -23,7 +23,6 @@ from oats.compress import (
     Walk,
     checked_config,
     convert,
-    evaluating,
     tokens_per_batch,
 )
 from oats.config import OatsConfig
