@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from oats.cli.options import CalibrationText, DenseModel, Length, Pattern, Samples, Seed
+from oats.cli.options import CalibrationText, DenseModel, Length, Pattern, Seed
 from oats.config import OatsConfig
 from oats.errors import ConfigError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from oats.distributed import Ranks
     from oats.integrations.staging import Staging
 
@@ -67,7 +69,17 @@ def compress(
         typer.Option(help="Rank ratio to try; each layer takes the best of those given. May be repeated."),
     ] = None,
     calibration: CalibrationText = None,
-    samples: Samples = 64,
+    images: Annotated[
+        Path | None,
+        typer.Option(help="Directory of images to calibrate a vision model on.", show_default="none"),
+    ] = None,
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            help="Calibration sequences (the paper: 128), or images.",
+            show_default="64 sequences; all images, at most 2048",
+        ),
+    ] = None,
     length: Length = 512,
     blocks: Annotated[
         str | None,
@@ -129,7 +141,7 @@ def compress(
     with joined() as ranks:
         report = _run(
             model, out, config, ranks,
-            calibration=calibration, samples=samples, length=length, blocks=blocks,
+            calibration=calibration, images=images, samples=samples, length=length, blocks=blocks,
             split=("qkv_proj", "gate_up_proj") if split_gate_up else ("qkv_proj",),
             overwrite=overwrite, restart=restart, memory_limit=limit,
         )  # fmt: skip
@@ -144,7 +156,8 @@ def _run(
     ranks: Ranks,
     *,
     calibration: Path | None,
-    samples: int,
+    images: Path | None,
+    samples: int | None,
     length: int,
     blocks: str | None,
     split: tuple[str, ...],
@@ -155,7 +168,6 @@ def _run(
     """Do it; returns what is to be said about it."""
     from oats.cli.console import layers_progress, status
     from oats.compress import compress_
-    from oats.evaluate.text import bos_token_id, builtin_text, calibration_windows, read_text, tokenize
     from oats.integrations.checkpoint import check_output, load_dense_source, load_model, save_model
     from oats.integrations.model_card import write_model_card
     from oats.integrations.staging import Staging
@@ -169,21 +181,19 @@ def _run(
     if not staging.is_delivered():
         check_output(out, overwrite=overwrite, source=model)
     out = staging.out
-    text = builtin_text("first") if calibration is None else read_text(calibration)
     with status(f"Loading {model}"):
         opened = load_dense_source(model, config.dtype, blocks)
         if opened is None:
-            network, tokenizer = load_model(model, config.dtype)
+            network, tokenizer = load_model(model, config.dtype, as_saved=True)
         else:
             source, tokenizer, dtype = opened
             network = source.model
-    windows = calibration_windows(
-        tokenize(tokenizer, text, network.get_input_embeddings().num_embeddings),
-        samples,
-        length,
-        bos=bos_token_id(tokenizer),
-        name=text.name,
-    )
+    if tokenizer is None:
+        data, calibrated_on = _images(network, model, images, samples, calibration)
+    elif images is None:
+        data, calibrated_on = _sequences(network, tokenizer, calibration, samples or 64, length)
+    else:
+        raise ConfigError(f"{model} takes tokens: calibrate it on a text (--calibration), not on --images")
     started = time.perf_counter()
     with layers_progress() if ranks.rank == 0 else nullcontext() as progress:
         if opened is not None:
@@ -191,7 +201,7 @@ def _run(
 
             with _telling_where_it_stopped(staging):
                 made = compress_directory(
-                    source, tokenizer, windows, out, config, dtype=dtype, split=split,
+                    source, tokenizer, data, out, config, dtype=dtype, split=split,
                     overwrite=overwrite, restart=restart, memory_limit=memory_limit, ranks=ranks,
                     progress=progress,
                 )  # fmt: skip
@@ -201,16 +211,15 @@ def _run(
                 "no directory of safetensors files, or its blocks share weights or are stored in another form"
             )
         else:
-            made = compress_(network, windows, config, blocks=blocks, split=split, progress=progress)
+            made = compress_(network, data, config, blocks=blocks, split=split, progress=progress)
     seconds = time.perf_counter() - started
     known: dict[str, Any] = {
         "source": model,
         "seconds": seconds,
-        "calibration": {
-            "text": Path(text.name).name, "split": text.split, "sha256": text.sha256,
-            "samples": samples, "length": length,
-        },
-    }  # fmt: skip
+        "calibration": {name: value for name, value in calibrated_on.items() if name != "characters"},
+    }
+    if "text" in calibrated_on:
+        known["calibration"]["text"] = Path(calibrated_on["text"]).name
     if opened is None:
         with status(f"Saving {out}"):
             save_model(network, tokenizer, out, overwrite=overwrite, report=made, **known)
@@ -228,7 +237,8 @@ def _run(
         "block_matching": config.block_matching,
         **config.to_dict(),
         "iterations": config.resolved_iterations,
-        "calibration": {**text.settings(), "samples": samples, "length": length},
+        "calibration": calibrated_on,
+        "generates": bool(network.can_generate()),
         "seconds": seconds,
         "peak_memory_bytes": peak_bytes(),
         "layers": len(stored.layers),
@@ -236,6 +246,42 @@ def _run(
         "share_of_dense_bf16": layer_bytes / dense_bytes if dense_bytes else None,
         "disk_bytes": stored.disk_bytes,
     }
+
+
+def _sequences(
+    network: Any, tokenizer: Any, calibration: Path | None, samples: int, length: int
+) -> tuple[Tensor, dict[str, Any]]:
+    """Token ids, and what identifies them."""
+    from oats.evaluate.text import builtin_text, calibration_windows, framing_tokens, read_text, tokenize
+
+    text = builtin_text("first") if calibration is None else read_text(calibration)
+    ids = tokenize(tokenizer, text, network.get_input_embeddings().num_embeddings)
+    bos, sep = framing_tokens(tokenizer)
+    windows = calibration_windows(ids, samples, length, bos=bos, sep=sep, name=text.name)
+    return windows, {**text.settings(), "samples": samples, "length": length}
+
+
+def _images(
+    network: Any, model: str, images: Path | None, samples: int | None, calibration: Path | None
+) -> tuple[Tensor, dict[str, Any]]:
+    """Pixels, and what identifies them."""
+    from hashlib import sha256
+
+    from oats.cli.console import status
+    from oats.integrations.vision import calibration_images, read_images
+
+    if images is None or calibration is not None:
+        raise ConfigError(
+            f"{model} ({type(network).__name__}) takes images: calibrate it on a directory of images like "
+            "those that it is for (--images DIR)" + (", not on a text" if calibration is not None else "")
+        )
+    chosen = calibration_images(images, samples)
+    with status(f"Reading {len(chosen)} images"):
+        pixels = read_images(chosen, network, model)
+    content = sha256()
+    for file in chosen:
+        content.update(file.read_bytes())
+    return pixels, {"images": images.name, "sha256": content.hexdigest()[:12], "samples": len(chosen)}
 
 
 @contextmanager
@@ -258,6 +304,16 @@ def _print(report: dict[str, Any], as_json: bool) -> None:
         print_json(report)
         return
     share, calibration = report["share_of_dense_bf16"], report["calibration"]
+    if "images" in calibration:
+        calibrated_on = f"{calibration['samples']} images of {calibration['images']}"
+    else:
+        calibrated_on = (
+            f"{calibration['samples']} x {calibration['length']} tokens of {calibration['text']}, "
+            f"{calibration['split']}"
+        )
+    commands = ["oats info {}"]
+    if report["generates"]:
+        commands = ["oats eval {}", "oats generate {} 'Once upon a time'", *commands]
     results().print(
         settings_table(
             {
@@ -267,11 +323,8 @@ def _print(report: dict[str, Any], as_json: bool) -> None:
                 "linear layers": human_bytes(report["layer_bytes"])
                 + (f" ({share:.3f} of dense bf16)" if share else ""),
                 "on disk": f"{human_bytes(report['disk_bytes'])} in all, embeddings and tokenizer included",
-                "calibration": f"{calibration['samples']} x {calibration['length']} tokens of "
-                f"{calibration['text']}, {calibration['split']}",
-                "next": "oats eval {0} · oats generate {0} 'Once upon a time' · oats info {0}".format(
-                    report["out"]
-                ),
+                "calibration": calibrated_on,
+                "next": " · ".join(command.format(report["out"]) for command in commands),
             }
         )
     )

@@ -43,9 +43,11 @@ def quantize(
     before = read_stored_model(directory)
     if not before.layers:
         raise ConfigError(f"{directory} has no layer that oats compressed; run `oats compress` first")
-    model, tokenizer = load_model(directory)
+    model, tokenizer = load_model(directory, as_saved=True)
     windows = None
     if calibrate or calibration is not None:
+        if tokenizer is None:
+            raise ConfigError(f"{directory} takes images; leave the calibration text out")
         text = builtin_text("first") if calibration is None else read_text(calibration)
         windows = calibration_windows(
             tokenize(tokenizer, text, model.get_input_embeddings().num_embeddings),
@@ -59,7 +61,7 @@ def quantize(
             model, storage.values, storage.low_rank, storage.scale_columns,
             calibration=windows, progress=bar.update,
         )  # fmt: skip
-    save_model(model, tokenizer, out, overwrite=overwrite)
+    save_model(model, tokenizer, out, overwrite=overwrite, source=str(directory))
     after = read_stored_model(out)
     sizes = [sum(layer.stored_bytes for layer in stored.layers) for stored in (before, after)]
     dense = sum(layer.dense_bf16_bytes for layer in before.layers)

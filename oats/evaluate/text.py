@@ -89,6 +89,17 @@ def bos_token_id(tokenizer: Any) -> int | None:
     return tokenizer.bos_token_id if ids and ids[0] == tokenizer.bos_token_id else None
 
 
+def framing_tokens(tokenizer: Any) -> tuple[int | None, int | None]:
+    """What the tokenizer puts around a text: BOS or CLS before it, SEP behind it; None where it puts none."""
+    ids = tokenizer("a").input_ids or [None]
+    first, last = ids[0], ids[-1]
+    before = (
+        first if first is not None and first in (tokenizer.bos_token_id, tokenizer.cls_token_id) else None
+    )
+    after = last if last is not None and last == tokenizer.sep_token_id else None
+    return before, after
+
+
 def tokenize(tokenizer: Any, text: Text, vocabulary: int | None = None) -> Tensor:
     """Token ids of a text, without special tokens.
 
@@ -120,15 +131,22 @@ def tokenize(tokenizer: Any, text: Text, vocabulary: int | None = None) -> Tenso
 
 
 def calibration_windows(
-    ids: Tensor, samples: int, length: int, *, bos: int | None = None, name: str = "the calibration text"
+    ids: Tensor,
+    samples: int,
+    length: int,
+    *,
+    bos: int | None = None,
+    sep: int | None = None,
+    name: str = "the calibration text",
 ) -> Tensor:
     """Cut `samples` sequences of `length` tokens, evenly spaced and without overlap.
 
     Args:
         ids: (n,), as :func:`tokenize` gives it.
         samples: number of sequences.
-        length: tokens a sequence, `bos` included.
+        length: tokens a sequence, `bos` and `sep` included.
         bos: put in front of every sequence, as the model sees it when it is used.
+        sep: put behind every sequence.
         name: of the text, for error messages.
 
     Returns:
@@ -144,12 +162,13 @@ def calibration_windows(
     """
     import torch
 
-    if samples < 1 or length < 2:
+    frame = [[] if token is None else [token] for token in (bos, sep)]
+    taken = length - sum(map(len, frame))
+    if samples < 1 or length < 2 or taken < 1:
         raise CalibrationError(
-            f"calibration needs at least 1 sample of 2 tokens, got {samples} of {length}; "
-            "raise the samples or their length"
+            f"calibration needs at least 1 sample of {max(2, length - taken + 1)} tokens, got {samples} of "
+            f"{length}; raise the samples or their length"
         )
-    taken = length if bos is None else length - 1
     if ids.numel() < samples * taken:
         raise CalibrationError(
             f"{name} has {ids.numel()} tokens, but {samples} samples of {length} need {samples * taken}; "
@@ -157,6 +176,5 @@ def calibration_windows(
         )
     starts = torch.linspace(0, ids.numel() - taken, samples, dtype=torch.float64).floor().long()
     windows = ids[starts[:, None] + torch.arange(taken)]
-    if bos is None:
-        return windows
-    return torch.cat([torch.full((samples, 1), bos, dtype=ids.dtype), windows], dim=1)
+    before, after = (torch.tensor(tokens, dtype=ids.dtype).expand(samples, -1) for tokens in frame)
+    return torch.cat([before, windows, after], dim=1)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from oats.compress import CompressionReport
 
 
-def load_model(model: str | Path, dtype: str | None = None) -> tuple[Any, Any]:
+def load_model(model: str | Path, dtype: str | None = None, *, as_saved: bool = False) -> tuple[Any, Any]:
     """Load a causal language model and its tokenizer.
 
     Args:
@@ -29,9 +29,11 @@ def load_model(model: str | Path, dtype: str | None = None) -> tuple[Any, Any]:
             Hugging Face hub.
         dtype: ``"bf16"``, ``"fp32"``, or None for the checkpoint's own. A GGUF file is
             dequantised and has none: None means bf16.
+        as_saved: take the class of transformers that saved the model, where it is not a causal language
+            model: an encoder, a vision transformer.
 
     Returns:
-        The model, in evaluation mode, and the tokenizer.
+        The model, in evaluation mode, and the tokenizer; None for a model that takes images.
 
     Raises:
         CheckpointError: there is no model of that name, or it cannot be loaded.
@@ -40,22 +42,23 @@ def load_model(model: str | Path, dtype: str | None = None) -> tuple[Any, Any]:
     """
     _check_dtype(dtype)
     source, gguf_file = _locate(model)
-    return _load(model, source, gguf_file, _DTYPES["bf16"] if gguf_file and dtype is None else _DTYPES[dtype])
+    stored = _DTYPES["bf16"] if gguf_file and dtype is None else _DTYPES[dtype]
+    return _load(model, source, gguf_file, stored, as_saved and not gguf_file)
 
 
 def load_dense_source(
     model: str | Path, dtype: str | None = None, blocks: str | None = None
 ) -> tuple[DenseSource, Any, torch.dtype] | None:
-    """Load all but the blocks of a causal language model, and its tokenizer.
+    """Load all but the blocks of a model that takes tokens, and its tokenizer.
 
     Args:
-        model: as in :func:`load_model`.
+        model: as in :func:`load_model`; it is loaded by the class that saved it.
         dtype: in which the model is to be used, as there.
         blocks: dotted path of the list of blocks; None means that :mod:`oats.models` knows it.
 
     Returns:
         The model on disk, the tokenizer, and the dtype; None where it does not lie in safetensors files of a
-        local directory, or blocks cannot be read from them one at a time.
+        local directory, blocks cannot be read from them one at a time, or it takes images.
 
     Raises:
         CheckpointError, ConfigError, FormatError: as :func:`load_model`.
@@ -78,7 +81,9 @@ def load_dense_source(
     except FormatError as error:
         raise CheckpointError(f"cannot load the model {model}: {error}") from error
     # In the dtype of the files nothing is read: weights are the files themselves, mapped into memory.
-    network, tokenizer = _load(model, source, None, str(held).removeprefix("torch."))
+    network, tokenizer = _load(model, source, None, str(held).removeprefix("torch."), as_saved=True)
+    if tokenizer is None:
+        return None
     opened = DenseSource.open(directory, network, blocks)
     return None if opened is None else (opened, tokenizer, wanted)
 
@@ -91,7 +96,9 @@ def _check_dtype(dtype: str | None) -> None:
         raise ConfigError(f'dtype must be "bf16" or "fp32", got {dtype!r}')
 
 
-def _load(model: str | Path, source: str, gguf_file: str | None, dtype: str) -> tuple[Any, Any]:
+def _load(
+    model: str | Path, source: str, gguf_file: str | None, dtype: str, as_saved: bool
+) -> tuple[Any, Any]:
     import transformers
     from safetensors import SafetensorError
 
@@ -105,13 +112,15 @@ def _load(model: str | Path, source: str, gguf_file: str | None, dtype: str) -> 
         # Releases of transformers that have GgufConfig may leave the weights in GGUF blocks.
         if hasattr(transformers, "GgufConfig"):
             options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    # Typed as returning a model, whatever output_loading_info says.
-    from_pretrained: Any = transformers.AutoModelForCausalLM.from_pretrained
     try:
-        loaded, problems = from_pretrained(source, output_loading_info=True, **options)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            source, **({"gguf_file": gguf_file} if gguf_file else {})
-        )
+        # Typed as returning a model, whatever output_loading_info says.
+        kind: Any = _saved_class(source) if as_saved else transformers.AutoModelForCausalLM
+        loaded, problems = kind.from_pretrained(source, output_loading_info=True, **options)
+        tokenizer = None
+        if loaded.main_input_name != "pixel_values":
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                source, **({"gguf_file": gguf_file} if gguf_file else {})
+            )
     except OatsError:
         raise
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
@@ -125,6 +134,18 @@ def _load(model: str | Path, source: str, gguf_file: str | None, dtype: str) -> 
             f"or give a checkpoint of {type(loaded).__name__}"
         )
     return loaded.eval(), tokenizer
+
+
+def _saved_class(source: str) -> Any:
+    """The class that saved a model; that of causal language models where it is one, or not transformers'."""
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    config = transformers.AutoConfig.from_pretrained(source)
+    name = next(iter(config.architectures or []), "")
+    if name == MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type):
+        return transformers.AutoModelForCausalLM
+    return getattr(transformers, name, transformers.AutoModelForCausalLM)
 
 
 def _locate(model: str | Path) -> tuple[str, str | None]:
@@ -217,7 +238,8 @@ def save_model(
     Args:
         overwrite: replace a model that is already at `out`.
         report: of the compression, whose errors are kept beside the weights.
-        known: what else the model card says, see :func:`oats.integrations.model_card.write_model_card`.
+        known: what else the model card says, see :func:`oats.integrations.model_card.write_model_card`. From
+            a local directory `source`, files for image processors and sentence-transformers are copied.
 
     Raises:
         OutputExistsError: `out` is in use, see :func:`check_output`.
@@ -225,6 +247,7 @@ def save_model(
     """
     from safetensors import SafetensorError
 
+    from oats.integrations.companions import copy_companions
     from oats.integrations.model_card import write_model_card
 
     out = check_output(out, overwrite=overwrite)
@@ -233,6 +256,8 @@ def save_model(
             model.save_pretrained(partial)
             if tokenizer is not None:
                 tokenizer.save_pretrained(partial)
+            if "source" in known:
+                copy_companions(known["source"], partial)
             if report is not None or getattr(model, "quantization_method", None) == "oats":
                 # Where transformers gives layers other names in files (DINOv2), headers alone do not tell
                 # which tensors are whose, and the card is left out.

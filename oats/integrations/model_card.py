@@ -66,12 +66,14 @@ def _render(stored: StoredModel, record: Record, name: str) -> str:
     architecture = next(iter(config.get("architectures") or []), "")
     causal = architecture.endswith("ForCausalLM")
     settings = parse_quantization_config(stored.config)[0] if stored.config else None
+    tokens = causal or (Path(stored.directory) / "tokenizer_config.json").is_file()
     sections = [
         _front_matter(record, causal),
         MARK,
         f"# {name}",
         _summary(stored, record, settings),
-        "## Use\n\n" + _usage(name, causal),
+        "## Use\n\n"
+        + _usage(name, "AutoModelForCausalLM" if causal else architecture or "AutoModel", tokens),
         "## Size\n\n" + _sizes(stored),
     ]
     if record.evaluations:
@@ -104,17 +106,18 @@ def _summary(stored: StoredModel, record: Record, settings: OatsConfig | None) -
     )
 
 
-def _usage(name: str, causal: bool) -> str:
-    kind = "AutoModelForCausalLM" if causal else "AutoModel"
+def _usage(name: str, kind: str, tokens: bool) -> str:
+    causal = kind == "AutoModelForCausalLM"
     lines = [
         f'    pip install "oats-torch[hf]>={__version__}"',
         "",
         "```python",
-        f"from transformers import {kind}, AutoTokenizer",
+        f"from transformers import {kind}" + (", AutoTokenizer" if tokens else ""),
         "",
         f'model = {kind}.from_pretrained("{name}")  # the path of this directory',
-        f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
     ]
+    if tokens:
+        lines.append(f'tokenizer = AutoTokenizer.from_pretrained("{name}")')
     if causal:
         lines += [
             'tokens = tokenizer("Once upon a time", return_tensors="pt")',

@@ -29,6 +29,7 @@ from oats.config import OatsConfig
 from oats.distributed import Ranks
 from oats.errors import DistributedError, UnsupportedModelError
 from oats.integrations.checkpoint import check_output
+from oats.integrations.companions import copy_companions
 from oats.integrations.dense_source import DenseSource
 from oats.integrations.model_card import write_model_card
 from oats.integrations.staging import DENSE, HIDDEN, MEASURED, Staging
@@ -368,6 +369,7 @@ class _Run:
         with staging.writing():
             if tokenizer is not None:
                 tokenizer.save_pretrained(staging.model)
+            copy_companions(self.source.directory, staging.model)
             if model.can_generate():
                 model.generation_config.save_pretrained(staging.model)
             model.config.save_pretrained(staging.model)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,9 @@ from oats.errors import CalibrationError, CheckpointError, OatsError
 
 HALF = 0.5
 """Mean and standard deviation of the channels, where the model's directory does not say."""
+
+CALIBRATION_IMAGES = 2048
+"""How many calibrate a vision model (arXiv 2409.13652, section 4)."""
 
 
 def load_vision_model(directory: str | Path, **options: Any) -> Any:
@@ -50,40 +52,71 @@ def load_vision_model(directory: str | Path, **options: Any) -> Any:
 
 
 def read_images(paths: Sequence[str | Path], model: Any, directory: str | Path) -> Tensor:
-    """Images as a model takes them: resized to a square, scaled to [0, 1] and normalised.
+    """Images as a model takes them: the square in the middle, resized, scaled to [0, 1] and normalised.
 
     Args:
         paths: of the files, of any kind that Pillow reads.
         model: whose ``config`` gives the size and the number of channels.
-        directory: of the model; its ``preprocessor_config.json`` gives means and standard deviations.
+        directory: of the model; its ``preprocessor_config.json`` gives means and standard deviations, and a
+            size that goes before that of `model`.
 
     Returns:
         (images, channels, height, width), the dtype of the model.
 
     Raises:
         CalibrationError: a file cannot be read as an image.
+        FormatError: ``preprocessor_config.json`` is damaged.
     """
     import numpy as np
-    from PIL import Image
+    from PIL import Image, ImageOps
 
-    size, channels = model.config.image_size, model.config.num_channels
-    images = []
-    for path in paths:
-        try:
-            with Image.open(path) as image:
-                resized = image.convert("L" if channels == 1 else "RGB").resize((size, size))
-        except OSError as error:
-            raise CalibrationError(f"cannot read the image {path}: {error}") from error
-        images.append(torch.from_numpy(np.array(resized)).view(size, size, channels).permute(2, 0, 1))
-    mean, std = _normalisation(Path(directory), channels)
-    return ((torch.stack(images) / 255 - mean) / std).to(model.dtype)
+    from oats.integrations.stored_model import read_config
 
-
-def _normalisation(directory: Path, channels: int) -> tuple[Tensor, Tensor]:
-    file = directory / "preprocessor_config.json"
-    settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    file, channels = Path(directory) / "preprocessor_config.json", model.config.num_channels
+    settings = read_config(file) if file.is_file() else {}
+    size = _side(settings) or model.config.image_size
     mean, std = (
         torch.tensor(settings.get(name, [HALF] * channels)).view(-1, 1, 1)
         for name in ("image_mean", "image_std")
     )
-    return mean, std
+    images = []
+    for path in paths:
+        try:
+            with Image.open(path) as image:
+                square = ImageOps.fit(image.convert("L" if channels == 1 else "RGB"), (size, size))
+        except OSError as error:
+            raise CalibrationError(f"cannot read the image {path}: {error}") from error
+        pixels = torch.from_numpy(np.array(square)).view(size, size, channels).permute(2, 0, 1)
+        images.append(((pixels / 255 - mean) / std).to(model.dtype))
+    return torch.stack(images)
+
+
+def calibration_images(directory: str | Path, count: int | None = None) -> list[Path]:
+    """Choose image files from a directory and those inside it, evenly over their sorted paths.
+
+    Args:
+        directory: with files whose suffix is one of an image.
+        count: how many; None means all, and at most `CALIBRATION_IMAGES`.
+
+    Raises:
+        CalibrationError: there are none, or fewer than `count`.
+    """
+    from PIL import Image
+
+    suffixes = Image.registered_extensions()
+    found = sorted(file for file in Path(directory).rglob("*") if file.suffix.lower() in suffixes)
+    if not found or (count is not None and not 0 < count <= len(found)):
+        wanted = "at least one" if count is None else f"{count}"
+        raise CalibrationError(
+            f"{directory} holds {len(found)} image files, but {wanted} were asked for; give a directory "
+            "of images, or another number"
+        )
+    count = min(len(found), CALIBRATION_IMAGES) if count is None else count
+    return [found[i * len(found) // count] for i in range(count)]
+
+
+def _side(settings: Mapping[str, Any]) -> int | None:
+    """Of the square that an image processor makes of an image, where its settings say."""
+    size = settings.get("crop_size") if settings.get("do_center_crop") else settings.get("size")
+    side = size.get("height", size.get("shortest_edge")) if isinstance(size, Mapping) else size
+    return side if isinstance(side, int) else None
