@@ -25,31 +25,38 @@ MATCHED = "+match"
 """Behind the name of a method: each block is tuned too, in `PASSES` passes (:mod:`oats.matching`)."""
 PASSES = 2
 
+CODES = ("+int8", "+int4")
+"""Behind the name: kept values are stored as such codes (:mod:`oats.quantization`)."""
+
 
 def plan(common: OatsConfig, methods: Sequence[str], compressions: Sequence[float]) -> dict[str, OatsConfig]:
     """What is compared: the settings of every cell but the dense one, by the cell's name.
 
     Args:
         common: the settings that all share; its method and compression are not used.
-        methods: names out of `oats.config.METHODS`, with `MATCHED` behind them or not.
+        methods: names out of `oats.config.METHODS`; `MATCHED`, and then one of `CODES`, may be behind.
         compressions: each in [0, 1).
 
     Raises:
         ConfigError: a name or a number is not one of these, or the pattern forbids it.
 
-    >>> list(plan(OatsConfig(), ["wanda", "oats+match"], [0.5]))
-    ['wanda 0.5', 'oats+match 0.5']
+    >>> planned = plan(OatsConfig(), ["wanda", "oats+match", "oats+int8"], [0.5])
+    >>> {name: (each.block_matching, each.values) for name, each in planned.items()}
+    {'wanda 0.5': (0, None), 'oats+match 0.5': (2, None), 'oats+int8 0.5': (0, 'int8')}
     """
     cells = {}
     for compression in compressions:
         for name in methods:
-            method = name.removesuffix(MATCHED)
+            codes = next((each for each in CODES if name.endswith(each)), "")
+            matched = name.removesuffix(codes)
+            method = matched.removesuffix(MATCHED)
             cells[_cell_name(name, compression)] = replace(
                 common,
                 method=method,  # type: ignore[arg-type]  # OatsConfig checks it
                 compression=compression,
                 rank_ratio=0 if method in PRUNING else common.rank_ratio,
-                block_matching=PASSES if name.endswith(MATCHED) else 0,
+                block_matching=PASSES if matched.endswith(MATCHED) else 0,
+                values=codes.removeprefix("+") or common.values,  # type: ignore[arg-type]
             )
     return cells
 
@@ -243,19 +250,28 @@ def rows(cells: Sequence[Cell]) -> list[list[str]]:
 
 
 def format_score(name: str, value: float) -> str:
-    """A score as it is printed; an accuracy is a share of 1.
+    """A score as it is printed; an accuracy is a share of 1, a cosine is one.
 
     >>> format_score("accuracy", 0.91234), format_score("perplexity", 12.3456), format_score("", 45678.9)
     ('91.23 %', '12.35', '45679')
+    >>> format_score("cosine to dense", 0.98765)
+    '0.9877'
     """
     if is_accuracy(name):
         return f"{100 * value:.2f} %"
+    if is_cosine(name):
+        return f"{value:.4f}"
     return f"{value:.2f}" if value < 1000 else f"{value:.0f}"
 
 
 def is_accuracy(name: str) -> bool:
-    """Whether a score is an accuracy, of which more is better; the others are perplexities."""
+    """Whether a score is an accuracy, of which more is better."""
     return name.startswith("accuracy")
+
+
+def is_cosine(name: str) -> bool:
+    """Whether a score is a cosine, of which more is better; what is neither is a perplexity."""
+    return name.startswith("cosine")
 
 
 def markdown(cells: Sequence[Cell], settings: Mapping[str, Any]) -> str:

