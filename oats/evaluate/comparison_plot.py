@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from oats.evaluate.comparison import DENSE, Cell, is_accuracy
+from oats.evaluate.comparison import DENSE, Cell, is_accuracy, is_cosine
 from oats.evaluate.plots import STYLE
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def figure(cells: Sequence[Cell]) -> Figure:
     dense = next((cell for cell in cells if cell.method == DENSE), None)
     names = list(cells[0].scores)
     made = Figure(figsize=(10.5, 3.6 * len(names) + 0.4), layout="constrained")
-    grid = made.subplots(len(names), 2, squeeze=False)
+    grid = made.subplots(len(names), 2, squeeze=False, sharey="row")
     handles = {}
     for name, panels in zip(names, grid, strict=True):
         scale = 100 if is_accuracy(name) else 1
@@ -48,7 +48,7 @@ def figure(cells: Sequence[Cell]) -> Figure:
             panels,
             (
                 ("layer_bytes", "MB of the linear layers, as stored"),
-                ("layer_parameters", "million parameters"),
+                ("layer_parameters", "million parameters of the linear layers"),
             ),
             strict=True,
         ):
@@ -68,8 +68,11 @@ def figure(cells: Sequence[Cell]) -> Figure:
                 handles[DENSE] = axes.axhline(
                     scale * dense.scores[name], color="#555555", linestyle=":", linewidth=1.2, label=DENSE
                 )
-            axes.set(xlabel=label, ylabel="accuracy, %" if is_accuracy(name) else "perplexity", title=name)
-            if not is_accuracy(name):
+            axes.set(xlabel=label)
+            # The right panel has the same vertical axis.
+            if axes is panels[0]:
+                axes.set(ylabel=_axis(name), title=name)
+            if not is_accuracy(name) and not is_cosine(name):
                 axes.set_yscale("log")
                 axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
                 axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -78,6 +81,12 @@ def figure(cells: Sequence[Cell]) -> Figure:
                     _cut(axes, OFF_SCALE * dense.scores[name])
     made.legend(list(handles.values()), list(handles), loc="outside right upper")
     return made
+
+
+def _axis(name: str) -> str:
+    if is_accuracy(name):
+        return "accuracy, %"
+    return "cosine" if is_cosine(name) else "perplexity"
 
 
 def _cut(axes: Any, highest: float) -> None:

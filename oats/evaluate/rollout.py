@@ -123,27 +123,55 @@ def draw(pixel_values: Tensor, maps: dict[str, Tensor], file: Path, names: Seque
 
 
 def figure(pixel_values: Tensor, maps: dict[str, Tensor], names: Sequence[str] = ()) -> Figure:
-    """A row an image: the image, then the image under each rollout."""
+    """A row an image: the image, then the image under each rollout, from its least to its most attention."""
+    from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     images = pixel_values.float()
     low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
-    images = ((images - low) / (high - low).clamp_min(1e-6)).permute(0, 2, 3, 1)
-    count, height, width, channels = images.shape
-    made = Figure(figsize=(2.0 * (1 + len(maps)), 2.05 * count + 0.3), layout="constrained")
-    grid = made.subplots(count, 1 + len(maps), squeeze=False)
+    images = (images - low) / (high - low).clamp_min(1e-6)
+    count, channels, height, width = images.shape
+    if channels != 3:
+        images = images.mean(1, keepdim=True).expand(-1, 3, -1, -1)
+    images = images.permute(0, 2, 3, 1)
+    # Clear to glowing: what is not attended to shows as it is, only dimmer.
+    glow = colormaps["plasma"](torch.linspace(0.35, 1, 256).numpy())
+    glow[:, 3] = torch.linspace(0, 0.95, 256).numpy()
+    colours = LinearSegmentedColormap.from_list("attention", glow)
+
+    columns = 1 + len(maps)
+    tight = ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02, wspace=0.01, hspace=0.01)
+    made = Figure(figsize=(1.9 * columns + 0.3, 1.9 * count + 0.8), layout=tight)
+    grid = made.subplots(count, columns, squeeze=False)
     for i, (image, panels) in enumerate(zip(images, grid, strict=True)):
-        shown = (image.mean(-1) if channels != 3 else image).numpy()
         for axes, title in zip(panels, ("image", *maps), strict=True):
-            axes.imshow(shown, cmap="gray", vmin=0, vmax=1)
             axes.set(xticks=[], yticks=[])
+            axes.spines[:].set_visible(False)
             if i == 0:
-                axes.set_title(title, fontsize=9)
-            if title in maps:
-                axes.imshow(
-                    maps[title][i].numpy(), cmap="inferno", alpha=0.65, interpolation="bilinear",
-                    extent=(-0.5, width - 0.5, height - 0.5, -0.5),
-                )  # fmt: skip
+                axes.set_title(title, fontsize=10)
+            if title not in maps:
+                axes.imshow(image.numpy())
+                continue
+            axes.imshow((0.7 * image).numpy())
+            fine = nn.functional.interpolate(
+                maps[title][i][None, None], size=(8 * height, 8 * width), mode="bilinear"
+            )[0, 0]
+            fine = (fine - fine.min()) / (fine.max() - fine.min()).clamp_min(1e-12)
+            axes.imshow(colours(fine.numpy()), extent=(-0.5, width - 0.5, height - 0.5, -0.5))
         if i < len(names):
-            panels[0].set_ylabel(names[i], fontsize=8)
+            panels[0].set_ylabel(names[i], fontsize=10)
+    bar = made.colorbar(
+        ScalarMappable(cmap=colours),
+        ax=grid[-1, 1:].tolist(),
+        location="bottom",
+        aspect=50,
+        pad=0.02,
+        shrink=0.6,
+    )
+    bar.set_ticks([0, 1], labels=["least attention of this map", "most"])
+    bar.ax.tick_params(length=0, labelsize=9)
+    bar.ax.set_facecolor("#333333")
     return made
