@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from oats.distributed import Ranks
 from oats.errors import CalibrationError, OatsError
+from oats.models.experts import SplitExperts
 
 Calibration = Tensor | Mapping[str, Tensor] | Iterable[Tensor | Mapping[str, Tensor]]
 """Token ids (n, length), or batches: tensors, or keyword arguments for the model; or one such dict."""
@@ -211,6 +212,10 @@ class BlockRunner:
                     )
             yield outputs[0]
 
+    def block(self, index: int) -> nn.Module:
+        """Block `index`."""
+        return self._blocks[index]
+
     @property
     def share(self) -> list[int]:
         """Indices of the batches that are this process's."""
@@ -334,7 +339,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def second_moments(runner: BlockRunner, index: int, linears: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     """Σ over tokens of x_j² at the input of each linear layer of a block (arXiv 2409.13652, section 2.2).
 
-    Tokens that an attention mask (batch, length) excludes do not count.
+    Tokens that an attention mask (batch, length) excludes do not count, in experts that they are routed to
+    neither.
 
     Args:
         runner: stands before block `index`.
@@ -343,6 +349,9 @@ def second_moments(runner: BlockRunner, index: int, linears: Mapping[str, nn.Mod
 
     Returns:
         Name → (d_in,) float32. A layer that did not run is absent.
+
+    Raises:
+        CalibrationError: there is padding, and it cannot be told from the tokens at the input of a layer.
     """
     sums = _sum_over_inputs(runner, index, linears, lambda x: x.square().sum(0).double())
     return {name: moment.float() for name, moment in sums.items()}
@@ -390,20 +399,24 @@ def _sum_over_inputs(
     seen: list[tuple[Tensor, int, Tensor, list[str]]] = []
     # Summed by the layers that shared it, so that q, k and v cost one statistic.
     sums: dict[tuple[str, ...], Tensor] = {}
+    routers = {
+        module: experts
+        for experts in runner.block(index).modules()
+        if isinstance(experts, SplitExperts)
+        for module in experts.modules()
+    }
 
     def collect(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        def hook(linear: nn.Module, args: tuple[Tensor, ...]) -> None:
             given = args[0]
             for x, version, _statistic, names in seen:
                 if x is given and version == given._version:
                     names.append(name)
                     return
-            x = given.detach()
-            mask = token_mask(runner.batch)
-            # OPT flattens batch and length before its first product.
-            if mask is not None and x.shape[:-1] in (mask.shape, (mask.numel(),)):
-                x = x.reshape(-1, x.shape[-1])[mask.reshape(-1)]
-            value = statistic(x.reshape(-1, x.shape[-1]).float())
+            rows = _counted(given.detach(), token_mask(runner.batch), routers.get(linear), name)
+            if not len(rows):
+                return  # an expert that only padding was routed to
+            value = statistic(rows.float())
             seen.append((given, given._version, value, [name]))
 
         return hook
@@ -423,3 +436,23 @@ def _sum_over_inputs(
         for name in key:
             totals[name] = totals[name] + value if name in totals else value
     return totals
+
+
+def _counted(x: Tensor, mask: Tensor | None, experts: SplitExperts | None, name: str) -> Tensor:
+    """The inputs of a layer, (tokens, d_in), without those of padding."""
+    rows = x.reshape(-1, x.shape[-1])
+    if mask is None or mask.all():
+        return rows
+    if experts is not None and experts.routed is not None:
+        counts = mask.reshape(-1)[experts.routed]
+        fits = len(counts) == len(rows)
+    else:
+        counts = mask.reshape(-1)
+        # Some models flatten batch and length before a product.
+        fits = x.shape[:-1] in (mask.shape, (mask.numel(),))
+    if not fits:
+        raise CalibrationError(
+            f"{name}: which of its inputs, {tuple(x.shape)}, are padding cannot be told from an attention "
+            f"mask of shape {tuple(mask.shape)}; calibrate on sequences of one length, without padding"
+        )
+    return rows[counts]

@@ -16,7 +16,9 @@ import transformers as hf
 from torch import nn
 
 import oats
-from oats.models.experts import SplitExperts
+from oats.calibrate import BlockRunner, second_moments
+from oats.models.experts import SplitExperts, split_all_
+from oats.models.linear import is_linear
 from oats.nn import SparseLowRankLinear
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -235,6 +237,50 @@ def test_padding_of_an_encoder(compressed) -> None:
         padded = model(PROMPTS.flip(1), attention_mask=mask)[0][1, :8]
         alone = model(PROMPTS.flip(1)[1:, :8])[0][0]
     torch.testing.assert_close(padded, alone, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", [*CAUSAL, "bert"])
+def test_padding_does_not_count_in_calibration(name: str) -> None:
+    """Padded, and with a mask, sequences give the moments that each gives by itself."""
+    model = dense(name)
+    split_all_(model, lambda _: True)
+    lengths = [24, 9, 15, 3]
+    mask = torch.tensor([[1] * n + [0] * (24 - n) for n in lengths])
+    ids = torch.where(mask == 1, TOKENS[: len(lengths)], 7)
+    alone = [{"input_ids": each[None, :n]} for each, n in zip(ids, lengths, strict=True)]
+    found = []
+    for batches in ([{"input_ids": ids, "attention_mask": mask}], alone):
+        path, blocks = oats.models.find_blocks(model)
+        runner = BlockRunner(model, list(blocks), batches)
+        with torch.no_grad():
+            runner.advance(0)
+            linears = {n: m for n, m in blocks[1].named_modules(prefix=path) if is_linear(m)}
+            found.append(second_moments(runner, 1, linears))
+    padded, expected = found
+    assert padded.keys() == expected.keys() and len(padded) >= 4
+    for layer, moment in expected.items():
+        torch.testing.assert_close(padded[layer], moment, rtol=1e-3, atol=1e-5 * float(moment.max()))
+
+
+def test_an_expert_that_only_padding_reaches_stays_dense() -> None:
+    model = dense("mixtral")
+    with torch.no_grad():  # the padding, 7, goes to expert 3 first, and everything else to 0 and 1
+        embedding, gate = model.get_input_embeddings().weight, model.model.layers[0].mlp.gate.weight
+        embedding[:, 1], embedding[7, 0], embedding[7, 1] = 9, 9, 0
+        gate.zero_()
+        gate[0, 1], gate[1, 1], gate[3, 0] = 2, 1, 2
+    ids, mask = TOKENS.clone(), torch.ones_like(TOKENS)
+    ids[ids == 7] = 8
+    ids[:, 12:], mask[:, 12:] = 7, 0
+    with pytest.warns(UserWarning, match="left dense"):
+        report = oats.compress_(
+            model, {"input_ids": ids, "attention_mask": mask}, oats.OatsConfig(iterations=2)
+        )
+    compressed = {layer.name for layer in report.layers}
+    for expert in range(4):
+        name = f"model.layers.0.mlp.experts.{expert}.down"
+        assert (name in compressed) == (expert < 2), expert
+        assert expert < 2 or "did not run" in report.left_dense[name]
 
 
 EXPERTS = ("mixtral", "qwen2-moe", "qwen3-moe")

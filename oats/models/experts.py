@@ -69,9 +69,12 @@ class Expert(nn.Module):
 class SplitExperts(nn.ModuleList):
     """What stands in the place of experts that were 3-D parameters; an :class:`Expert` each.
 
-    In calibration, an expert's inputs are the tokens that are routed to it, those of padding included: where
-    they are is no longer seen.
+    Attributes:
+        routed: (n,), which tokens the expert that is running has been given, for hooks inside it; None while
+            none is.
     """
+
+    routed: Tensor | None = None
 
     def __init__(self, experts: list[Expert]) -> None:
         """Hold the experts."""
@@ -91,10 +94,11 @@ class SplitExperts(nn.ModuleList):
         """
         total = torch.zeros_like(hidden_states, dtype=torch.float32)
         for index in top_k_index.unique().tolist():
-            # In the order of the tokens: where all of them come, an attention mask still fits.
             token, place = torch.where(top_k_index == index)
+            self.routed = token
             output = self[index](hidden_states[token]) * top_k_weights[token, place, None]
             total.index_add_(0, token, output.float())
+        self.routed = None
         return total.to(hidden_states.dtype)
 
 
