@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -114,6 +115,14 @@ ARCHITECTURES = {
         hf.Dinov2Config(**IMAGES, use_swiglu_ffn=True, mlp_ratio=2), 7, hf.AutoModel
     ),
 }
+HAS_TIMM = find_spec("timm") is not None
+if HAS_TIMM:
+    sizes = dict(img_size=16, patch_size=4, depth=2, embed_dim=48, num_heads=4)
+    ARCHITECTURES["timm-vit"] = Architecture(
+        hf.TimmWrapperConfig(architecture="vit_tiny_patch16_224", model_args=sizes, num_labels=10),
+        4,
+        hf.AutoModelForImageClassification,
+    )
 CAUSAL = [name for name, each in ARCHITECTURES.items() if each.kind is hf.AutoModelForCausalLM]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TOKENS = torch.randint(2, 61, (6, 24), generator=torch.Generator().manual_seed(1))
@@ -152,26 +161,38 @@ def compressed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any,
             directory = tmp_path_factory.mktemp(f"{name}-{dtype_name}")
             model.save_pretrained(directory)
             with torch.no_grad():
-                torch.save((inputs(model), model(**inputs(model))[0]), directory / "expected.pt")
+                expected = inputs(model), model(**inputs(model))[0], generated(model)
+            torch.save(expected, directory / "expected.pt")
             made[f"{name} {dtype_name}"] = model, report, directory
     return made
 
 
+def generated(model: Any) -> torch.Tensor | None:
+    """What the model goes on with after a batch of prompts of two lengths, with its cache."""
+    if not model.can_generate():
+        return None
+    return model.generate(PROMPTS, attention_mask=MASK, max_new_tokens=8, do_sample=False, pad_token_id=0)
+
+
 @pytest.fixture(scope="module")
-def loaded(compressed: dict[str, tuple[Any, Any, Path]]) -> dict[str, dict[str, Any]]:
+def loaded(
+    compressed: dict[str, tuple[Any, Any, Path]], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, dict[str, Any]]:
     """What a fresh process, which does not import oats, finds in each directory."""
     code = """
 import json, sys, torch, transformers
 torch.set_num_threads(1)
-found = {}
+found, prompts = {}, torch.load(sys.argv[1])
 for line in sys.stdin:
     name, directory, kind = line.strip().split("|")
     model, info = getattr(transformers, kind).from_pretrained(directory, output_loading_info=True)
-    inputs, expected = torch.load(f"{directory}/expected.pt")
+    inputs, expected, going_on = torch.load(f"{directory}/expected.pt")
     with torch.no_grad():
         output = model(**inputs)[0]
     found[name] = {
         "equal": torch.equal(output, expected),
+        "generates": None if going_on is None else torch.equal(going_on, model.generate(
+            **prompts, max_new_tokens=8, do_sample=False, pad_token_id=0)),
         "layers": sum(type(m).__name__ == "SparseLowRankLinear" for m in model.modules()),
         "problems": sorted(key for keys in info.values() for key in keys),
         "tied": model.get_output_embeddings() is not None
@@ -179,16 +200,33 @@ for line in sys.stdin:
     }
 print(json.dumps(found))
 """
+    prompts = tmp_path_factory.mktemp("prompts") / "prompts.pt"
+    torch.save({"input_ids": PROMPTS, "attention_mask": MASK}, prompts)
     lines = [
         f"{name}|{directory}|{ARCHITECTURES[name.split()[0]].kind.__name__}"
         for name, (_, _, directory) in compressed.items()
     ]
     result = subprocess.run(
-        [sys.executable, "-c", code], input="\n".join(lines), capture_output=True, text=True, timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        [sys.executable, "-c", code, str(prompts)], input="\n".join(lines), capture_output=True, text=True,
+        timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
     return json.loads(result.stdout)
+
+
+@pytest.mark.skipif(not HAS_TIMM, reason="timm is not installed: pip install 'oats-torch[vision]'")
+@pytest.mark.parametrize("dtype", DTYPES.values())
+def test_timm_without_transformers(tmp_path: Path, dtype: torch.dtype) -> None:
+    import timm
+
+    def made() -> Any:
+        return timm.create_model("vit_tiny_patch16_224", **sizes, num_classes=10).eval().to(dtype)
+
+    model = made()
+    report = oats.compress_(model, PIXELS.to(dtype), oats.OatsConfig(iterations=2))
+    assert [layer.name for layer in report.layers[:2]] == ["blocks.0.attn.qkv", "blocks.0.attn.proj"]
+    assert len(report.layers) == 8 and not report.left_dense
+    assert model(PIXELS.to(dtype)).isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -200,6 +238,7 @@ def test_a_fresh_process_gives_the_same_outputs(compressed, loaded, name: str, d
     assert not [why for why in report.left_dense.values() if "Router" not in why]
     assert found == {
         "equal": True,
+        "generates": True if name in CAUSAL else None,
         "layers": found["layers"],
         "problems": [],
         "tied": bool(getattr(model.config, "tie_word_embeddings", False)) and name in CAUSAL,
@@ -208,12 +247,19 @@ def test_a_fresh_process_gives_the_same_outputs(compressed, loaded, name: str, d
     assert model(**inputs(model))[0].isfinite().all()
 
 
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated")  # not in the oldest transformers
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", CAUSAL)
 def test_cache_and_padding(compressed, name: str, dtype: str) -> None:
     model, _, _ = compressed[f"{name} {dtype}"]
     options = dict(max_new_tokens=8, do_sample=False, pad_token_id=0)
-    batch = model.generate(PROMPTS, attention_mask=MASK, **options)
+    batch = generated(model)
+    with torch.no_grad():
+        start = model(PROMPTS[:1, :8], use_cache=True)
+        step = model(PROMPTS[:1, 8:9], past_key_values=start.past_key_values).logits[0, 0].float()
+        whole = model(PROMPTS[:1, :9]).logits[0, -1].float()
+    tolerance = 1e-4 if dtype == "fp32" else 5e-2
+    torch.testing.assert_close(step, whole, atol=tolerance * float(whole.abs().max()), rtol=0)
     if dtype == "fp32":
         assert torch.equal(batch, model.generate(PROMPTS, attention_mask=MASK, use_cache=False, **options))
         assert torch.equal(batch[1:, 4:], model.generate(PROMPTS[1:, 4:], **options))
@@ -222,7 +268,6 @@ def test_cache_and_padding(compressed, name: str, dtype: str) -> None:
         extra = {} if name == "opt" else {"position_ids": positions}
         padded = model(PROMPTS, attention_mask=MASK, **extra).logits[1, 4:].float()
         alone = model(PROMPTS[1:, 4:]).logits[0].float()
-    tolerance = 1e-4 if dtype == "fp32" else 5e-2
     torch.testing.assert_close(padded, alone, atol=tolerance * float(alone.abs().max()), rtol=0)
 
 

@@ -99,7 +99,12 @@ def test_the_rollouts_of_the_parts_are_those_of_models_made_of_them(model) -> No
             expected = rolled_out(model, PIXELS)
         np.testing.assert_allclose(found[f"{part} part alone"].numpy(), expected, rtol=1e-4, atol=1e-6)
         assert not np.allclose(expected, rolled_out(model, PIXELS), rtol=1e-3)
-    assert len(figure(PIXELS, found, ["a", "b", "c"]).axes) == 12
+    picture = figure(PIXELS, found, ["a", "b", "c"])
+    assert len(picture.axes) == 12 + 1  # and the scale
+    for i in range(3):  # each map from its least to its most: transparent to nearly opaque
+        overlay = picture.axes[4 * i + 1].images[1].get_array()
+        assert overlay.shape == (128, 128, 4)
+        assert overlay[..., 3].min() == 0 and overlay[..., 3].max() == pytest.approx(0.95)
 
 
 def test_models_without_parts_or_without_attention() -> None:

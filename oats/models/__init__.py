@@ -13,6 +13,8 @@ BLOCK_PATHS = {
     "transformer.h": "GPT-2 with a head",
     "bert.encoder.layer": "BERT with a head",
     "roberta.encoder.layer": "RoBERTa with a head",
+    "distilbert.transformer.layer": "DistilBERT with a head",
+    "transformer.layer": "DistilBERT without a head",
     "vit.layers": "ViT with a head",
     "vit.encoder.layer": "ViT with a head",
     "dinov2.layers": "DINOv2 with a head",
@@ -23,6 +25,7 @@ BLOCK_PATHS = {
     "encoder.layers": "Wav2Vec2 without a head, and torchvision's vision transformers",
     "layers": "Llama, Phi-3, Qwen, Gemma, Mistral and ViT without a head",
     "h": "GPT-2 without a head",
+    "timm_model.blocks": "timm's vision transformers in transformers' TimmWrapper",
     "blocks": "timm's vision transformers",
 }
 """Dotted path of the list of blocks → the architectures that keep it there, longest path first."""
