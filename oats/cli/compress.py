@@ -207,8 +207,9 @@ def _run(
                 )  # fmt: skip
         elif ranks.size > 1 or memory_limit is not None:
             raise ConfigError(
-                f"{model} cannot be read block by block, as several processes and a memory limit need: it is "
-                "no directory of safetensors files, or its blocks share weights or are stored in another form"
+                f"{model} cannot be read block by block, as several processes and a memory limit need: it "
+                "takes images, is no directory of safetensors files, or its blocks share weights or are "
+                "stored in another form"
             )
         else:
             made = compress_(network, data, config, blocks=blocks, split=split, progress=progress)

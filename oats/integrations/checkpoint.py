@@ -259,8 +259,8 @@ def save_model(
             if "source" in known:
                 copy_companions(known["source"], partial)
             if report is not None or getattr(model, "quantization_method", None) == "oats":
-                # Where transformers gives layers other names in files (DINOv2), headers alone do not tell
-                # which tensors are whose, and the card is left out.
+                # Where a class that transformers does not have gives layers other names in files, headers
+                # do not tell which tensors are whose, and the card is left out.
                 with contextlib.suppress(FormatError):
                     write_model_card(partial, report, name=out.name, **known)
     except (OSError, SafetensorError) as error:

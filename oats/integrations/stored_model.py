@@ -279,6 +279,8 @@ def read_stored_model(directory: str | Path) -> StoredModel:
     layers = []
     if is_oats:
         _, table = parse_quantization_config(quantization, str(config_file))
+        if any(_stored_name(name, table, tensors) is None for name in table):
+            tensors = _renamed(directory, tensors)
         layers = [_stored_layer(directory, name, table, tensors) for name in sorted(table, key=_natural)]
     return StoredModel(
         directory=str(directory),
@@ -300,16 +302,7 @@ def _stored_layer(
     directory: Path, name: str, table: Mapping[str, Mapping[str, Any]], tensors: dict[str, StoredTensor]
 ) -> StoredLayer:
     """The layer of that name; its tensors are taken out of `tensors`."""
-    stored_name, sizes = name, table[name]
-    if f"{name}.mask" not in tensors:
-        masked = [key.removesuffix(".mask") for key in tensors if key.endswith(".mask")]
-        # A base model was compressed, and saved as a part of a model with a head; or transformers gives a
-        # part of the name another spelling in files (Mixtral's "mlp").
-        for fits in (lambda other: other.endswith(f".{name}"), lambda other: _one_part_differs(other, name)):
-            found_names = [other for other in masked if other not in table and fits(other)]
-            if len(found_names) == 1:
-                stored_name = found_names[0]
-                break
+    stored_name, sizes = _stored_name(name, table, tensors) or name, table[name]
     # The markers: of the layer, and of a fused projection that it is a part of.
     for place in (stored_name, stored_name.rpartition(".")[0]):
         marker = tensors.get(f"{place}.weight")
@@ -344,6 +337,39 @@ def _stored_layer(
         stored_bytes=sum(tensor.nbytes for tensor in found.values()),
         storage=storage,
     )
+
+
+def _stored_name(
+    name: str, table: Mapping[str, Mapping[str, Any]], tensors: Mapping[str, StoredTensor]
+) -> str | None:
+    """The name that a layer of `table` has in files; None where it is not there."""
+    if f"{name}.mask" in tensors:
+        return name
+    masked = [key.removesuffix(".mask") for key in tensors if key.endswith(".mask")]
+    # A base model was compressed, and saved as a part of a model with a head; or transformers gives a
+    # part of the name another spelling in files (Mixtral's "mlp").
+    for fits in (lambda other: other.endswith(f".{name}"), lambda other: _one_part_differs(other, name)):
+        found = [other for other in masked if other not in table and fits(other)]
+        if len(found) == 1:
+            return found[0]
+    return None
+
+
+def _renamed(directory: Path, tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Tensors by the names that the model has for them: files may spell several parts otherwise (ViT)."""
+    import transformers
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(directory)
+        kind = getattr(transformers, config.architectures[0])
+        with torch.device("meta"):
+            mapping = get_model_conversion_mapping(kind(config))
+    except (OSError, ValueError, TypeError, AttributeError, ImportError):
+        return tensors  # a class or a configuration that transformers does not have
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    return {rename_source_key(name, renamings, [])[0]: tensor for name, tensor in tensors.items()}
 
 
 def _one_part_differs(name: str, other: str) -> bool:
