@@ -36,7 +36,9 @@ def inverse_factor(hessian: Tensor, layer: str) -> Tensor:
     """
     damped = hessian.detach().double().clone()
     diagonal = damped.diagonal()
-    diagonal[diagonal == 0] = 1
+    dead = diagonal == 0
+    # Of the size of the others, whatever the scale: a constant would decide the damping of a small Hessian.
+    diagonal[dead] = diagonal[~dead].mean() if (~dead).any() else 1.0
     diagonal += DAMPING * diagonal.mean()
     try:
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))

@@ -137,6 +137,8 @@ def test_sparsegpt_where_inputs_are_never_active_or_fewer_tokens_than_inputs() -
         result = prune_sparsegpt(weight, x @ x.T)
         assert result.sparse.isfinite().all() and not result.sparse[:, [3, 10]].any()
         assert (result.sparse != 0).sum() <= D_OUT * D_IN // 2
+        small = prune_sparsegpt(weight, 1e-6 * (x @ x.T))  # the scale does not matter
+        torch.testing.assert_close(small.sparse, result.sparse, rtol=1e-3, atol=1e-5)
     assert not prune_sparsegpt(weight, torch.zeros(D_IN, D_IN)).sparse.any()
 
 

@@ -191,7 +191,7 @@ def _run(
     if tokenizer is None:
         data, calibrated_on = _images(network, model, images, samples, calibration)
     elif images is None:
-        data, calibrated_on = _sequences(network, tokenizer, calibration, samples or 64, length)
+        data, calibrated_on = _sequences(network, tokenizer, calibration, samples, length)
     else:
         raise ConfigError(f"{model} takes tokens: calibrate it on a text (--calibration), not on --images")
     started = time.perf_counter()
@@ -250,11 +250,12 @@ def _run(
 
 
 def _sequences(
-    network: Any, tokenizer: Any, calibration: Path | None, samples: int, length: int
+    network: Any, tokenizer: Any, calibration: Path | None, samples: int | None, length: int
 ) -> tuple[Tensor, dict[str, Any]]:
     """Token ids, and what identifies them."""
     from oats.evaluate.text import builtin_text, calibration_windows, framing_tokens, read_text, tokenize
 
+    samples = 64 if samples is None else samples
     text = builtin_text("first") if calibration is None else read_text(calibration)
     ids = tokenize(tokenizer, text, network.get_input_embeddings().num_embeddings)
     bos, sep = framing_tokens(tokenizer)
