@@ -102,6 +102,7 @@ def test_an_encoder(encoder: Path, text: Path, tmp_path: Path) -> None:
     with torch.no_grad():
         codes = hf.AutoModel.from_pretrained(coded).eval()(**batch).last_hidden_state
     torch.testing.assert_close(codes, ours, atol=0.1, rtol=0.1)
+    assert "saved as BertModel, but a causal language model is needed" in fails("eval", out, "--text", text)
     assert "takes tokens" in fails("compress", encoder, tmp_path / "x", "--images", encoder)
     assert entries(tmp_path) == ["int8", "out"]
 
@@ -130,6 +131,9 @@ def test_a_vision_model(vision: Path, pictures: Path, text: Path, tmp_path: Path
     assert result.exit_code == 0, result.stderr
     assert f"12 images of {pictures.name}" in " ".join(result.stdout.split())
     assert "oats eval" not in result.stdout
+    assert "saved as ViTForImageClassification, but a" in fails(
+        "compare", out, "--text", text, "--out", tmp_path
+    )
     model, info = hf.AutoModelForImageClassification.from_pretrained(out, output_loading_info=True)
     assert not any(info.values())
     assert sum(isinstance(m, SparseLowRankLinear) for m in model.modules()) == 12

@@ -32,7 +32,7 @@ def compare(
         str,
         typer.Option(
             help="Out of oats, oats-hessian, magnitude, wanda, sparsegpt, dsnot; +match behind a name tunes "
-            "each block too."
+            "each block too, +int8 or +int4 behind that stores the kept values as such codes."
         ),
     ] = "magnitude,wanda,dsnot,sparsegpt,oats,oats-hessian",
     compressions: Annotated[

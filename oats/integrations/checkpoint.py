@@ -125,10 +125,14 @@ def _load(
         raise
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         what = "" if Path(source).exists() else " (no such local path, so it was looked up on the hub)"
-        raise CheckpointError(f"cannot load the model {model}{what}: {_first_line(error)}") from error
+        why = "" if as_saved or gguf_file else _not_causal(source)
+        raise CheckpointError(f"cannot load the model {model}{what}: {why or _first_line(error)}") from error
     missing = sorted(problems["missing_keys"])
     if missing:
         # transformers fills them with random numbers and goes on.
+        why = "" if as_saved or gguf_file else _not_causal(source)
+        if why:
+            raise CheckpointError(f"cannot load the model {model}: {why}")
         raise CheckpointError(
             f"the model {model} lacks {len(missing)} of its weights, e.g. {missing[0]}; download it again, "
             f"or give a checkpoint of {type(loaded).__name__}"
@@ -146,6 +150,19 @@ def _saved_class(source: str) -> Any:
     if name == MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type):
         return transformers.AutoModelForCausalLM
     return getattr(transformers, name, transformers.AutoModelForCausalLM)
+
+
+def _not_causal(source: str) -> str:
+    """Why a model that could not be loaded as a causal language model is none; empty where it is one."""
+    import transformers
+
+    try:
+        kind = _saved_class(source)
+    except (OSError, ValueError, KeyError):
+        return ""
+    if kind is transformers.AutoModelForCausalLM:
+        return ""
+    return f"it was saved as {kind.__name__}, but a causal language model is needed to predict text"
 
 
 def _locate(model: str | Path) -> tuple[str, str | None]:
