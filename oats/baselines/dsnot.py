@@ -37,7 +37,8 @@ def prune_dsnot(
        its sign, the one of least ``|W_ij| ‖x_j‖₂`` in the group of the first.
 
     A weight moves once at most. A row is done when ``|e_i|`` is below the threshold, when the swap would turn
-    the sign of ``e_i``, when there is nothing to swap, or after 50 cycles.
+    the sign of ``e_i``, when there is nothing to swap, or after 50 cycles. In the authors' code the sign
+    always ends it under N:M, and by an option elsewhere: docs/quality.md has what the option gains.
 
     Args:
         weight: (d_out, d_in), any floating dtype, finite.
