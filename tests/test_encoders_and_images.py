@@ -144,7 +144,8 @@ def test_a_vision_model(vision: Path, pictures: Path, text: Path, tmp_path: Path
     # transformers spells the names of the layers otherwise in the files.
     layers = json.loads(run("info", out, "--json").stdout)["layers"]
     assert {layer["name"] for layer in layers} >= {"vit.layers.0.attention.q_proj", "vit.layers.1.mlp.fc2"}
-    assert len(layers) == 12
+    assert len(layers) == 12 and all(0 < layer["relative_error"] < 1 for layer in layers)
+    assert run("report", out, "--out", tmp_path / "report.html").exit_code == 0
     assert run("quantize", out, tmp_path / "int4", "--values", "int4").exit_code == 0
     dense = hf.AutoModelForImageClassification.from_pretrained(vision).eval()
     pixels = read_images(sorted((pictures / "a").iterdir()), model, out)

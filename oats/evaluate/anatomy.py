@@ -105,8 +105,8 @@ def anatomies(model: StoredModel) -> Iterator[Anatomy]:
         parts = dict.fromkeys(TENSORS, 0)
         for part in names:
             owner = next((tensor for tensor in TENSORS if part.startswith(tensor)), "values")
-            parts[owner] += tensors.nbytes(f"{layer.name}.{part}")
-        stored = {part: tensors.read(f"{layer.name}.{part}") for part in names}
+            parts[owner] += tensors.nbytes(f"{layer.stored_name}.{part}")
+        stored = {part: tensors.read(f"{layer.stored_name}.{part}") for part in names}
         _, u, v = layer.storage.exact_parts(stored, layer.d_in)
         yield Anatomy(layer, block, kind, spectrum(u, v), parts)
 
@@ -114,8 +114,11 @@ def anatomies(model: StoredModel) -> Iterator[Anatomy]:
 def pictures(model: StoredModel, names: list[str]) -> dict[str, Tensor]:
     """Pictures of the sparse parts of some layers, see :func:`density_picture`."""
     tensors = _Tensors(model)
-    widths = {layer.name: layer.d_in for layer in model.layers}
-    return {name: density_picture(tensors.read(f"{name}.mask"), widths[name]) for name in names}
+    layers = {layer.name: layer for layer in model.layers}
+    return {
+        name: density_picture(tensors.read(f"{layers[name].stored_name}.mask"), layers[name].d_in)
+        for name in names
+    }
 
 
 class _Tensors:

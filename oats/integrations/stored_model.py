@@ -216,9 +216,13 @@ def check_tensors(
 
 @dataclass(frozen=True)
 class StoredLayer:
-    """One compressed layer on disk; sizes are those of its weight, without the bias."""
+    """One compressed layer on disk; sizes are those of its weight, without the bias.
+
+    `stored_name` is what its tensors' names begin with, which is `name` but where files spell it otherwise.
+    """
 
     name: str
+    stored_name: str
     d_out: int
     d_in: int
     rank: int
@@ -279,9 +283,12 @@ def read_stored_model(directory: str | Path) -> StoredModel:
     layers = []
     if is_oats:
         _, table = parse_quantization_config(quantization, str(config_file))
+        spellings: dict[str, str] = {}
         if any(_stored_name(name, table, tensors) is None for name in table):
-            tensors = _renamed(directory, tensors)
-        layers = [_stored_layer(directory, name, table, tensors) for name in sorted(table, key=_natural)]
+            spellings = _spellings(directory, tensors)
+        layers = [
+            _stored_layer(directory, name, table, tensors, spellings) for name in sorted(table, key=_natural)
+        ]
     return StoredModel(
         directory=str(directory),
         model_type=str(config.get("model_type", "unknown")),
@@ -299,10 +306,16 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 
 def _stored_layer(
-    directory: Path, name: str, table: Mapping[str, Mapping[str, Any]], tensors: dict[str, StoredTensor]
+    directory: Path,
+    name: str,
+    table: Mapping[str, Mapping[str, Any]],
+    tensors: dict[str, StoredTensor],
+    spellings: Mapping[str, str],
 ) -> StoredLayer:
     """The layer of that name; its tensors are taken out of `tensors`."""
-    stored_name, sizes = _stored_name(name, table, tensors) or name, table[name]
+    sizes = table[name]
+    found_name = _stored_name(name, table, tensors)
+    stored_name = found_name or spellings.get(name, name)
     # The markers: of the layer, and of a fused projection that it is a part of.
     for place in (stored_name, stored_name.rpartition(".")[0]):
         marker = tensors.get(f"{place}.weight")
@@ -328,7 +341,8 @@ def _stored_layer(
     check_tensors(name, shapes, found, str(directory), storage)
     check_sizes(name, d_out, d_in, rank=rank, nnz=nnz)
     return StoredLayer(
-        name=stored_name,
+        name=found_name or name,
+        stored_name=stored_name,
         d_out=d_out,
         d_in=d_in,
         rank=rank,
@@ -355,8 +369,8 @@ def _stored_name(
     return None
 
 
-def _renamed(directory: Path, tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """Tensors by the names that the model has for them: files may spell several parts otherwise (ViT)."""
+def _spellings(directory: Path, tensors: Mapping[str, StoredTensor]) -> dict[str, str]:
+    """Name of a layer in the model → in files, where transformers spells several parts otherwise (ViT)."""
     import transformers
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key
@@ -367,9 +381,13 @@ def _renamed(directory: Path, tensors: dict[str, StoredTensor]) -> dict[str, Sto
         with torch.device("meta"):
             mapping = get_model_conversion_mapping(kind(config))
     except (OSError, ValueError, TypeError, AttributeError, ImportError):
-        return tensors  # a class or a configuration that transformers does not have
+        return {}  # a class or a configuration that transformers does not have
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    return {rename_source_key(name, renamings, [])[0]: tensor for name, tensor in tensors.items()}
+    return {
+        rename_source_key(name, renamings, [])[0].removesuffix(".mask"): name.removesuffix(".mask")
+        for name in tensors
+        if name.endswith(".mask")
+    }
 
 
 def _one_part_differs(name: str, other: str) -> bool:
