@@ -205,3 +205,16 @@ def test_table_and_picture() -> None:
         assert [*zip(*lines["oats"].get_data(), strict=True)] == points
         assert axes.get_yscale() == "log" and axes.get_ylim()[1] < 30
         assert [note.get_text() for note in axes.texts] == ["off the scale: wanda"]
+
+
+def test_accuracy_of_the_next_token(dense, text, tmp_path) -> None:
+    out = tmp_path / "out"
+    command = compare(dense, text, out, "--methods", "wanda+int8", "--compressions", "0.5", "--accuracy")
+    cells = json.loads(run(*command, "--json").stdout)["cells"]
+    evaluated = json.loads(run("eval", dense, "--text", text, "--max-tokens", 200, "--json").stdout)
+    scores = ["perplexity, fox.txt", "accuracy of the next token, fox.txt"]
+    assert [list(cell["scores"]) for cell in cells] == [scores] * 2
+    assert cells[0]["scores"][scores[1]] == evaluated["accuracy"]
+    assert cells[1]["method"] == "wanda+int8" and cells[1]["layer_bytes"] < 0.3 * cells[0]["layer_bytes"]
+    assert "accuracy of the next token, fox.txt" in (out / "table.md").read_text()
+    assert "other settings: accuracy is" in fails(*(option for option in command if option != "--accuracy"))

@@ -27,7 +27,7 @@ def model():
 def token_by_token(model, ids, bos, context, stride):
     """The definition, one forward pass a token: which window scores it follows from its position."""
     sequence = ([] if bos is None else [bos]) + ids.tolist()
-    nll = []
+    nll, right = [], 0
     for position in range(1, len(sequence)):
         # End of the window that scores this position.
         end = 1 + context
@@ -40,7 +40,8 @@ def token_by_token(model, ids, bos, context, stride):
         with torch.no_grad():
             log_probabilities = model(input_ids=torch.tensor([window])).logits[0, -1].double().log_softmax(-1)
         nll.append(-log_probabilities[sequence[position]].item())
-    return math.exp(sum(nll) / len(nll)), len(nll)
+        right += int(log_probabilities.argmax()) == sequence[position]
+    return math.exp(sum(nll) / len(nll)), right / len(nll), len(nll)
 
 
 @pytest.mark.parametrize("bos", [None, BOS])
@@ -51,9 +52,10 @@ def token_by_token(model, ids, bos, context, stride):
 def test_perplexity_is_that_of_its_definition(model, tokens, context, stride, bos):
     ids = torch.randint(3, VOCABULARY, (tokens,), generator=torch.Generator().manual_seed(tokens))
     result = perplexity(model, ids, bos=bos, context=context, stride=stride)
-    expected, scored = token_by_token(model, ids, bos, context, stride)
+    expected, accuracy, scored = token_by_token(model, ids, bos, context, stride)
     assert result.tokens == scored == tokens - (bos is None)
     assert result.perplexity == pytest.approx(expected, rel=1e-4)
+    assert result.accuracy == pytest.approx(accuracy)
     assert (result.context, result.stride, result.bos) == (context, stride, bos is not None)
 
 

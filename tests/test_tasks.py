@@ -13,7 +13,10 @@ import pytest
 from typer.testing import CliRunner
 
 from oats.cli import app
+from tests import test_cli
 from tests.tiny import save_compressed
+
+dense, text = test_cli.dense, test_cli.text  # fixtures
 
 QUESTIONS = [
     ("The quick brown fox", ["jumps", "sleeps", "is"]),
@@ -68,8 +71,9 @@ def test_without_the_harness_it_says_what_to_install(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    result = run("eval", directory, "--tasks", "local_quiz")
-    assert result.exit_code == 1 and "pip install 'oats-torch[eval]'" in result.stderr
+    for command in ("eval", "compare"):
+        result = run(command, directory, "--tasks", "local_quiz")
+        assert result.exit_code == 1 and "pip install 'oats-torch[eval]'" in result.stderr
 
 
 def test_options_of_the_perplexity_do_not_go_with_tasks(directory: Path) -> None:
@@ -153,3 +157,25 @@ def test_a_table_for_people_and_errors(directory: Path, tasks: Path, tmp_path: P
         "there is no directory"
         in run("eval", directory, "--tasks", "x", "--task-path", tmp_path / "no").stderr
     )
+
+
+def test_tasks_of_a_comparison(
+    dense: Path, text: Path, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip(
+        "lm_eval", reason="lm-evaluation-harness is not installed: pip install 'oats-torch[eval]'"
+    )
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    quiz = ["--tasks", "local_quiz", "--task-path", tasks]
+    texts = ["--text", text, "--calibration", text, "--samples", 4, "--length", 32, "--max-tokens", 100]
+    result = run(
+        "compare", dense, "--out", tmp_path / "out", "--methods", "wanda", "--compressions", 0.5, *texts,
+        *quiz, "--json", "--no-plot",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    cells = json.loads(result.stdout)["cells"]
+    assert [list(cell["scores"]) for cell in cells] == [["perplexity, fox.txt", "accuracy, local_quiz"]] * 2
+    evaluated = json.loads(run("eval", dense, *quiz, "--json").stdout)["scores"]
+    expected = next(score["value"] for score in evaluated if score["metric"] == "acc")
+    assert cells[0]["scores"]["accuracy, local_quiz"] == expected

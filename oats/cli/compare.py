@@ -50,6 +50,17 @@ def compare(
     max_tokens: Annotated[
         int | None, typer.Option(help="Use only the first tokens of each text.", show_default="all")
     ] = None,
+    accuracy: Annotated[
+        bool, typer.Option("--accuracy", help="Score the share of next tokens that are predicted, too.")
+    ] = False,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Tasks of lm-evaluation-harness to score too, with commas between them."),
+    ] = None,
+    task_path: Annotated[
+        Path | None, typer.Option(help="Directory with YAML files of tasks of your own.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Questions of each task at most.")] = None,
     calibration: CalibrationText = None,
     samples: Samples = 64,
     length: Length = 512,
@@ -100,6 +111,7 @@ def compare(
         rows,
     )  # fmt: skip
     from oats.evaluate.perplexity import default_context, perplexity
+    from oats.evaluate.tasks import evaluate_tasks, require_harness
     from oats.evaluate.text import bos_token_id, builtin_text, calibration_windows, read_text, tokenize
     from oats.integrations.checkpoint import load_model
 
@@ -110,6 +122,8 @@ def compare(
         from oats.evaluate.plots import require_matplotlib
 
         require_matplotlib()
+    if tasks:
+        require_harness()
     source = builtin_text("first") if calibration is None else read_text(calibration)
     texts = [read_text(path) for path in text] if text else [builtin_text("second")]
     with status(f"Loading {model}"):
@@ -143,6 +157,12 @@ def compare(
         "seed": seed,
         "versions": f"oats {__version__}, torch {torch.__version__}, instruction set {ops.active_isa()}",
     }
+    if accuracy:
+        settings["accuracy"] = "share of the next tokens of the evaluation texts that are predicted"
+    if tasks:
+        settings["tasks"] = f"{tasks}, " + (
+            "all questions" if limit is None else f"at most {limit} questions"
+        )
     cells = Cells(out, settings)
 
     networks = [network]  # the one that is loaded, for the first cell
@@ -158,10 +178,17 @@ def compare(
             compress_(network, windows, config)
             sizes = compressed_sizes(network)
         seconds = time.perf_counter() - started
-        scores = {
-            score: perplexity(network, tokens, bos=bos, context=context, stride=stride).perplexity
-            for score, tokens in ids.items()
-        }
+        scores = {}
+        for score, tokens in ids.items():
+            measured = perplexity(network, tokens, bos=bos, context=context, stride=stride)
+            scores[score] = measured.perplexity
+            if accuracy:
+                scores[score.replace("perplexity", "accuracy of the next token")] = measured.accuracy
+        if tasks:
+            names = _listed(tasks, "tasks")
+            for each in evaluate_tasks(network, tokenizer, names, task_path=task_path, limit=limit).scores:
+                if each.metric == "acc":
+                    scores[f"accuracy, {each.task}"] = each.value
         return scores, *sizes, seconds
 
     with progress_bar("Comparing") as bar:

@@ -85,6 +85,7 @@ def evaluate(
             settings_table(
                 {
                     "perplexity": f"{result.perplexity:.4f}",
+                    "next token": f"{result.accuracy:.2%} predicted",
                     "model": directory,
                     "text": f"{source.name}, sha256 {source.sha256}",
                     "split": f"{source.split}, {len(source.content)} characters",

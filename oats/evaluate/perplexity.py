@@ -29,6 +29,7 @@ class Perplexity:
     Attributes:
         perplexity: exp of the mean negative log-likelihood of the scored tokens.
         nll: that mean, in nats a token.
+        accuracy: share of the scored tokens to which the model gives the largest probability.
         tokens: number of tokens scored, each once.
         context: tokens of a window, at most.
         stride: tokens scored in each window after the first.
@@ -40,6 +41,7 @@ class Perplexity:
 
     perplexity: float
     nll: float
+    accuracy: float
     tokens: int
     context: int
     stride: int
@@ -104,7 +106,7 @@ def perplexity(
 
     few_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
     started = time.perf_counter()
-    nll, done = 0.0, 0
+    nll, right, done = 0.0, 0, 0
     training = model.training
     model.eval()
     try:
@@ -114,6 +116,7 @@ def perplexity(
                 options = {"logits_to_keep": scored} if few_logits else {}
                 logits = model(input_ids=inputs[None], use_cache=False, **options).logits[0, -scored:]
                 nll += _summed_nll(logits, targets)
+                right += int((logits.argmax(-1) == targets).sum())
                 done += scored
                 if not math.isfinite(nll):
                     raise OatsError(
@@ -127,6 +130,7 @@ def perplexity(
     return Perplexity(
         perplexity=_exp(nll / total),
         nll=nll / total,
+        accuracy=right / total,
         tokens=total,
         context=context,
         stride=stride,

@@ -79,15 +79,11 @@ def evaluate_tasks(
         raise ConfigError(
             f"batch and limit must be at least 1 and shots at least 0, got {batch}, {limit} and {shots}"
         )
-    try:
-        import lm_eval
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise ConfigError(
-            f"tasks need lm-evaluation-harness ({error.name} is missing): pip install 'oats-torch[eval]'"
-        ) from None
+    require_harness()
+    import lm_eval
     from datasets.exceptions import DatasetsError
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     if task_path is not None and not Path(task_path).is_dir():
@@ -121,6 +117,20 @@ def evaluate_tasks(
         harness=lm_eval.__version__,
         seconds=time.perf_counter() - started,
     )
+
+
+def require_harness() -> None:
+    """Check that lm-evaluation-harness is installed, before the long work rather than after it.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    try:
+        import lm_eval.models.huggingface  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            f"tasks need lm-evaluation-harness ({error.name} is missing): pip install 'oats-torch[eval]'"
+        ) from None
 
 
 def _unknown(manager: Any, tasks: Sequence[str]) -> list[str]:

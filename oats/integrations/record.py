@@ -125,7 +125,7 @@ class Record:
 
     def add_evaluation(self, result: Mapping[str, Any]) -> None:
         """Add a perplexity with its settings, in the place of an earlier one with the same settings."""
-        measured = {"perplexity", "nll", "seconds", "threads"}
+        measured = {"perplexity", "nll", "accuracy", "seconds", "threads"}
 
         def settings(evaluation: Mapping[str, Any]) -> dict[str, Any]:
             return {name: value for name, value in evaluation.items() if name not in measured}
