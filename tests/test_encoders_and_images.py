@@ -73,7 +73,8 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for i in range(6):
             pixels = generator.integers(0, 256, (20, 30, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(directory / kind / f"{i}.{'png' if i else 'JPG'}")
-    (directory / "labels.txt").write_text("no image")
+    for name in ("labels.txt", "paper.pdf"):  # Pillow writes PDF, and does not read it
+        (directory / name).write_text("no image")
     return directory
 
 

@@ -283,7 +283,11 @@ def _images(
     content = sha256()
     for file in chosen:
         content.update(file.read_bytes())
-    return pixels, {"images": images.name, "sha256": content.hexdigest()[:12], "samples": len(chosen)}
+    return pixels, {
+        "images": images.resolve().name,
+        "sha256": content.hexdigest()[:12],
+        "samples": len(chosen),
+    }
 
 
 @contextmanager

@@ -103,7 +103,7 @@ def calibration_images(directory: str | Path, count: int | None = None) -> list[
     """
     from PIL import Image
 
-    suffixes = Image.registered_extensions()
+    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     found = sorted(file for file in Path(directory).rglob("*") if file.suffix.lower() in suffixes)
     if not found or (count is not None and not 0 < count <= len(found)):
         wanted = "at least one" if count is None else f"{count}"
