@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
+import sys
+import sysconfig
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -14,7 +18,7 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from oats.errors import CalibrationError, FormatError
-from oats.evaluate.text import calibration_windows, framing_tokens
+from oats.evaluate.text import Text, calibration_windows, framing_tokens
 from oats.integrations.companions import copy_companions
 from oats.integrations.vision import CALIBRATION_IMAGES, calibration_images, read_images
 from oats.nn import SparseLowRankLinear
@@ -196,3 +200,58 @@ def test_companions_of_a_damaged_directory(tmp_path: Path) -> None:
     assert (out / "inside" / "config.json").read_text() == "inside"
     assert (out / "config.json").read_text() == "out"
     copy_companions("owner/name", out)
+
+
+@pytest.fixture(scope="module")
+def example() -> ModuleType:
+    path = Path(__file__).parent.parent / "examples" / "encoder.py"
+    spec = importlib.util.spec_from_file_location("encoder", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_pairs_of_the_encoder_example(example, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = "The quick brown fox jumps over the lazy dog, they say."
+    rest = "It has done so for as long as anybody remembers. " * 2
+    text = Text(f"{first} {rest}\n\nToo short. It is.\n \n{first}", "x", "y")
+    assert example.paragraphs(text) == [(first, rest.strip())]
+    docstring = f'"""{first}\n\n    {rest}{rest}\n    """'
+    (tmp_path / "a.py").write_text(
+        f"def f():\n    {docstring}\n\nclass C:\n    {docstring}\n\ndef g(): pass\n"
+    )
+    (tmp_path / "b.py").write_text("def (")
+    monkeypatch.setattr(sysconfig, "get_path", lambda _: str(tmp_path))
+    assert example.docstrings() == [(first, (rest + rest).strip())]
+    vectors = torch.eye(3)
+    assert example.found_first(vectors, vectors[[0, 2, 1]]) == pytest.approx(1 / 3)
+
+
+def test_the_encoder_example(
+    example, encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    generator = np.random.default_rng(0)
+    pairs = [tuple(" ".join(generator.choice(WORDS, n)) for n in (5, 9)) for _ in range(12)]
+    monkeypatch.setattr(example, "docstrings", lambda: pairs)
+    monkeypatch.setattr(example, "paragraphs", lambda _: pairs)
+    out = tmp_path / "out"
+    monkeypatch.setattr(sys, "argv", [
+        "encoder.py", "--model", str(encoder), "--methods", "wanda", "wanda+int8", "--compressions", "0.5",
+        "--out", str(out),
+    ])  # fmt: skip
+    example.main()
+    assert "3/3  wanda+int8 0.5: " in capsys.readouterr().out
+    cells = {file.stem: json.loads(file.read_text()) for file in (out / "cells-row").glob("*-*.json")}
+    assert cells["dense-0"]["scores"]["cosine to dense"] == pytest.approx(1)
+    assert cells["wanda+int8-50"]["layer_bytes"] < cells["wanda-50"]["layer_bytes"] / 2
+    tokenizer, model = hf.AutoTokenizer.from_pretrained(encoder), hf.AutoModel.from_pretrained(encoder).eval()
+    vectors = []
+    for side in zip(*pairs, strict=True):
+        with torch.no_grad():  # one text at a time: no padding
+            each = [model(**tokenizer(t, return_tensors="pt")).last_hidden_state[0].mean(0) for t in side]
+        vectors.append(torch.stack(each))
+    nearest = torch.cosine_similarity(vectors[0][:, None], vectors[1][None], dim=-1).argmax(1)
+    expected = float((nearest == torch.arange(12)).float().mean())
+    assert cells["dense-0"]["scores"]["accuracy, paragraphs"] == pytest.approx(expected)
+    assert (out / "plot.png").read_bytes().startswith(b"\x89PNG")
