@@ -23,15 +23,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from transformers.utils import logging
 
 import oats
 from oats import ops
 from oats.atomic_file import write_text
+from oats.cli.comparison_table import print_table
 from oats.evaluate import comparison, comparison_plot
 from oats.evaluate.text import Text, builtin_text
 from oats.integrations.checkpoint import load_model
@@ -180,12 +179,7 @@ def main() -> None:
     finished = comparison.complete(cells, planned, measure, progress)
     write_text(out / "table.md", comparison.markdown(finished, settings))
     comparison_plot.draw(finished, [out / "plot.png", out / "plot.svg"])
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in comparison.header(finished):
-        table.add_column(name, justify="left" if name == "method" else "right")
-    for row in comparison.rows(finished):
-        table.add_row(*row)
-    console.print(table)
+    print_table(console, finished)
     console.print(f"table.md and plot.png are in {out}")
 
 

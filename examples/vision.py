@@ -22,9 +22,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from transformers import Dinov2Config, Dinov2ForImageClassification, ViTConfig, ViTForImageClassification
 from transformers.utils import logging
@@ -32,6 +30,7 @@ from transformers.utils import logging
 import oats
 from oats import ops
 from oats.atomic_file import write_text
+from oats.cli.comparison_table import print_table
 from oats.cli.console import progress_bar
 from oats.evaluate import comparison, comparison_plot, rollout
 from oats.integrations.checkpoint import save_model
@@ -199,12 +198,7 @@ def main() -> None:
     finished = comparison.complete(cells, planned, measure, progress)
     write_text(out / "table.md", comparison.markdown(finished, settings))
     comparison_plot.draw(finished, [out / "accuracy.png", out / "accuracy.svg"])
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in comparison.header(finished):
-        table.add_column(name, justify="left" if name == "method" else "right")
-    for row in comparison.rows(finished):
-        table.add_row(*row)
-    console.print(table)
+    print_table(console, finished)
 
     half = out / "oats-50"
     model = load_vision_model(dense)

@@ -96,6 +96,7 @@ def compare(
 
     from oats import __version__, ops
     from oats.atomic_file import write_text
+    from oats.cli.comparison_table import print_table
     from oats.cli.console import notes, print_json, progress_bar, results, settings_table, status
     from oats.compress import compress_
     from oats.evaluate.comparison import (
@@ -105,10 +106,8 @@ def compare(
         compressed_sizes,
         dense_sizes,
         format_score,
-        header,
         markdown,
         plan,
-        rows,
     )  # fmt: skip
     from oats.evaluate.perplexity import default_context, perplexity
     from oats.evaluate.tasks import evaluate_tasks, require_harness
@@ -208,15 +207,7 @@ def compare(
     if as_json:
         print_json({"settings": settings, "cells": [vars(cell) for cell in finished]})
         return
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for i, column in enumerate(header(finished)):
-        table.add_column(column, justify="left" if i < 1 else "right")
-    for row in rows(finished):
-        table.add_row(*row)
-    results().print(table)
+    print_table(results(), finished)
     results().print(settings_table(settings))
     results().print(f"\nwritten: {out}/table.md" + (", plot.png, plot.svg" if plot else ""))
 

@@ -1,0 +1,34 @@
+"""The table of a comparison, for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from oats.evaluate.comparison import Cell
+
+WIDTH = 120
+"""Columns where the output is no terminal: rich's 80 would cut the names."""
+
+
+def print_table(console: Console, cells: Sequence[Cell]) -> None:
+    """Print the cells, a line each.
+
+    Args:
+        console: where to.
+        cells: of :func:`oats.evaluate.comparison.complete`.
+    """
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    from oats.evaluate.comparison import header, rows
+
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for i, column in enumerate(header(cells)):
+        table.add_column(column, justify="right" if i else "left")
+    for row in rows(cells):
+        table.add_row(*row)
+    console.print(table, width=None if console.is_terminal else WIDTH, crop=False)
