@@ -138,7 +138,7 @@ class Staging:
         Raises:
             OutputExistsError: another run is at work there.
         """
-        if not self.exists():
+        if self.directory.exists() and not self.exists():
             self.discard()
 
     def discard(self) -> None:
