@@ -391,7 +391,8 @@ class Walk:
     def _layer(self, matrix: _Matrix, result: Decomposition) -> SparseLowRankLinear:
         layer = SparseLowRankLinear.from_decomposition(result, matrix.bias)
         if self._storage.has_codes:
-            quantize_layer_(layer, self._storage, hessian_of(matrix.statistic, self._config))
+            hessian = hessian_of(matrix.statistic, self._config)
+            quantize_layer_(layer, self._storage, hessian, matrix.weight)
         return layer
 
     def _of_tensors(self, matrix: _Matrix, tensors: Mapping[str, Tensor]) -> SparseLowRankLinear:

@@ -44,19 +44,22 @@ def quantize_tensors(
     d_in: int,
     storage: Storage,
     hessian: Tensor | None = None,
+    weight: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """The tensors of a layer, with codes in the place of numbers.
 
     Each input is first multiplied by the power of two that brings the kept values for it to the size of the
     others. The scales of int8 map the largest magnitude to 127. Those of int4, and its codebook, minimise
     ``Σ H_jj (s_ij − ŝ_ij)²``. With a Hessian, the error of each code is then made good by the kept
-    values of the inputs to come (GPTQ, arXiv 2210.17323, on the support).
+    values of the inputs to come (GPTQ, arXiv 2210.17323, on the support); with the dense weight too, so is
+    what the layer misses of it.
 
     Args:
         tensors: ``mask``, ``values``, ``low_rank_u`` and ``low_rank_v`` of :mod:`oats.format`, exact.
         d_in: inputs.
         storage: what becomes codes.
         hessian: (d_in, d_in), ``X Xᵀ`` of the layer's inputs; None means that it is not known.
+        weight: (d_out, d_in), what the layer stands for; it is not used without a Hessian.
 
     Raises:
         WeightError: a value is not finite, or the Hessian is not positive semi-definite.
@@ -81,10 +84,14 @@ def quantize_tensors(
     if storage.values == "exact":
         result["values"] = sparse[kept].to(tensors["values"].dtype)
     else:
+        target = sparse
         if hessian is not None:
             hessian = hessian * (powers * powers[:, None])
+            if weight is not None:
+                low_rank = tensors["low_rank_u"].float() @ tensors["low_rank_v"].float()
+                target = (weight.float() - low_rank) / powers
         fit = _int8 if storage.values == "int8" else _int4
-        result |= fit(sparse, kept, storage, hessian)
+        result |= fit(sparse, kept, storage, hessian, target)
     result["input_exponent"] = exponent
     v = tensors["low_rank_v"]
     tensors = {**tensors, "low_rank_v": (v.float() / powers).to(v.dtype)}
@@ -172,7 +179,12 @@ def _quantize_named_(name: str, layer: SparseLowRankLinear, storage: Storage, he
         raise WeightError(f"{name}: {error}") from error
 
 
-def quantize_layer_(layer: SparseLowRankLinear, storage: Storage, hessian: Tensor | None = None) -> None:
+def quantize_layer_(
+    layer: SparseLowRankLinear,
+    storage: Storage,
+    hessian: Tensor | None = None,
+    weight: Tensor | None = None,
+) -> None:
     """Store one layer as `storage` says; see :func:`quantize_tensors`."""
     tensors = layer.canonical()
     if layer.storage.has_codes:
@@ -181,7 +193,7 @@ def quantize_layer_(layer: SparseLowRankLinear, storage: Storage, hessian: Tenso
         exact = {"values": sparse[kept], "low_rank_u": u, "low_rank_v": v}
         tensors = {"mask": tensors["mask"]} | {name: t.to(layer.dtype) for name, t in exact.items()}
     if storage.has_codes:
-        tensors = quantize_tensors(tensors, layer.in_features, storage, hessian)
+        tensors = quantize_tensors(tensors, layer.in_features, storage, hessian, weight)
     layer.store_(tensors, storage)
 
 
@@ -200,10 +212,12 @@ def _input_exponent(sparse: Tensor, kept: Tensor) -> Tensor:
     return exponent.clamp_(-LARGEST_EXPONENT, LARGEST_EXPONENT).to(torch.int8)
 
 
-def _int8(sparse: Tensor, kept: Tensor, storage: Storage, hessian: Tensor | None) -> dict[str, Tensor]:
+def _int8(
+    sparse: Tensor, kept: Tensor, storage: Storage, hessian: Tensor | None, target: Tensor
+) -> dict[str, Tensor]:
     codes, scale = _round_to_int8(sparse, storage.scale_columns)
     if hessian is not None:
-        settled = _with_feedback(sparse, kept, scale, storage.scale_columns, hessian, _nearest_int8)
+        settled = _with_feedback(target, kept, scale, storage.scale_columns, hessian, _nearest_int8)
         codes = settled.to(torch.int8)
     return {"values": codes[kept], "values_scale": scale}
 
@@ -213,27 +227,27 @@ def _nearest_int8(shares: Tensor) -> Tensor:
 
 
 def _with_feedback(
-    sparse: Tensor,
+    target: Tensor,
     kept: Tensor,
     scale: Tensor,
     scale_columns: int,
     hessian: Tensor,
     nearest: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """Values of S in units of their scales: each what `nearest` makes of it, given the errors before it.
+    """Values for a target in units of their scales: each what `nearest` makes of it, given the errors before.
 
-    What is not kept stays zero; the errors that fall to it are passed on as well.
+    What is not kept is zero; what that misses is passed on as well.
     """
     factor = inverse_factor(hessian, "its inputs").float()
     each = scale.float()
-    shares = torch.empty_like(sparse)
+    shares = torch.empty_like(target)
 
     def settle(j: int, block: Tensor) -> Tensor:
         unit = each[:, j // scale_columns]
         shares[:, j] = torch.where(kept[:, j] & (unit > 0), nearest(block[:, 0] / unit), 0)
         return shares[:, j] * unit
 
-    settle_columns(sparse.clone(), factor, settle)
+    settle_columns(target.clone(), factor, settle)
     return shares
 
 
@@ -248,7 +262,9 @@ def _round_to_int8(matrix: Tensor, scale_columns: int) -> tuple[Tensor, Tensor]:
     return codes.to(torch.int8), scale
 
 
-def _int4(sparse: Tensor, kept: Tensor, storage: Storage, hessian: Tensor | None) -> dict[str, Tensor]:
+def _int4(
+    sparse: Tensor, kept: Tensor, storage: Storage, hessian: Tensor | None, target: Tensor
+) -> dict[str, Tensor]:
     rows, columns = sparse.shape
     padding = (0, -columns % storage.scale_columns)
     importance = torch.ones(columns) if hessian is None else hessian.diagonal().float()
@@ -268,7 +284,7 @@ def _int4(sparse: Tensor, kept: Tensor, storage: Storage, hessian: Tensor | None
         def nearest(shares: Tensor) -> Tensor:
             return levels[_nearest(shares.abs(), levels).int()].copysign_(shares)
 
-        sparse = _with_feedback(sparse, kept, scale, storage.scale_columns, hessian, nearest)
+        sparse = _with_feedback(target, kept, scale, storage.scale_columns, hessian, nearest)
         codes = _nearest(sparse.abs(), levels)
     # The lower half of the codebook are the negative levels.
     codes = torch.where(sparse < 0, CODEBOOK // 2 - 1 - codes, CODEBOOK // 2 + codes)
