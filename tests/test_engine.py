@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import signal
@@ -13,11 +14,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoModelForCausalLM, AutoTokenizer
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    MambaConfig,
+    MambaForCausalLM,
+)
 
 from oats.errors import ConfigError, QueueFullError
+from oats.serving import batch
 from oats.serving.decoding import IncrementalDecoder
-from oats.serving.engine import Engine, Finished, Sampling
+from oats.serving.engine import Engine
+from oats.serving.generation import Finished, Sampling
 from tests.tiny import CHAT_TEMPLATE, CONTEXT, byte_tokenizer, continuation, load, save_compressed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -65,7 +76,7 @@ def test_stop_strings_end_the_text_and_are_not_in_it(stop: tuple[str, ...], expe
 
 @pytest.fixture(scope="module")
 def engine(directory: Path) -> Iterator[Engine]:
-    engine = Engine(*load(directory), max_waiting=4)
+    engine = Engine(*load(directory), max_waiting=4, max_batch=1)
     yield engine
     engine.close()
 
@@ -148,6 +159,131 @@ def test_a_full_queue_and_cancelling(engine: Engine) -> None:
         time.sleep(0.01)
     assert events[-1].reason == "cancelled" and events[-1].tokens < 100
     assert [end.reason for end in ends if isinstance(end, Finished)] == ["cancelled"] * 3 + ["length"]
+
+
+# Several texts at once.
+
+
+def collect_all(engine: Engine, requests: list[tuple[list[int], Sampling]]) -> list[tuple[str, Any]]:
+    """Text and end of each, all submitted before the first is finished."""
+    events: list[list[Any]] = [[] for _ in requests]
+    done = threading.Semaphore(0)
+
+    def deliver(index: int, event: Any) -> None:
+        events[index].append(event)
+        if not isinstance(event, str):
+            done.release()
+
+    for index, (ids, sampling) in enumerate(requests):
+        engine.submit(ids, sampling, functools.partial(deliver, index))
+    assert all(done.acquire(timeout=60) for _ in requests)
+    return [("".join(found[:-1]), found[-1]) for found in events]
+
+
+def tiny_gemma() -> Gemma3ForCausalLM:
+    """Layers with a window of 8 tokens and one without."""
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        vocab_size=258, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, sliding_window=8, max_position_embeddings=256,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"], eos_token_id=9999,
+    )  # fmt: skip
+    return Gemma3ForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma"])
+def test_texts_of_a_batch_are_what_each_is_alone(
+    kind: str, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load(directory)[0] if kind == "llama" else tiny_gemma()
+    model.generation_config.repetition_penalty = 1.3  # depends on all tokens so far
+    monkeypatch.setattr(batch, "CHUNK", 7)  # prompts come in pieces, between which the others go on
+    torch.manual_seed(1)
+    lengths = [(3, 40), (50, 12), (7, 5), (20, 30), (1, 25)]  # of prompt and output
+    prompts = [torch.randint(2, 258, (1, length)) for length, _ in lengths]
+    engine = Engine(model, byte_tokenizer(), max_batch=3)
+    try:
+        found = collect_all(
+            engine,
+            [
+                (ids[0].tolist(), Sampling(tokens, temperature=0))
+                for ids, (_, tokens) in zip(prompts, lengths, strict=True)
+            ],
+        )
+    finally:
+        engine.close()
+    for ids, (length, tokens), (text, end) in zip(prompts, lengths, found, strict=True):
+        output = model.generate(ids, max_new_tokens=tokens, do_sample=False)[0, length:]
+        assert text == byte_tokenizer().decode(output, skip_special_tokens=True)
+        assert end == Finished("length", tokens)
+
+
+def test_a_seed_gives_the_same_text_whoever_else_is_there(directory: Path) -> None:
+    engine = Engine(*load(directory), max_batch=4)
+    try:
+        wanted = Sampling(20, temperature=1.0, seed=5)
+        alone = collect_all(engine, [([1, 70, 80], wanted)])[0]
+        others = [([5] * n, Sampling(15, temperature=t)) for n, t in ((9, 1.0), (2, 0))]
+        assert collect_all(engine, [*others, ([1, 70, 80], wanted)])[2] == alone
+    finally:
+        engine.close()
+
+
+def test_a_short_request_does_not_wait_for_a_long_one_and_a_cancelled_one_makes_room(directory: Path) -> None:
+    engine = Engine(*load(directory), max_batch=2)
+    ends: list[str] = []
+    done = threading.Semaphore(0)
+    started = threading.Semaphore(0)
+
+    def deliver(name: str, event: Any) -> None:
+        if isinstance(event, str):
+            started.release()
+            return
+        ends.append(f"{name} {event.reason}")
+        done.release()
+
+    try:
+        long = engine.submit([1], Sampling(120, 0), functools.partial(deliver, "long"))
+        assert started.acquire(timeout=30)
+        engine.submit([1, 2], Sampling(3, 0), functools.partial(deliver, "short"))
+        assert done.acquire(timeout=30) and ends == ["short length"]
+        engine.submit([1, 2, 3], Sampling(110, 0), functools.partial(deliver, "second"))
+        engine.submit([1, 2], Sampling(2, 0), functools.partial(deliver, "third"))
+        long.cancel()
+        assert all(done.acquire(timeout=30) for _ in range(3))
+        assert ends[1:] == ["long cancelled", "third length", "second length"]
+        assert engine.running == engine.waiting == 0
+    finally:
+        engine.close()
+
+
+def test_a_model_with_a_recurrent_state_takes_one_request_at_a_time() -> None:
+    torch.manual_seed(0)
+    config = MambaConfig(
+        vocab_size=258, hidden_size=16, state_size=4, num_hidden_layers=2, pad_token_id=0, eos_token_id=9999
+    )
+    model = MambaForCausalLM(config).eval()
+    engine = Engine(model, byte_tokenizer(), max_batch=4)
+    try:
+        assert engine.max_batch == 1
+        requests = [([5, 6, 7], Sampling(6, 0)), ([9], Sampling(4, 0))]
+        for (ids, sampling), (text, end) in zip(requests, collect_all(engine, requests), strict=True):
+            output = model.generate(torch.tensor([ids]), max_new_tokens=sampling.max_tokens, do_sample=False)
+            assert text == byte_tokenizer().decode(output[0, len(ids) :], skip_special_tokens=True)
+            assert end == Finished("length", sampling.max_tokens)
+    finally:
+        engine.close()
+
+
+def test_closing_ends_what_runs_and_what_waits(directory: Path) -> None:
+    engine = Engine(*load(directory), max_batch=2)
+    ends: list[Any] = []
+    for _ in range(5):
+        engine.submit([1], Sampling(120, 0), lambda event: isinstance(event, str) or ends.append(event))
+    engine.close()
+    assert [end.reason for end in ends] == ["cancelled"] * 5 and not engine.alive
+    with pytest.raises(QueueFullError, match="stopping"):
+        engine.submit([1], Sampling(1), print)
 
 
 # oats chat.

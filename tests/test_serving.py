@@ -39,10 +39,10 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Served:
-    def __init__(self, model: Any, tokenizer: Any, max_waiting: int = 64) -> None:
+    def __init__(self, model: Any, tokenizer: Any, max_waiting: int = 64, max_batch: int = 4) -> None:
         from oats.serving.openai_api import build_app
 
-        self.engine = Engine(model, tokenizer, max_waiting)
+        self.engine = Engine(model, tokenizer, max_waiting, max_batch)
         self.socket = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
         config = uvicorn.Config(
@@ -169,7 +169,7 @@ def slow(directory: Path) -> Iterator[Served]:
         return original(*arguments, **options)
 
     model.forward = forward
-    served = Served(model, tokenizer, max_waiting=1)
+    served = Served(model, tokenizer, max_waiting=1, max_batch=1)
     yield served
     served.close()
 

@@ -12,7 +12,8 @@ import typer
 from oats.errors import ConfigError, OatsError
 
 if TYPE_CHECKING:
-    from oats.serving.engine import Engine, Sampling
+    from oats.serving.engine import Engine
+    from oats.serving.generation import Sampling
 
 HELP = "/reset forgets the conversation, /exit or Ctrl-D leaves; Ctrl-C stops an answer"
 
@@ -46,7 +47,8 @@ def chat(
     import torch
 
     from oats.cli.console import notes, status
-    from oats.serving.engine import Engine, Sampling
+    from oats.serving.engine import Engine
+    from oats.serving.generation import Sampling
 
     with status(f"Loading {directory}"):
         model, tokenizer = load_with_template(directory, None, chat_template)
@@ -122,7 +124,7 @@ def _answer(engine: Engine, turns: list[dict[str, str]], sampling: Sampling) -> 
     """
     from jinja2 import TemplateError
 
-    from oats.serving.engine import Event, Finished
+    from oats.serving.generation import Event, Finished
 
     try:
         encoded = engine.tokenizer.apply_chat_template(

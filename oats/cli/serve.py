@@ -29,13 +29,14 @@ def serve(
             help="Jinja file that makes turns into a prompt.", show_default="the model's own, if any"
         ),
     ] = None,
-    max_waiting: Annotated[int, typer.Option(help="Requests that may wait for the one that runs.")] = 64,
+    max_batch: Annotated[int, typer.Option(help="Requests that run at once; more of them wait.")] = 8,
+    max_waiting: Annotated[int, typer.Option(help="Requests that may wait for those that run.")] = 64,
     dtype: RunDtype = None,
 ) -> None:
     """Serve a model over HTTP as OpenAI's API does: /v1/chat/completions, /v1/completions, /v1/models.
 
-    One request is generated at a time, the others wait. /health says whether it works, /metrics how much, for
-    Prometheus. A model without a chat template answers /v1/completions only.
+    Requests that come at once are generated together, a token of each in turn. /health says whether it works,
+    /metrics how much, for Prometheus. A model without a chat template answers /v1/completions only.
     """
     try:
         import uvicorn
@@ -55,7 +56,7 @@ def serve(
         with status(f"Loading {directory}"):
             model, tokenizer = load_with_template(directory, dtype, chat_template)
         name = name or Path(directory).resolve().name
-        engine = Engine(model, tokenizer, max_waiting)
+        engine = Engine(model, tokenizer, max_waiting, max_batch)
         server = uvicorn.Server(
             uvicorn.Config(build_app(engine, name), log_level="warning", timeout_graceful_shutdown=3)
         )

@@ -26,6 +26,7 @@ PARTS = {"values": "#0b6e4f", "mask": "#8fbc8f", "low_rank_u": "#0072b2", "low_r
 """Tensors of a layer → their colours; greens are the sparse part, blues the low-rank one."""
 
 MOST_PICTURES = 8
+DISTURBED = 0.1  # share of the CPUs that other processes took
 MOST_POINTS = 200  # of a spectrum
 MOST_NAMES = 40  # on an axis
 
@@ -34,7 +35,8 @@ body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-
   margin: 2rem auto; padding: 0 1rem }
 h1, h2 { line-height: 1.2 } h2 { margin-top: 2.5rem } svg { max-width: 100%; height: auto }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-th, td { padding: .15rem .8rem .15rem 0; text-align: right; border-bottom: 1px solid #ddd }
+th, td { padding: .15rem .8rem .15rem 0; text-align: right; border-bottom: 1px solid #ddd;
+  white-space: nowrap }
 th:first-child, td:first-child { text-align: left } .scroll { max-height: 30rem; overflow: auto }
 p.note { color: #555 } code { font-size: .9em } table.about td { text-align: left }
 """
@@ -97,7 +99,7 @@ def html_report(
         '<div class="scroll">' + _table(*_layer_table(layers, errors)) + "</div>",
     ]
     if speed:
-        sections += ["<h2>Speed</h2>", _SPEED_NOTE, _table(*_speed_table(speed))]
+        sections += ["<h2>Speed</h2>", _speed_note(speed), _table(*_speed_table(speed))]
     title = html.escape(f"{name}: oats report")
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
@@ -121,17 +123,25 @@ def _layers_to_picture(layers: Sequence[Anatomy], errors: dict[str, float]) -> l
     return list(chosen.values())[:MOST_PICTURES]
 
 
-_SPEED_NOTE = (
-    "<p class=note>Milliseconds of one layer, random weights of its size cycled past the caches, both in "
-    "turn: median (10th to 90th percentile).</p>"
-)
+def _speed_note(rows: Sequence[Row]) -> str:
+    others = max(row.others for row in rows)
+    disturbed = (
+        f" Other processes took up to {others:.0%} of the CPUs meanwhile: measure again on an idle machine."
+        if others > DISTURBED
+        else ""
+    )
+    return (
+        f"<p class=note>Milliseconds of one layer on {rows[0].threads} threads, random weights of its size "
+        "cycled past the caches, both in turn: median (10th to 90th percentile). The last column is how many "
+        f"times as fast as the dense layer ours is.{disturbed}</p>"
+    )
 
 
 def _speed_table(rows: Sequence[Row]) -> tuple[Sequence[str], list[Sequence[str]]]:
     def milliseconds(timing: Timing) -> str:
         return f"{timing.ms.median:.3g} ({timing.ms.p10:.3g}–{timing.ms.p90:.3g})"
 
-    head = ("layer", "shape", "batch", rows[0].ours.label, rows[0].peer.label, "ratio", "threads")
+    head = ("layer", "shape", "batch", rows[0].ours.label, rows[0].peer.label, "times as fast")
     return head, [
         (
             row.layer,
@@ -139,8 +149,7 @@ def _speed_table(rows: Sequence[Row]) -> tuple[Sequence[str], list[Sequence[str]
             str(row.batch),
             milliseconds(row.ours),
             milliseconds(row.peer),
-            f"{row.ratio:.2f} ×",
-            str(row.threads),
+            f"{row.ratio:.2f}",
         )
         for row in rows
     ]

@@ -1,1 +1,1 @@
-"""A model that answers one request after another, in the terminal and over HTTP."""
+"""A model that answers requests, in the terminal and over HTTP."""

@@ -30,7 +30,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
 from oats.errors import ConfigError, QueueFullError
-from oats.serving.engine import Engine, Event, Finished, Generation, Sampling
+from oats.serving.engine import Engine
+from oats.serving.generation import Event, Finished, Generation, Sampling
 
 DEFAULT_MAX_TOKENS = 512
 """Tokens generated where a request does not say, or less where the context ends."""
@@ -152,7 +153,7 @@ class Metrics:
         )
         for name, help_text, value in (
             ("oats_requests_waiting", "Requests in the queue.", lambda: engine.waiting),
-            ("oats_requests_running", "Requests being generated.", lambda: int(engine.running)),
+            ("oats_requests_running", "Requests being generated.", lambda: engine.running),
         ):
             Gauge(name, help_text, registry=self.registry).set_function(value)
 
