@@ -101,7 +101,7 @@ def block_bytes(
         "compressed weights": round(2 * compressed),
     }
     decomposing = max(decomposition_bytes(d_out, d_in, config) for d_out, d_in in shapes)
-    if config.method in _HESSIAN_METHODS or config.storage.values == "int4":
+    if config.method in _HESSIAN_METHODS or config.storage.values != "exact":
         # Layers that share an input share its Hessian. Another of each while those of one batch are summed.
         inputs = {weight.shape[1] for target in targets.values() for weight, _ in target.matrices().values()}
         need["Hessians"] = 2 * 4 * sum(d_in**2 for d_in in inputs)
@@ -119,7 +119,7 @@ def decomposition_bytes(d_out: int, d_in: int, config: OatsConfig) -> int:
     if config.method in _HESSIAN_METHODS:
         return _FIXED + max(_MATRIX_BYTES_WITH_HESSIAN[config.svd] * d_out * d_in, with_hessian)
     own = _MATRIX_BYTES[config.svd] * d_out * d_in
-    return _FIXED + (max(own, with_hessian) if config.storage.values == "int4" else own)
+    return _FIXED + (own if config.storage.values == "exact" else max(own, with_hessian))
 
 
 class Limit:

@@ -40,17 +40,17 @@ def input_statistics(
 
     Returns:
         Name → second moments (d_in,), Hessian (d_in, d_in), or means and variances (2, d_in). A layer that
-        did not run is absent. int4 codes are fitted by Hessians, which then stand in for second moments.
+        did not run is absent. Codes are fitted by Hessians, which then stand in for second moments.
     """
     statistics, _ = _METHODS[config.method]
-    if _rounds_by_hessian(config) and statistics is second_moments:
+    if _has_codes(config) and statistics is second_moments:
         statistics = hessians
     return statistics(runner, index, linears)
 
 
-def _rounds_by_hessian(config: OatsConfig) -> bool:
-    """Whether codes are so coarse that it pays to pass their errors on."""
-    return config.storage.values == "int4"
+def _has_codes(config: OatsConfig) -> bool:
+    """Whether kept values become codes, whose errors are passed on by the Hessian."""
+    return config.storage.values != "exact"
 
 
 def second_moments_of(statistic: Tensor, config: OatsConfig) -> Tensor:
@@ -67,7 +67,7 @@ def second_moments_of(statistic: Tensor, config: OatsConfig) -> Tensor:
 def hessian_of(statistic: Tensor, config: OatsConfig) -> Tensor | None:
     """The Hessian that codes are fitted by, None where they are rounded without."""
     own, _ = _METHODS[config.method]
-    return statistic if _rounds_by_hessian(config) and own in (second_moments, hessians) else None
+    return statistic if _has_codes(config) and own in (second_moments, hessians) else None
 
 
 def decompose_by_method(
