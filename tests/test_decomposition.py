@@ -392,12 +392,12 @@ def with_value(shape, index, value):
         (
             torch.ones(4, 8, device="meta"),
             torch.ones(8),
-            r"must be a dense tensor on the CPU, got layout .* on meta",
+            r"must be a dense tensor on the CPU or a CUDA device, got layout .* on meta",
         ),
         (
             torch.ones(4, 8).to_sparse(),
             torch.ones(8),
-            r"must be a dense tensor on the CPU, got layout torch.sparse",
+            r"must be a dense tensor on the CPU or a CUDA device, got layout torch.sparse",
         ),
         (torch.ones(8), torch.ones(8), r"must have shape \(d_out, d_in\) .* got \(8,\)"),
         (torch.ones(2, 4, 8), torch.ones(8), r"must have shape \(d_out, d_in\) .* got \(2, 4, 8\)"),

@@ -1,0 +1,349 @@
+// y = S x + U (V x) + b for few columns, which is bound by reading the weight.
+//
+// A block has one strip of 16 outputs, and its eight warps (and the blocks of a split) share the inputs. A
+// warp goes through its tiles of S: it scans the mask of a tile, expands the values into the operands of the
+// tensor cores, and multiplies. Even for one column that is cheaper than multiplying and adding, because what
+// costs is to expand; and with up to 32 columns one expansion serves all. Values arrive in a ring in shared
+// memory, by asynchronous copies that run up to eight chunks ahead; the next mask is loaded while a tile is
+// multiplied.
+//
+// V x is a launch of its own, so that U (V x) may follow in any block. The second launch does not wait for
+// its end (compute capability 9): it begins with S x, and waits before U (V x).
+//
+// Sums over warps, and over the blocks of a split, have one order: the last block of a strip adds what the
+// others left in the workspace.
+#include "device.h"
+#include "kernels.h"
+#include "scan_inl.h"
+#include "tiles.h"
+
+namespace oats::cuda {
+namespace {
+
+struct Rows {
+  const uint16_t* at;
+  int64_t stride, rows, columns;
+};
+
+struct Product {
+  Rows x, u, v, t;  // t = V x; U and V have zeros behind their last column, t has a column for each
+  const int64_t* starts;
+  const uint32_t* masks;
+  const uint16_t* values;
+  const uint16_t* bias;
+  uint16_t* y;
+  int64_t y_stride;
+  int64_t d_out, strips, tiles;
+  uint16_t* t_out;
+  float* partials;
+  uint32_t* counters;
+};
+
+// Sums of a warp: of 16 outputs and 8 columns a group.
+template <int kGroups>
+struct Sums {
+  float c[kGroups][4] = {};
+};
+
+// The sums of all warps of a block.
+template <int kGroups>
+using BlockSums = float[kWarps][8 * kGroups * kTileRows];
+
+using Rings = uint32_t[kWarps][kRingWords + kMirrorWords];
+
+template <int kGroups>
+union alignas(16) Shared {
+  Rings rings;
+  BlockSums<kGroups> sums;
+};
+
+// Eight numbers of a row from `column`, a multiple of 8; zeros outside the matrix. What is read `kOnce` need
+// not stay in the cache.
+template <bool kOnce>
+__device__ __forceinline__ uint4 load_8(const Rows& m, int64_t row, int64_t column) {
+  if (row >= m.rows || column >= m.columns) return uint4{0, 0, 0, 0};
+  const uint16_t* from = m.at + row * m.stride + column;
+  if (column + 8 <= m.columns && reinterpret_cast<uintptr_t>(from) % 16 == 0) {
+    const uint4* aligned = reinterpret_cast<const uint4*>(from);
+    return kOnce ? __ldcs(aligned) : *aligned;
+  }
+  uint32_t words[4] = {};
+  // Unrolled, with indices that the compiler knows: the array stays in registers.
+#pragma unroll
+  for (int i = 0; i < 8; ++i)
+    if (column + i < m.columns) words[i / 2] |= static_cast<uint32_t>(from[i]) << 16 * (i % 2);
+  return uint4{words[0], words[1], words[2], words[3]};
+}
+
+// The sixteen numbers that a lane needs of a row and tile: words 2 s and 2 s + 1 for step s.
+template <bool kOnce>
+__device__ __forceinline__ void load_16(uint32_t (&out)[8], const Rows& m, int64_t row, int64_t tile,
+                                        int lane) {
+  const int64_t column = kTileColumns * tile + 16 * (lane % 4);
+  const uint4 a = load_8<kOnce>(m, row, column), b = load_8<kOnce>(m, row, column + 8);
+  out[0] = a.x, out[1] = a.y, out[2] = a.z, out[3] = a.w;
+  out[4] = b.x, out[5] = b.y, out[6] = b.z, out[7] = b.w;
+}
+
+template <int kGroups>
+__device__ __forceinline__ void load_columns(uint32_t (&out)[kGroups][8], const Rows& x, int64_t tile,
+                                             int lane) {
+#pragma unroll
+  for (int j = 0; j < kGroups; ++j) load_16<false>(out[j], x, 8 * j + lane / 4, tile, lane);
+}
+
+// The values of consecutive tiles of one warp, through its ring.
+class ValueStream {
+ public:
+  __device__ __forceinline__ ValueStream(uint32_t* ring, const uint16_t* values, int64_t begin, int64_t end,
+                                         int lane)
+      : ring_(ring), values_(values), end_(end), lane_(lane) {
+    last_ = static_cast<uint32_t>(divide_up(end, kChunkValues));
+    asked_ = before_1_ = before_2_ = chunk_of(begin);
+  }
+
+  // After this, values [begin, end) are in the ring, where those before `begin` need not be any more. Each
+  // call goes on where the last one ended.
+  __device__ __forceinline__ void advance(int64_t begin, int64_t end) {
+    const uint32_t before_3 = before_2_;
+    before_2_ = before_1_;
+    before_1_ = asked_;
+    __syncwarp();  // the others may still read what is overwritten now
+    const uint32_t room = chunk_of(begin) + kRingChunks, limit = room < last_ ? room : last_;
+    for (; asked_ < limit; ++asked_) ask(asked_);
+    commit_copies();
+    const uint32_t wanted = chunks_for(end), needed = wanted < last_ ? wanted : last_;
+    // One group of copies a call, most of them asked for several calls ago.
+    if (needed <= before_3)
+      wait_for_copies<3>();
+    else if (needed <= before_2_)
+      wait_for_copies<2>();
+    else if (needed <= before_1_)
+      wait_for_copies<1>();
+    else
+      wait_for_copies<0>();
+    __syncwarp();
+  }
+
+ private:
+  __device__ __forceinline__ void ask(uint32_t chunk) {
+    const int64_t value = static_cast<int64_t>(chunk) * kChunkValues + 8 * lane_;
+    if (value >= end_) return;
+    const uint32_t slot = chunk % kRingChunks;
+    copy_16_bytes(ring_ + slot * (kChunkBytes / 4) + 4 * lane_, values_ + value);
+    if (slot == 0 && lane_ == 0) copy_16_bytes(ring_ + kRingWords, values_ + value);
+  }
+
+  uint32_t* ring_;
+  const uint16_t* values_;
+  int64_t end_;
+  int lane_;
+  uint32_t last_, asked_, before_1_, before_2_;
+};
+
+template <class T, int kGroups>
+__device__ __forceinline__ void add_sparse(Sums<kGroups>& sums, const Product& p, int64_t strip,
+                                           const Range& tiles, uint32_t* ring, int lane) {
+  if (tiles.first >= tiles.last) return;
+  const int64_t first = strip * p.tiles + tiles.first, last = strip * p.tiles + tiles.last;
+  int64_t begin = p.starts[first];
+  ValueStream stream(ring, p.values, begin, p.starts[last], lane);
+  uint32_t mask = __ldcs(p.masks + first * kLanes + lane);
+  for (int64_t tile = first; tile < last; ++tile) {
+    const uint32_t next = tile + 1 < last ? __ldcs(p.masks + (tile + 1) * kLanes + lane) : 0;
+    uint32_t x[kGroups][8];
+    load_columns(x, p.x, tile - strip * p.tiles, lane);
+    const Quarters q = scan_tile(mask, lane);
+    stream.advance(begin, begin + q.count);
+    // Where the tile begins in the ring; the upper bits of the index are not needed.
+    const uint32_t offset = static_cast<uint32_t>(begin);
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) {
+      const int from = 8 * s + lane / 4, t = lane % 4;
+      Quad half[2];
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const uint32_t quarter = __shfl_sync(kAllLanes, h ? q.upper : q.lower, from);
+        const uint32_t index = offset + first_value(quarter, t);
+        const uint32_t* words = ring + (index >> 1) % kRingWords;
+        half[h] = place_quad(words[0], words[1], words[2], index, nibble_of(quarter, t));
+      }
+      const uint32_t a[4] = {half[0].first, half[1].first, half[0].second, half[1].second};
+#pragma unroll
+      for (int j = 0; j < kGroups; ++j) T::mma(sums.c[j], a, x[j][2 * s], x[j][2 * s + 1]);
+    }
+    begin += q.count;
+    mask = next;
+  }
+  wait_for_copies<0>();  // the ring becomes something else
+}
+
+template <class T, int kGroups>
+__device__ __forceinline__ void add_dense(Sums<kGroups>& sums, const Rows& weight, const Rows& x,
+                                          int64_t strip, const Range& tiles, int lane) {
+  const int64_t row = kTileRows * strip + lane / 4;
+  for (int64_t tile = tiles.first; tile < tiles.last; ++tile) {
+    uint32_t columns[kGroups][8], lower[8], upper[8];
+    load_16<true>(lower, weight, row, tile, lane);
+    load_16<true>(upper, weight, row + 8, tile, lane);
+    load_columns(columns, x, tile, lane);
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) {
+      const uint32_t a[4] = {lower[2 * s], upper[2 * s], lower[2 * s + 1], upper[2 * s + 1]};
+#pragma unroll
+      for (int j = 0; j < kGroups; ++j) T::mma(sums.c[j], a, columns[j][2 * s], columns[j][2 * s + 1]);
+    }
+  }
+}
+
+// Leaves the sums of the warps in shared memory, those of column n and output r at n * 16 + r.
+template <int kGroups>
+__device__ __forceinline__ void gather(BlockSums<kGroups>& all, const Sums<kGroups>& sums, int warp,
+                                       int lane) {
+  __syncthreads();  // the rings are over
+#pragma unroll
+  for (int j = 0; j < kGroups; ++j) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int column = 8 * j + 2 * (lane % 4) + i % 2, output = lane / 4 + 8 * (i / 2);
+      all[warp][column * kTileRows + output] = sums.c[j][i];
+    }
+  }
+  __syncthreads();
+}
+
+template <int kGroups>
+__device__ __forceinline__ float over_warps(const BlockSums<kGroups>& all, int i) {
+  float total = 0;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) total += all[w][i];
+  return total;
+}
+
+template <class T, int kGroups>
+__global__ void __launch_bounds__(kThreads) rank_kernel(const Product p) {
+  __shared__ BlockSums<kGroups> all;
+  start_dependent_launch();
+  const int warp = static_cast<int>(threadIdx.x) / kLanes, lane = static_cast<int>(threadIdx.x) % kLanes;
+  if (p.counters != nullptr) {
+    const int64_t threads = static_cast<int64_t>(gridDim.x) * kThreads;
+    for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < p.strips; i += threads)
+      p.counters[i] = 0;
+  }
+  const int64_t strip = blockIdx.x;
+  if (kTileRows * strip >= p.v.rows) return;
+  Sums<kGroups> sums;
+  add_dense<T>(sums, p.v, p.x, strip, share_of(p.tiles, warp, kWarps), lane);
+  gather<kGroups>(all, sums, warp, lane);
+  for (int i = static_cast<int>(threadIdx.x); i < 8 * kGroups * kTileRows; i += kThreads) {
+    const int column = i / kTileRows, output = i % kTileRows;
+    if (column < p.x.rows)
+      p.t_out[column * p.t.stride + kTileRows * strip + output] = T::round(over_warps<kGroups>(all, i));
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void write(const Product& p, int64_t strip, int i, float sum) {
+  const int64_t column = i / kTileRows, output = kTileRows * strip + i % kTileRows;
+  if (column >= p.x.rows || output >= p.d_out) return;
+  if (p.bias != nullptr) sum += T::widen(p.bias[output]);
+  p.y[column * p.y_stride + output] = T::round(sum);
+}
+
+template <class T, int kGroups>
+__global__ void __launch_bounds__(kThreads) product_kernel(const Product p) {
+  __shared__ Shared<kGroups> shared;
+  __shared__ uint32_t arrived;
+  constexpr int kOutputs = 8 * kGroups * kTileRows;
+  const int warp = static_cast<int>(threadIdx.x) / kLanes, lane = static_cast<int>(threadIdx.x) % kLanes;
+  const int64_t strip = blockIdx.x, split = blockIdx.y, splits = gridDim.y;
+  const int64_t part = split * kWarps + warp, parts = splits * kWarps;
+  Sums<kGroups> sums;
+  add_sparse<T>(sums, p, strip, share_of(p.tiles, part, parts), shared.rings[warp], lane);
+  wait_for_previous_launch();
+  add_dense<T>(sums, p.u, p.t, strip, share_of(divide_up(p.u.columns, kTileColumns), part, parts), lane);
+  gather<kGroups>(shared.sums, sums, warp, lane);
+  if (splits == 1) {
+    for (int i = static_cast<int>(threadIdx.x); i < kOutputs; i += kThreads)
+      write<T>(p, strip, i, over_warps<kGroups>(shared.sums, i));
+    return;
+  }
+  for (int i = static_cast<int>(threadIdx.x); i < kOutputs; i += kThreads)
+    p.partials[(split * p.strips + strip) * kOutputs + i] = over_warps<kGroups>(shared.sums, i);
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) arrived = atomicAdd(p.counters + strip, 1u);
+  __syncthreads();
+  if (arrived != splits - 1) return;
+  __threadfence();
+  for (int i = static_cast<int>(threadIdx.x); i < kOutputs; i += kThreads) {
+    float total = 0;
+    // Not through the first-level cache, which does not see what other multiprocessors write.
+    for (int64_t s = 0; s < splits; ++s) total += __ldcg(p.partials + (s * p.strips + strip) * kOutputs + i);
+    write<T>(p, strip, i, total);
+  }
+}
+
+template <class T, int kGroups>
+void run(const Product& p, int64_t splits, void* stream) {
+  const int64_t rank_strips = divide_up(p.v.rows, kTileRows);
+  const bool first = rank_strips > 0 || splits > 1;
+  if (first) {
+    const dim3 grid(static_cast<unsigned>(rank_strips > 0 ? rank_strips : 1));
+    launch(rank_kernel<T, kGroups>, grid, dim3(kThreads), stream, false, p);
+  }
+  const dim3 grid(static_cast<unsigned>(p.strips), static_cast<unsigned>(splits));
+  launch(product_kernel<T, kGroups>, grid, dim3(kThreads), stream, first, p);
+}
+
+template <class T>
+void run(const Product& p, int64_t splits, void* stream) {
+  switch (column_groups(p.x.rows)) {
+    case 1:
+      return run<T, 1>(p, splits, stream);
+    case 2:
+      return run<T, 2>(p, splits, stream);
+    default:
+      return run<T, 4>(p, splits, stream);
+  }
+}
+
+}  // namespace
+
+void sparse_low_rank_linear(const PackedWeight& weight, const void* x, int64_t batch, int64_t x_stride,
+                            const void* bias, void* y, int64_t y_stride, int64_t splits, void* workspace,
+                            const Queue& queue) {
+  if (batch == 0 || weight.d_out == 0) return;
+  if (batch > kMaxColumns || weight.dtype == Dtype::fp32)
+    throw std::invalid_argument("this product takes up to 32 rows of 16-bit numbers");
+  const OnDevice on(queue.device);
+  const Layout l = layout_of(weight.d_out, weight.d_in, weight.rank, weight.nnz, 2);
+  const Workspace w = workspace_of(weight.d_out, weight.rank, batch, splits);
+  const auto part = [&](int64_t offset) { return reinterpret_cast<const uint16_t*>(weight.at + offset); };
+  char* work = static_cast<char*>(workspace);
+  Product p{};
+  p.x = {static_cast<const uint16_t*>(x), x_stride, batch, weight.d_in};
+  p.u = {part(l.u), l.u_stride, weight.d_out, l.u_stride};
+  p.v = {part(l.v), l.v_stride, weight.rank, l.v_stride};
+  p.t_out = reinterpret_cast<uint16_t*>(work + w.t);
+  p.t = {p.t_out, w.t_stride, batch, w.t_stride};
+  p.starts = reinterpret_cast<const int64_t*>(weight.at + l.starts);
+  p.masks = reinterpret_cast<const uint32_t*>(weight.at + l.masks);
+  p.values = part(l.values);
+  p.bias = static_cast<const uint16_t*>(bias);
+  p.y = static_cast<uint16_t*>(y);
+  p.y_stride = y_stride;
+  p.d_out = weight.d_out;
+  p.strips = l.strips;
+  p.tiles = l.tiles;
+  if (splits > 1) {
+    p.counters = reinterpret_cast<uint32_t*>(work + w.counters);
+    p.partials = reinterpret_cast<float*>(work + w.partials);
+  }
+  if (weight.dtype == Dtype::bf16)
+    run<Bf16>(p, splits, queue.stream);
+  else
+    run<Fp16>(p, splits, queue.stream);
+}
+
+}  // namespace oats::cuda
