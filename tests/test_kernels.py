@@ -44,13 +44,15 @@ def assert_close(y: Tensor, layer: dict[str, Tensor], x: Tensor, bias: Tensor | 
     """|y - ŷ| <= c u (|S||x| + |U|(|V||x|) + |b|).
 
     Sums are fp32: their error grows at most with their length, and with its square root in
-    practice. bf16 adds two roundings of 2^-8: of V x, and of the output.
+    practice. 16 bits add two roundings: of V x, and of the output.
     """
     expected, size = reference(layer, x, bias)
     d_in, rank = x.shape[-1], layer["low_rank_v"].shape[0]
     c = 2**-24 * (8 + 4 * (d_in**0.5 + rank**0.5))
-    if y.dtype == torch.bfloat16:
-        c += 2 * 2**-8 * (1 + 2**-8)
+    if y.dtype != torch.float32:
+        unit = torch.finfo(y.dtype).eps / 2
+        c += 2 * unit * (1 + unit)
+        size = size + torch.finfo(y.dtype).smallest_normal
     excess = (y.double() - expected).abs() - c * size
     assert excess.max() <= 0, f"error exceeds its bound by {excess.max():.3g}"
 

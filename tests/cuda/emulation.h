@@ -86,6 +86,8 @@ struct Machine {
   void* arguments = nullptr;
   std::string error;
   std::minstd_rand random;
+  // The only block of a grid that runs; all where it is negative.
+  int64_t only_block = -1;
 };
 
 inline Machine& machine() {
@@ -240,10 +242,16 @@ void run_grid(dim3 grid, dim3 block, void (*kernel)(Parameters...), Parameters..
   for (size_t i = 0; i < blocks.size(); ++i) blocks[i] = static_cast<unsigned>(i);
   std::shuffle(blocks.begin(), blocks.end(), m.random);
   for (const unsigned i : blocks) {
+    if (m.only_block >= 0 && m.only_block != i) continue;
     m.block_index = dim3(i % grid.x, i / grid.x);
     run_block(order);
     if (!m.error.empty()) throw std::logic_error(m.error);
   }
+}
+
+// For a test of a part of something large.
+extern "C" __attribute__((visibility("default"), used)) inline void emulate_only_block(int64_t block) {
+  machine().only_block = block;
 }
 
 // As lane 4 g + t of mma.m16n8k16 has them: PTX ISA, "Matrix fragments for mma.m16n8k16".
