@@ -20,14 +20,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import oats
 from oats import cuda, ops
 from oats.bitmask import decode
-from oats.decomposition import decompose
 from oats.errors import ConfigError, DeviceError, FormatError
 from oats.nn import SparseLowRankLinear
 from oats.quantization import quantize_layer_
 from oats.selection import keep_largest, split_largest
 from oats.semi_structured import SemiStructuredLinear, fits, use_semi_structured_
 from oats.storage import Storage
-from oats.svd import truncated_svd
 from tests.conftest import random_layer
 from tests.cuda.emulation import COMPILER, ROOT, SOURCES, emulated, emulated_kernels
 from tests.targets import EMULATED, TARGETS, Target, needs_cuda
@@ -334,28 +332,3 @@ def test_products_on_two_streams_at_once() -> None:
                 results.append((i, module(inputs[i])))
     torch.cuda.synchronize()
     assert all(torch.equal(y, expected[i]) for i, y in results)
-
-
-@needs_cuda
-@pytest.mark.parametrize("pattern", ["row", "layer", "2:4"])
-@pytest.mark.parametrize("svd", ["fast", "exact"])
-def test_decompose_on_the_device(svd: str, pattern: str) -> None:
-    weight, moment = torch.randn(192, 256), torch.rand(256) + 0.1
-    settings = {"compression": 0.4, "pattern": pattern, "svd": svd}
-    expected = decompose(weight, moment, **settings)
-    found = decompose(weight.cuda(), moment.cuda(), **settings)
-    assert found.sparse.is_cuda and found.low_rank_u.is_cuda and found.low_rank_v.is_cuda
-    assert (found.rank, found.nnz) == (expected.rank, expected.nnz)
-    assert found.relative_error == pytest.approx(expected.relative_error, rel=0.01)
-    error = (found.to_dense().cpu() - weight) * moment.sqrt()
-    assert error.norm() / (weight * moment.sqrt()).norm() == pytest.approx(found.relative_error, rel=0.01)
-
-
-@needs_cuda
-@pytest.mark.parametrize("shape", [(40, 60), (700, 900), (3, 300, 400)], ids=str)
-def test_truncated_svd_on_the_device(shape: tuple[int, ...]) -> None:
-    matrix = torch.randn(shape).cumsum(-1).cumsum(-2)
-    expected = torch.linalg.svdvals(matrix.double())[..., :10]
-    result = truncated_svd(matrix.cuda(), 10, tol=1e-3)
-    assert result.U.is_cuda and bool(result.converged.all())
-    torch.testing.assert_close(result.S.cpu().double(), expected, rtol=1e-4, atol=0)
