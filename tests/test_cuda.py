@@ -6,6 +6,7 @@ What is asked of every target (products, selection) is in test_kernels.py.
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import mmap
 import os
 import shutil
@@ -332,3 +333,56 @@ def test_products_on_two_streams_at_once() -> None:
                 results.append((i, module(inputs[i])))
     torch.cuda.synchronize()
     assert all(torch.equal(y, expected[i]) for i, y in results)
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    path = ROOT / "benchmarks" / "gpu.py"
+    if not path.exists():
+        pytest.skip(f"{path} is not there")
+    spec = importlib.util.spec_from_file_location("gpu_benchmark", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class InTiles:
+    """A layer as it is on a CUDA device, for the emulated kernels."""
+
+    def __init__(self, layer: SparseLowRankLinear) -> None:
+        self.packed, self._sizes = cuda.pack(**layer.canonical()), layer._sizes
+        self.rank, self.nnz = layer.rank, layer.nnz
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return cuda.linear(x, self.packed, None, self._sizes)
+
+    def to_dense(self) -> torch.Tensor:
+        return cuda.dense(self.packed, self._sizes, torch.bfloat16)
+
+
+def test_what_the_benchmark_compares(benchmark, monkeypatch) -> None:
+    outputs: dict[str, list[torch.Tensor]] = {}
+
+    def call_all(contenders):
+        outputs.update({name: [call() for call in calls] for name, calls in contenders.items()})
+        return {"oats": 0.5, "cublas": 1.0}
+
+    made = benchmark.random_layer
+    monkeypatch.setattr(benchmark, "random_layer", lambda *arguments: InTiles(made(*arguments)))
+    monkeypatch.setattr(benchmark, "milliseconds", call_all)
+    with emulated():
+        rows = benchmark.product_rows([(64, 192)], [1, 40], 0.5, "cpu", 30_000)
+    assert [row["batch"] for row in rows] == [1, 40] and all(row["speedup"] == 2 for row in rows)
+    assert rows[0]["nnz"] == 64 * 72 and rows[0]["bytes"] > 2 * rows[0]["nnz"]
+    ours, dense = (torch.stack(outputs[name]) for name in ("oats", "cublas"))
+    assert len(ours) * rows[0]["bytes"] >= 4 * 30_000
+    torch.testing.assert_close(ours, dense, rtol=0.05, atol=0.5)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_the_benchmark_says_that_there_is_no_device(benchmark, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("sys.argv", ["gpu.py"])
+    with pytest.raises(SystemExit, match="0"):
+        benchmark.main()
+    assert "nothing was measured" in capsys.readouterr().out
