@@ -123,6 +123,52 @@ def test_dense_is_what_the_tensors_stand_for() -> None:
         assert torch.equal(cuda.dense(packed.tensor, packed.sizes, torch.bfloat16), expected)
 
 
+def guarded(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy whose end is the end of the memory that may be touched; a byte behind it ends the process."""
+    page = mmap.PAGESIZE
+    size = -(-tensor.nbytes // page) * page
+    memory = mmap.mmap(-1, size + page)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(address + size), ctypes.c_size_t(page), 0) == 0
+    room = torch.frombuffer(memory, dtype=torch.uint8, count=size)
+    return room[size - tensor.nbytes :].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+
+@pytest.mark.parametrize(
+    "shape", [(5, 2100, 9, 0.7), (33, 64, 0, 1.0), (16, 1, 1, 1.0), (40, 200, 24, 0.1)], ids=str
+)
+def test_nothing_outside_the_buffers_is_touched(shape: tuple[int, int, int, float]) -> None:
+    kernels, (d_out, d_in, rank, _) = emulated_kernels(), shape
+    for dtype in cuda.DTYPES:
+        layer = random_layer(*shape, dtype)
+        packed = EMULATED.pack(layer)
+        weight, sizes = guarded(packed.tensor), packed.sizes
+        name = cuda.DTYPES.index(dtype)
+        out = guarded(torch.full((d_out, d_in), torch.nan).to(dtype))
+        kernels.expand(weight.data_ptr(), *sizes, name, 0, d_out, out.data_ptr(), d_in, d_in, 0, 0)
+        assert torch.equal(out, decode(layer["mask"], layer["values"], d_in))
+        for batch in (1, 9, 32) if dtype != torch.float32 else ():
+            x, bias = guarded(torch.randn(batch, d_in).to(dtype)), guarded(torch.randn(d_out).to(dtype))
+            y = guarded(torch.full((batch, d_out), torch.nan).to(dtype))
+            splits, size = kernels.plan(d_out, d_in, rank, batch, 400)
+            workspace = guarded(torch.full((max(size, 1),), 255, dtype=torch.uint8))
+            arguments = (x.data_ptr(), batch, d_in, bias.data_ptr(), y.data_ptr(), d_out, splits)
+            kernels.sparse_low_rank_linear(
+                weight.data_ptr(), *sizes, name, *arguments, workspace.data_ptr(), 0, 0
+            )
+            assert_close(y, layer, x, bias)
+
+
+@pytest.mark.parametrize("columns", [3, 64, 65, 1000])
+def test_selection_touches_nothing_outside_the_rows(columns: int) -> None:
+    for dtype in (torch.float32, torch.float64):
+        rows = torch.randn(7, columns, dtype=dtype).round()
+        out = guarded(torch.full_like(rows, torch.nan))
+        with emulated():
+            cuda.keep_largest_in_rows(guarded(rows), 2, out)
+        assert torch.equal(out, ops.keep_largest_in_rows(rows, 2))
+
+
 def test_more_than_two_to_the_31_elements() -> None:
     d_out, d_in, before, kept = 65_541, 65_600, 2**32 + 5, 2000
     sizes = cuda.Sizes(d_out, d_in, 0, before + kept)
