@@ -20,8 +20,8 @@ def sparse_low_rank_linear(
     y_stride: int,
     splits: int,
     workspace: int,
-    device: int,
     stream: int,
+    capability: int,
     /,
 ) -> None: ...
 def expand(
@@ -36,8 +36,8 @@ def expand(
     out: int,
     out_stride: int,
     columns: int,
-    device: int,
     stream: int,
+    capability: int,
     /,
 ) -> None: ...
 def keep_largest_in_rows(
@@ -48,7 +48,7 @@ def keep_largest_in_rows(
     value_bytes: int,
     out: int,
     squares: int,
-    device: int,
     stream: int,
+    capability: int,
     /,
 ) -> None: ...

@@ -200,8 +200,14 @@ def unpack(packed: Tensor, sizes: Sizes, dtype: torch.dtype) -> dict[str, Tensor
 
 
 def _queue(tensor: Tensor) -> tuple[int, int]:
-    """Device and stream of what is queued now."""
-    return tensor.device.index, torch.cuda.current_stream(tensor.device).cuda_stream
+    """Stream of what is queued now on the tensor's device, and the device's capability."""
+    stream = torch.cuda.current_stream(tensor.device).cuda_stream
+    return stream, torch.cuda.get_device_capability(tensor.device)[0]
+
+
+def _current(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """In it, the tensor's device is the one that kernels are launched on."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
 @functools.cache
@@ -229,20 +235,21 @@ def linear(x: Tensor, packed: Tensor, bias: Tensor | None, sizes: Sizes) -> Tens
     y = x.new_empty(*x.shape[:-1], sizes.d_out)
     splits, size = _kernels.plan(sizes.d_out, sizes.d_in, sizes.rank, batch, _multiprocessors(x.device))
     workspace = torch.empty(size, dtype=torch.uint8, device=x.device)
-    _kernels.sparse_low_rank_linear(
-        packed.data_ptr(),
-        *sizes,
-        DTYPES.index(x.dtype),
-        rows.data_ptr(),
-        batch,
-        rows.stride(0),
-        0 if bias is None else bias.data_ptr(),
-        y.data_ptr(),
-        sizes.d_out,
-        splits,
-        workspace.data_ptr(),
-        *_queue(x),
-    )
+    with _current(x):
+        _kernels.sparse_low_rank_linear(
+            packed.data_ptr(),
+            *sizes,
+            DTYPES.index(x.dtype),
+            rows.data_ptr(),
+            batch,
+            rows.stride(0),
+            0 if bias is None else bias.data_ptr(),
+            y.data_ptr(),
+            sizes.d_out,
+            splits,
+            workspace.data_ptr(),
+            *_queue(x),
+        )
     return y
 
 
@@ -305,17 +312,18 @@ def expand(packed: Tensor, sizes: Sizes, out: Tensor, first: int = 0) -> Tensor:
         out: (rows, at least d_in) of its dtype, elements of a row side by side.
         first: of the rows, a multiple of 16.
     """
-    _kernels.expand(
-        packed.data_ptr(),
-        *sizes,
-        DTYPES.index(out.dtype),
-        first,
-        out.shape[0],
-        out.data_ptr(),
-        out.stride(0),
-        out.shape[1],
-        *_queue(out),
-    )
+    with _current(out):
+        _kernels.expand(
+            packed.data_ptr(),
+            *sizes,
+            DTYPES.index(out.dtype),
+            first,
+            out.shape[0],
+            out.data_ptr(),
+            out.stride(0),
+            out.shape[1],
+            *_queue(out),
+        )
     return out
 
 
@@ -416,9 +424,7 @@ def keep_largest_in_rows(rows: Tensor, count: int, out: Tensor) -> None:
     elif columns > _LONG_ROW:
         _keep_largest_in_long_rows(rows, count, out)
     else:
-        _kernels.keep_largest_in_rows(
-            rows.data_ptr(), *rows.shape, count, rows.element_size(), out.data_ptr(), 0, *_queue(rows)
-        )
+        _select(rows, count, out, 0)
 
 
 def _keep_largest_in_long_rows(rows: Tensor, count: int, out: Tensor) -> None:
@@ -441,8 +447,13 @@ def splits_in_one_pass(rows: Tensor, count: int) -> bool:
 def split_largest_in_rows(rows: Tensor, count: int, out: Tensor) -> Tensor:
     """:func:`oats.ops.split_largest_in_rows` in one kernel, where :func:`splits_in_one_pass` holds."""
     squares = rows.new_empty(rows.shape[0], dtype=torch.float64)
-    _kernels.keep_largest_in_rows(
-        *(rows.data_ptr(), *rows.shape, count, rows.element_size(), out.data_ptr(), squares.data_ptr()),
-        *_queue(rows),
-    )
+    _select(rows, count, out, squares.data_ptr())
     return squares.sqrt_()
+
+
+def _select(rows: Tensor, count: int, out: Tensor, squares: int) -> None:
+    with _current(rows):
+        _kernels.keep_largest_in_rows(
+            *(rows.data_ptr(), *rows.shape, count, rows.element_size(), out.data_ptr(), squares),
+            *_queue(rows),
+        )

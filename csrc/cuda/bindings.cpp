@@ -51,23 +51,23 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("sparse_low_rank_linear",
         [](uintptr_t packed, int64_t d_out, int64_t d_in, int64_t rank, int64_t nnz, int dtype, uintptr_t x,
            int64_t batch, int64_t x_stride, uintptr_t bias, uintptr_t y, int64_t y_stride, int64_t splits,
-           uintptr_t workspace, int device, uintptr_t stream) {
+           uintptr_t workspace, uintptr_t stream, int capability) {
           oats::cuda::sparse_low_rank_linear(weight_from(packed, d_out, d_in, rank, nnz, dtype), pointer(x),
                                              batch, x_stride, pointer(bias), pointer(y), y_stride, splits,
-                                             pointer(workspace), Queue{device, pointer(stream)});
+                                             pointer(workspace), Queue{pointer(stream), capability});
         });
 
-  m.def("expand",
-        [](uintptr_t packed, int64_t d_out, int64_t d_in, int64_t rank, int64_t nnz, int dtype, int64_t first,
-           int64_t rows, uintptr_t out, int64_t out_stride, int64_t columns, int device, uintptr_t stream) {
-          oats::cuda::expand(weight_from(packed, d_out, d_in, rank, nnz, dtype), first, rows, pointer(out),
-                             out_stride, columns, Queue{device, pointer(stream)});
-        });
+  m.def("expand", [](uintptr_t packed, int64_t d_out, int64_t d_in, int64_t rank, int64_t nnz, int dtype,
+                     int64_t first, int64_t rows, uintptr_t out, int64_t out_stride, int64_t columns,
+                     uintptr_t stream, int capability) {
+    oats::cuda::expand(weight_from(packed, d_out, d_in, rank, nnz, dtype), first, rows, pointer(out),
+                       out_stride, columns, Queue{pointer(stream), capability});
+  });
 
   m.def("keep_largest_in_rows",
         [](uintptr_t in, int64_t rows, int64_t columns, int64_t count, int value_bytes, uintptr_t out,
-           uintptr_t squares, int device, uintptr_t stream) {
+           uintptr_t squares, uintptr_t stream, int capability) {
           oats::cuda::keep_largest_in_rows(pointer(in), rows, columns, count, value_bytes, pointer(out),
-                                           pointer<double>(squares), Queue{device, pointer(stream)});
+                                           pointer<double>(squares), Queue{pointer(stream), capability});
         });
 }

@@ -15,6 +15,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "kernels.h"
 #include "tiles.h"
 
 namespace oats::cuda {
@@ -109,37 +110,16 @@ inline void check(cudaError_t status) {
   if (status != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(status));
 }
 
-inline int device_attribute(cudaDeviceAttr attribute) {
-  int device = 0, value = 0;
-  check(cudaGetDevice(&device));
-  check(cudaDeviceGetAttribute(&value, attribute, device));
-  return value;
-}
-
-// The current device of this thread for as long as it lives.
-class OnDevice {
- public:
-  explicit OnDevice(int device) {
-    check(cudaGetDevice(&before_));
-    if (device != before_) check(cudaSetDevice(device));
-  }
-  ~OnDevice() { cudaSetDevice(before_); }
-  OnDevice(const OnDevice&) = delete;
-  OnDevice& operator=(const OnDevice&) = delete;
-
- private:
-  int before_ = 0;
-};
-
+// A `dependent` launch need not wait for the end of the one before it, where the device can do that.
 template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, void* stream, bool dependent,
+void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, const Queue& queue, bool dependent,
             Arguments... arguments) {
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = block;
-  config.stream = static_cast<cudaStream_t>(stream);
+  config.stream = static_cast<cudaStream_t>(queue.stream);
   cudaLaunchAttribute attribute{};
-  if (dependent && device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9) {
+  if (dependent && queue.capability >= 9) {
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
     config.attrs = &attribute;

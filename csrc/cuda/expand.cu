@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kThreads) expand_kernel(const Expansion<Number
 
 template <class Number>
 void run(const PackedWeight& weight, int64_t first, int64_t rows, void* out, int64_t out_stride,
-         int64_t columns, void* stream) {
+         int64_t columns, const Queue& queue) {
   const Layout l = layout_of(weight.d_out, weight.d_in, weight.rank, weight.nnz, sizeof(Number));
   Expansion<Number> e{};
   e.starts = reinterpret_cast<const int64_t*>(weight.at + l.starts);
@@ -81,7 +81,7 @@ void run(const PackedWeight& weight, int64_t first, int64_t rows, void* out, int
   e.columns = columns;
   const dim3 grid(static_cast<unsigned>(divide_up(rows, kTileRows)),
                   static_cast<unsigned>(divide_up(l.tiles, kWarps)));
-  launch(expand_kernel<Number>, grid, dim3(kThreads), stream, false, e);
+  launch(expand_kernel<Number>, grid, dim3(kThreads), queue, false, e);
 }
 
 }  // namespace
@@ -89,11 +89,10 @@ void run(const PackedWeight& weight, int64_t first, int64_t rows, void* out, int
 void expand(const PackedWeight& weight, int64_t first, int64_t rows, void* out, int64_t out_stride,
             int64_t columns, const Queue& queue) {
   if (rows == 0 || weight.d_in == 0) return;
-  const OnDevice on(queue.device);
   if (weight.dtype == Dtype::fp32)
-    run<uint32_t>(weight, first, rows, out, out_stride, columns, queue.stream);
+    run<uint32_t>(weight, first, rows, out, out_stride, columns, queue);
   else
-    run<uint16_t>(weight, first, rows, out, out_stride, columns, queue.stream);
+    run<uint16_t>(weight, first, rows, out, out_stride, columns, queue);
 }
 
 }  // namespace oats::cuda

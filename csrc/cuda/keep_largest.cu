@@ -179,15 +179,16 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class Float>
-void run(void* in, int64_t rows, int64_t columns, int64_t count, void* out, double* squares, void* stream) {
+void run(void* in, int64_t rows, int64_t columns, int64_t count, void* out, double* squares,
+         const Queue& queue) {
   if (columns <= kMaxGroup) {
     if (squares != nullptr) throw std::invalid_argument("the squares of what is left take longer rows");
     const dim3 grid(static_cast<unsigned>(divide_up(rows, kThreads)));
-    launch(keep_largest_of_group_kernel<Float>, grid, dim3(kThreads), stream, false,
+    launch(keep_largest_of_group_kernel<Float>, grid, dim3(kThreads), queue, false,
            static_cast<const Float*>(in), rows, static_cast<int>(columns), static_cast<int>(count),
            static_cast<Float*>(out));
   } else {
-    launch(keep_largest_kernel<Float>, dim3(static_cast<unsigned>(rows)), dim3(kThreads), stream, false,
+    launch(keep_largest_kernel<Float>, dim3(static_cast<unsigned>(rows)), dim3(kThreads), queue, false,
            static_cast<Float*>(in), columns, count, static_cast<Float*>(out), squares);
   }
 }
@@ -199,11 +200,10 @@ void keep_largest_in_rows(void* in, int64_t rows, int64_t columns, int64_t count
   if (rows == 0) return;
   // A group's bits are counted in 64; a grid has fewer than 2^31 blocks.
   if (rows >= int64_t{1} << 31 && columns > kMaxGroup) throw std::invalid_argument("too many rows");
-  const OnDevice on(queue.device);
   if (value_bytes == 4)
-    run<float>(in, rows, columns, count, out, squares, queue.stream);
+    run<float>(in, rows, columns, count, out, squares, queue);
   else
-    run<double>(in, rows, columns, count, out, squares, queue.stream);
+    run<double>(in, rows, columns, count, out, squares, queue);
 }
 
 }  // namespace oats::cuda

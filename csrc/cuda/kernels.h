@@ -1,6 +1,6 @@
 // The operations on a CUDA device: addresses on the device, sizes, a stream; no torch, no Python. Each call
-// returns as soon as its kernels are queued, allocates nothing, and can be captured in a CUDA graph. A launch
-// that fails throws std::runtime_error.
+// returns as soon as its kernels are queued, allocates nothing, and can be captured in a CUDA graph. The
+// device is the calling thread's current one. A launch that fails throws std::runtime_error.
 #pragma once
 
 #include <cstdint>
@@ -8,8 +8,8 @@
 namespace oats::cuda {
 
 struct Queue {
-  int device;
-  void* stream;  // a cudaStream_t of that device
+  void* stream;    // a cudaStream_t of the current device
+  int capability;  // of that device, the major number
 };
 
 enum class Dtype { fp32, bf16, fp16 };

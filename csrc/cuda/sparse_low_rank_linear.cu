@@ -285,26 +285,26 @@ __global__ void __launch_bounds__(kThreads) product_kernel(const Product p) {
 }
 
 template <class T, int kGroups>
-void run(const Product& p, int64_t splits, void* stream) {
+void run(const Product& p, int64_t splits, const Queue& queue) {
   const int64_t rank_strips = divide_up(p.v.rows, kTileRows);
   const bool first = rank_strips > 0 || splits > 1;
   if (first) {
     const dim3 grid(static_cast<unsigned>(rank_strips > 0 ? rank_strips : 1));
-    launch(rank_kernel<T, kGroups>, grid, dim3(kThreads), stream, false, p);
+    launch(rank_kernel<T, kGroups>, grid, dim3(kThreads), queue, false, p);
   }
   const dim3 grid(static_cast<unsigned>(p.strips), static_cast<unsigned>(splits));
-  launch(product_kernel<T, kGroups>, grid, dim3(kThreads), stream, first, p);
+  launch(product_kernel<T, kGroups>, grid, dim3(kThreads), queue, first, p);
 }
 
 template <class T>
-void run(const Product& p, int64_t splits, void* stream) {
+void run(const Product& p, int64_t splits, const Queue& queue) {
   switch (column_groups(p.x.rows)) {
     case 1:
-      return run<T, 1>(p, splits, stream);
+      return run<T, 1>(p, splits, queue);
     case 2:
-      return run<T, 2>(p, splits, stream);
+      return run<T, 2>(p, splits, queue);
     default:
-      return run<T, 4>(p, splits, stream);
+      return run<T, 4>(p, splits, queue);
   }
 }
 
@@ -316,7 +316,6 @@ void sparse_low_rank_linear(const PackedWeight& weight, const void* x, int64_t b
   if (batch == 0 || weight.d_out == 0) return;
   if (batch > kMaxColumns || weight.dtype == Dtype::fp32)
     throw std::invalid_argument("this product takes up to 32 rows of 16-bit numbers");
-  const OnDevice on(queue.device);
   const Layout l = layout_of(weight.d_out, weight.d_in, weight.rank, weight.nnz, 2);
   const Workspace w = workspace_of(weight.d_out, weight.rank, batch, splits);
   const auto part = [&](int64_t offset) { return reinterpret_cast<const uint16_t*>(weight.at + offset); };
@@ -341,9 +340,9 @@ void sparse_low_rank_linear(const PackedWeight& weight, const void* x, int64_t b
     p.partials = reinterpret_cast<float*>(work + w.partials);
   }
   if (weight.dtype == Dtype::bf16)
-    run<Bf16>(p, splits, queue.stream);
+    run<Bf16>(p, splits, queue);
   else
-    run<Fp16>(p, splits, queue.stream);
+    run<Fp16>(p, splits, queue);
 }
 
 }  // namespace oats::cuda

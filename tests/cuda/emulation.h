@@ -436,7 +436,6 @@ inline uint16_t __half_as_ushort(emulation::Half value) {
 }
 
 enum cudaError_t { cudaSuccess };
-enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor };
 enum cudaLaunchAttributeID { cudaLaunchAttributeIgnore, cudaLaunchAttributeProgrammaticStreamSerialization };
 using cudaStream_t = void*;
 
@@ -457,18 +456,6 @@ struct cudaLaunchConfig_t {
 inline const char* cudaGetErrorString(cudaError_t) {
   return "";
 }
-inline cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
-  return cudaSuccess;
-}
-inline cudaError_t cudaSetDevice(int) {
-  return cudaSuccess;
-}
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = 9;
-  return cudaSuccess;
-}
-
 template <class... Parameters>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Parameters... arguments) {

@@ -65,7 +65,7 @@ def emulated(multiprocessors: int = 4) -> Iterator[None]:
     """
     before = cuda._kernels, cuda._queue, cuda._multiprocessors
     cuda._kernels = emulated_kernels()
-    cuda._queue = lambda tensor: (0, 0)  # type: ignore[assignment]
+    cuda._queue = lambda tensor: (0, 9)  # type: ignore[assignment]
     cuda._multiprocessors = lambda device: multiprocessors  # type: ignore[assignment]
     try:
         yield

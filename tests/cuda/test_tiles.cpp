@@ -39,7 +39,8 @@ void check_place_quad() {
       const auto word = [&](int i) { return values[2 * i] | static_cast<uint32_t>(values[2 * i + 1]) << 16; };
       const Quad quad = place_quad(word(0), word(1), word(2), index, nibble);
       const uint16_t found[4] = {static_cast<uint16_t>(quad.first), static_cast<uint16_t>(quad.first >> 16),
-                                 static_cast<uint16_t>(quad.second), static_cast<uint16_t>(quad.second >> 16)};
+                                 static_cast<uint16_t>(quad.second),
+                                 static_cast<uint16_t>(quad.second >> 16)};
       for (int e = 0; e < 4; ++e)
         check(found[e] == expected[e], "nibble %u, index %u, weight %d: %x", nibble, index, e, found[e]);
     }
@@ -102,7 +103,8 @@ void check_splits() {
         const int64_t splits = splits_for(strips, tiles, multiprocessors);
         check(splits >= 1 && splits <= 65535, "splits");
         if (splits == 1) continue;
-        check(tiles / (splits * kWarps) >= 2, "a warp of %ld splits has few tiles", static_cast<long>(splits));
+        check(tiles / (splits * kWarps) >= 2, "a warp of %ld splits has few tiles",
+              static_cast<long>(splits));
         check((splits - 1) * strips < 2 * multiprocessors, "more splits than needed");
       }
     }
