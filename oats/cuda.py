@@ -96,8 +96,8 @@ class _Parts(NamedTuple):
     starts: Tensor
     masks: Tensor  # bytes
     values: Tensor
-    u: Tensor  # (d_out, u's stride), zeros from column `rank` on
-    v: Tensor  # (rank, v's stride)
+    u: Tensor  # (d_out, rank and zeros up to a multiple of 64)
+    v: Tensor  # (rank, d_in and zeros up to a multiple of 64)
 
 
 def packed_bytes(sizes: Sizes, dtype: torch.dtype) -> int:
@@ -230,8 +230,7 @@ def linear(x: Tensor, packed: Tensor, bias: Tensor | None, sizes: Sizes) -> Tens
     batch = rows.shape[0]
     if x.dtype == torch.float32 or batch > _kernels.max_columns:
         return _by_panels(rows, packed, bias, sizes).view(*x.shape[:-1], sizes.d_out)
-    if rows.stride(1) != 1:
-        rows = rows.contiguous()
+    rows = _whole_tiles(rows)
     y = x.new_empty(*x.shape[:-1], sizes.d_out)
     splits, size = _kernels.plan(sizes.d_out, sizes.d_in, sizes.rank, batch, _multiprocessors(x.device))
     workspace = torch.empty(size, dtype=torch.uint8, device=x.device)
@@ -251,6 +250,21 @@ def linear(x: Tensor, packed: Tensor, bias: Tensor | None, sizes: Sizes) -> Tens
             *_queue(x),
         )
     return y
+
+
+def _whole_tiles(rows: Tensor) -> Tensor:
+    """`rows` as the fused product reads them: aligned, with zeros up to a multiple of 64 columns."""
+    columns = rows.shape[1]
+    if (
+        columns % _kernels.tile_columns == 0
+        and (rows.stride(1) == 1 or columns == 1)
+        and rows.stride(0) % 8 == 0
+        and rows.data_ptr() % 16 == 0
+    ):
+        return rows
+    filled = rows.new_zeros(rows.shape[0], -(-columns // 64) * 64)
+    filled[:, :columns] = rows
+    return filled
 
 
 def _by_panels(x: Tensor, packed: Tensor, bias: Tensor | None, sizes: Sizes) -> Tensor:

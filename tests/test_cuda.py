@@ -148,11 +148,13 @@ def test_nothing_outside_the_buffers_is_touched(shape: tuple[int, int, int, floa
         kernels.expand(weight.data_ptr(), *sizes, name, 0, d_out, out.data_ptr(), d_in, d_in, 0, 0)
         assert torch.equal(out, decode(layer["mask"], layer["values"], d_in))
         for batch in (1, 9, 32) if dtype != torch.float32 else ():
-            x, bias = guarded(torch.randn(batch, d_in).to(dtype)), guarded(torch.randn(d_out).to(dtype))
+            bias, stride = guarded(torch.randn(d_out).to(dtype)), -(-d_in // 64) * 64
+            wide = guarded(nn.functional.pad(torch.randn(batch, d_in), (0, stride - d_in)).to(dtype))
+            x = wide[:, :d_in]
             y = guarded(torch.full((batch, d_out), torch.nan).to(dtype))
             splits, size = kernels.plan(d_out, d_in, rank, batch, 400)
             workspace = guarded(torch.full((max(size, 1),), 255, dtype=torch.uint8))
-            arguments = (x.data_ptr(), batch, d_in, bias.data_ptr(), y.data_ptr(), d_out, splits)
+            arguments = (x.data_ptr(), batch, stride, bias.data_ptr(), y.data_ptr(), d_out, splits)
             kernels.sparse_low_rank_linear(
                 weight.data_ptr(), *sizes, name, *arguments, workspace.data_ptr(), 0, 0
             )

@@ -26,9 +26,10 @@ struct PackedWeight {
 };
 
 // y = S x + U (V x) + bias for `batch` rows of x, at most kMaxColumns, in bf16 or fp16, summed in fp32; V x
-// is rounded to the dtype. Rows of x and y are so many elements apart; `bias` (d_out) may be null.
-// `workspace` has the bytes of workspace_of(), at a multiple of 128, and nothing else may use it before the
-// call is done on the device. The same call gives the same bits on the same device.
+// is rounded to the dtype. Rows of x and y are so many elements apart. Those of x begin at multiples of 16
+// bytes, and have zeros up to a multiple of kTileColumns elements. `bias` (d_out) may be null. `workspace`
+// has the bytes of workspace_of(), at a multiple of 128, and nothing else may use it before the call is done
+// on the device. The same call gives the same bits on the same device.
 void sparse_low_rank_linear(const PackedWeight& weight, const void* x, int64_t batch, int64_t x_stride,
                             const void* bias, void* y, int64_t y_stride, int64_t splits, void* workspace,
                             const Queue& queue);

@@ -20,13 +20,14 @@
 namespace oats::cuda {
 namespace {
 
+// 16-bit numbers, row after row. Each row is filled up with zeros to whole tiles, at multiples of 16 bytes.
 struct Rows {
   const uint16_t* at;
-  int64_t stride, rows, columns;
+  int64_t stride, rows;
 };
 
 struct Product {
-  Rows x, u, v, t;  // t = V x; U and V have zeros behind their last column, t has a column for each
+  Rows x, u, v, t;  // t = V x
   const int64_t* starts;
   const uint32_t* masks;
   const uint16_t* values;
@@ -34,6 +35,7 @@ struct Product {
   uint16_t* y;
   int64_t y_stride;
   int64_t d_out, strips, tiles;
+  Shares of_v, of_s, of_u;  // tiles of a strip, for each warp
   uint16_t* t_out;
   float* partials;
   uint32_t* counters;
@@ -57,62 +59,68 @@ union alignas(16) Shared {
   BlockSums<kGroups> sums;
 };
 
-// Eight numbers of a row from `column`, a multiple of 8; zeros outside the matrix. What is read `kOnce` need
-// not stay in the cache.
-template <bool kOnce>
-__device__ __forceinline__ uint4 load_8(const Rows& m, int64_t row, int64_t column) {
-  if (row >= m.rows || column >= m.columns) return uint4{0, 0, 0, 0};
-  const uint16_t* from = m.at + row * m.stride + column;
-  if (column + 8 <= m.columns && reinterpret_cast<uintptr_t>(from) % 16 == 0) {
-    const uint4* aligned = reinterpret_cast<const uint4*>(from);
-    return kOnce ? __ldcs(aligned) : *aligned;
+// Where a lane reads in one row, tile after tile. A row that does not exist is replaced by the first one,
+// because its sums go nowhere: no load has a condition.
+class LaneRow {
+ public:
+  __device__ __forceinline__ void start(const Rows& m, int64_t row, int64_t tile, int lane) {
+    at_ = reinterpret_cast<const uint4*>(m.at + (row < m.rows ? row : 0) * m.stride + kTileColumns * tile +
+                                         16 * (lane % 4));
   }
-  uint32_t words[4] = {};
-  // Unrolled, with indices that the compiler knows: the array stays in registers.
-#pragma unroll
-  for (int i = 0; i < 8; ++i)
-    if (column + i < m.columns) words[i / 2] |= static_cast<uint32_t>(from[i]) << 16 * (i % 2);
-  return uint4{words[0], words[1], words[2], words[3]};
-}
 
-// The sixteen numbers that a lane needs of a row and tile: words 2 s and 2 s + 1 for step s.
-template <bool kOnce>
-__device__ __forceinline__ void load_16(uint32_t (&out)[8], const Rows& m, int64_t row, int64_t tile,
-                                        int lane) {
-  const int64_t column = kTileColumns * tile + 16 * (lane % 4);
-  const uint4 a = load_8<kOnce>(m, row, column), b = load_8<kOnce>(m, row, column + 8);
-  out[0] = a.x, out[1] = a.y, out[2] = a.z, out[3] = a.w;
-  out[4] = b.x, out[5] = b.y, out[6] = b.z, out[7] = b.w;
-}
+  // The sixteen numbers of the next tile: words 2 s and 2 s + 1 for step s. What is read `kOnce` need not
+  // stay in the cache.
+  template <bool kOnce>
+  __device__ __forceinline__ void read(uint32_t (&out)[8]) {
+    const uint4 a = kOnce ? __ldcs(at_) : at_[0], b = kOnce ? __ldcs(at_ + 1) : at_[1];
+    at_ += kTileColumns / 8;
+    out[0] = a.x, out[1] = a.y, out[2] = a.z, out[3] = a.w;
+    out[4] = b.x, out[5] = b.y, out[6] = b.z, out[7] = b.w;
+  }
+
+ private:
+  const uint4* at_;
+};
 
 template <int kGroups>
-__device__ __forceinline__ void load_columns(uint32_t (&out)[kGroups][8], const Rows& x, int64_t tile,
-                                             int lane) {
-#pragma unroll
-  for (int j = 0; j < kGroups; ++j) load_16<false>(out[j], x, 8 * j + lane / 4, tile, lane);
-}
+struct LaneColumns {
+  LaneRow rows[kGroups];
 
-// The values of consecutive tiles of one warp, through its ring.
+  __device__ __forceinline__ LaneColumns(const Rows& x, int64_t tile, int lane) {
+#pragma unroll
+    for (int j = 0; j < kGroups; ++j) rows[j].start(x, 8 * j + lane / 4, tile, lane);
+  }
+
+  __device__ __forceinline__ void read(uint32_t (&out)[kGroups][8]) {
+#pragma unroll
+    for (int j = 0; j < kGroups; ++j) rows[j].template read<false>(out[j]);
+  }
+};
+
+// The values of consecutive tiles of one warp, through its ring. Values are counted from the start of the
+// chunk that holds the first one.
 class ValueStream {
  public:
-  __device__ __forceinline__ ValueStream(uint32_t* ring, const uint16_t* values, int64_t begin, int64_t end,
-                                         int lane)
-      : ring_(ring), values_(values), end_(end), lane_(lane) {
-    last_ = static_cast<uint32_t>(divide_up(end, kChunkValues));
-    asked_ = before_1_ = before_2_ = chunk_of(begin);
-  }
+  __device__ __forceinline__ ValueStream(uint32_t* ring, const uint16_t* values, uint32_t end, int lane)
+      : to_(ring + 4 * lane), from_(values + 8 * lane), chunks_(chunks_of(end)), lane_(lane) {}
 
   // After this, values [begin, end) are in the ring, where those before `begin` need not be any more. Each
   // call goes on where the last one ended.
-  __device__ __forceinline__ void advance(int64_t begin, int64_t end) {
+  __device__ __forceinline__ void advance(uint32_t begin, uint32_t end) {
     const uint32_t before_3 = before_2_;
     before_2_ = before_1_;
     before_1_ = asked_;
     __syncwarp();  // the others may still read what is overwritten now
-    const uint32_t room = chunk_of(begin) + kRingChunks, limit = room < last_ ? room : last_;
-    for (; asked_ < limit; ++asked_) ask(asked_);
+    const uint32_t room = begin / kChunkValues + kRingChunks, limit = room < chunks_ ? room : chunks_;
+#pragma unroll 1
+    for (; asked_ < limit; ++asked_) {
+      const uint32_t slot = asked_ % kRingChunks;
+      copy_16_bytes(to_ + slot * (kChunkBytes / 4), from_);
+      if (slot == 0 && lane_ == 0) copy_16_bytes(to_ + kRingWords, from_);
+      from_ += kChunkValues;
+    }
     commit_copies();
-    const uint32_t wanted = chunks_for(end), needed = wanted < last_ ? wanted : last_;
+    const uint32_t wanted = chunks_read(end), needed = wanted < chunks_ ? wanted : chunks_;
     // One group of copies a call, most of them asked for several calls ago.
     if (needed <= before_3)
       wait_for_copies<3>();
@@ -126,19 +134,11 @@ class ValueStream {
   }
 
  private:
-  __device__ __forceinline__ void ask(uint32_t chunk) {
-    const int64_t value = static_cast<int64_t>(chunk) * kChunkValues + 8 * lane_;
-    if (value >= end_) return;
-    const uint32_t slot = chunk % kRingChunks;
-    copy_16_bytes(ring_ + slot * (kChunkBytes / 4) + 4 * lane_, values_ + value);
-    if (slot == 0 && lane_ == 0) copy_16_bytes(ring_ + kRingWords, values_ + value);
-  }
-
-  uint32_t* ring_;
-  const uint16_t* values_;
-  int64_t end_;
+  uint32_t* to_;
+  const uint16_t* from_;
+  uint32_t chunks_;
   int lane_;
-  uint32_t last_, asked_, before_1_, before_2_;
+  uint32_t asked_ = 0, before_1_ = 0, before_2_ = 0;
 };
 
 template <class T, int kGroups>
@@ -146,17 +146,20 @@ __device__ __forceinline__ void add_sparse(Sums<kGroups>& sums, const Product& p
                                            const Range& tiles, uint32_t* ring, int lane) {
   if (tiles.first >= tiles.last) return;
   const int64_t first = strip * p.tiles + tiles.first, last = strip * p.tiles + tiles.last;
-  int64_t begin = p.starts[first];
-  ValueStream stream(ring, p.values, begin, p.starts[last], lane);
-  uint32_t mask = __ldcs(p.masks + first * kLanes + lane);
-  for (int64_t tile = first; tile < last; ++tile) {
-    const uint32_t next = tile + 1 < last ? __ldcs(p.masks + (tile + 1) * kLanes + lane) : 0;
+  const int64_t chunk = p.starts[first] / kChunkValues * kChunkValues;
+  uint32_t begin = static_cast<uint32_t>(p.starts[first] - chunk);
+  ValueStream stream(ring, p.values + chunk, static_cast<uint32_t>(p.starts[last] - chunk), lane);
+  LaneColumns<kGroups> columns(p.x, tiles.first, lane);
+  const uint32_t* masks = p.masks + first * kLanes + lane;
+  uint32_t mask = __ldcs(masks);
+#pragma unroll 1
+  for (int left = static_cast<int>(last - first); left > 0; --left) {
+    masks += kLanes;
+    const uint32_t next = __ldcs(masks);  // behind the last mask there are values
     uint32_t x[kGroups][8];
-    load_columns(x, p.x, tile - strip * p.tiles, lane);
+    columns.read(x);
     const Quarters q = scan_tile(mask, lane);
     stream.advance(begin, begin + q.count);
-    // Where the tile begins in the ring; the upper bits of the index are not needed.
-    const uint32_t offset = static_cast<uint32_t>(begin);
 #pragma unroll
     for (int s = 0; s < kSteps; ++s) {
       const int from = 8 * s + lane / 4, t = lane % 4;
@@ -164,7 +167,7 @@ __device__ __forceinline__ void add_sparse(Sums<kGroups>& sums, const Product& p
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const uint32_t quarter = __shfl_sync(kAllLanes, h ? q.upper : q.lower, from);
-        const uint32_t index = offset + first_value(quarter, t);
+        const uint32_t index = begin + first_value(quarter, t);
         const uint32_t* words = ring + (index >> 1) % kRingWords;
         half[h] = place_quad(words[0], words[1], words[2], index, nibble_of(quarter, t));
       }
@@ -181,17 +184,20 @@ __device__ __forceinline__ void add_sparse(Sums<kGroups>& sums, const Product& p
 template <class T, int kGroups>
 __device__ __forceinline__ void add_dense(Sums<kGroups>& sums, const Rows& weight, const Rows& x,
                                           int64_t strip, const Range& tiles, int lane) {
-  const int64_t row = kTileRows * strip + lane / 4;
-  for (int64_t tile = tiles.first; tile < tiles.last; ++tile) {
-    uint32_t columns[kGroups][8], lower[8], upper[8];
-    load_16<true>(lower, weight, row, tile, lane);
-    load_16<true>(upper, weight, row + 8, tile, lane);
-    load_columns(columns, x, tile, lane);
+  LaneRow lower_row, upper_row;
+  lower_row.start(weight, kTileRows * strip + lane / 4, tiles.first, lane);
+  upper_row.start(weight, kTileRows * strip + lane / 4 + 8, tiles.first, lane);
+  LaneColumns<kGroups> columns(x, tiles.first, lane);
+  for (int left = static_cast<int>(tiles.last - tiles.first); left > 0; --left) {
+    uint32_t x_tile[kGroups][8], lower[8], upper[8];
+    lower_row.read<true>(lower);
+    upper_row.read<true>(upper);
+    columns.read(x_tile);
 #pragma unroll
     for (int s = 0; s < kSteps; ++s) {
       const uint32_t a[4] = {lower[2 * s], upper[2 * s], lower[2 * s + 1], upper[2 * s + 1]};
 #pragma unroll
-      for (int j = 0; j < kGroups; ++j) T::mma(sums.c[j], a, columns[j][2 * s], columns[j][2 * s + 1]);
+      for (int j = 0; j < kGroups; ++j) T::mma(sums.c[j], a, x_tile[j][2 * s], x_tile[j][2 * s + 1]);
     }
   }
 }
@@ -230,15 +236,17 @@ __global__ void __launch_bounds__(kThreads) rank_kernel(const Product p) {
     for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < p.strips; i += threads)
       p.counters[i] = 0;
   }
-  const int64_t strip = blockIdx.x;
-  if (kTileRows * strip >= p.v.rows) return;
+  // As many strips as fill whole tiles of t: what is behind the last row of V is zero.
+  const int64_t strip = blockIdx.x, first = kTileRows * strip;
+  if (first >= p.t.stride) return;
   Sums<kGroups> sums;
-  add_dense<T>(sums, p.v, p.x, strip, share_of(p.tiles, warp, kWarps), lane);
+  if (first < p.v.rows) add_dense<T>(sums, p.v, p.x, strip, p.of_v.of(warp), lane);
   gather<kGroups>(all, sums, warp, lane);
   for (int i = static_cast<int>(threadIdx.x); i < 8 * kGroups * kTileRows; i += kThreads) {
-    const int column = i / kTileRows, output = i % kTileRows;
+    const int64_t column = i / kTileRows, output = first + i % kTileRows;
     if (column < p.x.rows)
-      p.t_out[column * p.t.stride + kTileRows * strip + output] = T::round(over_warps<kGroups>(all, i));
+      p.t_out[column * p.t.stride + output] =
+          output < p.v.rows ? T::round(over_warps<kGroups>(all, i)) : uint16_t{0};
   }
 }
 
@@ -257,11 +265,11 @@ __global__ void __launch_bounds__(kThreads) product_kernel(const Product p) {
   constexpr int kOutputs = 8 * kGroups * kTileRows;
   const int warp = static_cast<int>(threadIdx.x) / kLanes, lane = static_cast<int>(threadIdx.x) % kLanes;
   const int64_t strip = blockIdx.x, split = blockIdx.y, splits = gridDim.y;
-  const int64_t part = split * kWarps + warp, parts = splits * kWarps;
+  const int64_t part = split * kWarps + warp;
   Sums<kGroups> sums;
-  add_sparse<T>(sums, p, strip, share_of(p.tiles, part, parts), shared.rings[warp], lane);
+  add_sparse<T>(sums, p, strip, p.of_s.of(part), shared.rings[warp], lane);
   wait_for_previous_launch();
-  add_dense<T>(sums, p.u, p.t, strip, share_of(divide_up(p.u.columns, kTileColumns), part, parts), lane);
+  add_dense<T>(sums, p.u, p.t, strip, p.of_u.of(part), lane);
   gather<kGroups>(shared.sums, sums, warp, lane);
   if (splits == 1) {
     for (int i = static_cast<int>(threadIdx.x); i < kOutputs; i += kThreads)
@@ -286,10 +294,10 @@ __global__ void __launch_bounds__(kThreads) product_kernel(const Product p) {
 
 template <class T, int kGroups>
 void run(const Product& p, int64_t splits, const Queue& queue) {
-  const int64_t rank_strips = divide_up(p.v.rows, kTileRows);
-  const bool first = rank_strips > 0 || splits > 1;
+  const int64_t t_strips = p.t.stride / kTileRows;
+  const bool first = t_strips > 0 || splits > 1;
   if (first) {
-    const dim3 grid(static_cast<unsigned>(rank_strips > 0 ? rank_strips : 1));
+    const dim3 grid(static_cast<unsigned>(t_strips > 0 ? t_strips : 1));
     launch(rank_kernel<T, kGroups>, grid, dim3(kThreads), queue, false, p);
   }
   const dim3 grid(static_cast<unsigned>(p.strips), static_cast<unsigned>(splits));
@@ -321,11 +329,14 @@ void sparse_low_rank_linear(const PackedWeight& weight, const void* x, int64_t b
   const auto part = [&](int64_t offset) { return reinterpret_cast<const uint16_t*>(weight.at + offset); };
   char* work = static_cast<char*>(workspace);
   Product p{};
-  p.x = {static_cast<const uint16_t*>(x), x_stride, batch, weight.d_in};
-  p.u = {part(l.u), l.u_stride, weight.d_out, l.u_stride};
-  p.v = {part(l.v), l.v_stride, weight.rank, l.v_stride};
+  p.x = {static_cast<const uint16_t*>(x), x_stride, batch};
+  p.u = {part(l.u), l.u_stride, weight.d_out};
+  p.v = {part(l.v), l.v_stride, weight.rank};
   p.t_out = reinterpret_cast<uint16_t*>(work + w.t);
-  p.t = {p.t_out, w.t_stride, batch, w.t_stride};
+  p.t = {p.t_out, w.t_stride, batch};
+  p.of_v = shares_of(l.tiles, kWarps);
+  p.of_s = shares_of(l.tiles, kWarps * splits);
+  p.of_u = shares_of(l.u_stride / kTileColumns, kWarps * splits);
   p.starts = reinterpret_cast<const int64_t*>(weight.at + l.starts);
   p.masks = reinterpret_cast<const uint32_t*>(weight.at + l.masks);
   p.values = part(l.values);

@@ -55,14 +55,14 @@ OATS_BOTH uint32_t funnel_wrapped(uint32_t low, uint32_t high, uint32_t shift) {
 #endif
 }
 
-// The same for a shift from 0 to 32.
-OATS_BOTH uint32_t funnel(uint32_t low, uint32_t high, uint32_t shift) {
-#ifdef __CUDA_ARCH__
-  return __funnelshift_rc(low, high, shift);
-#else
-  return static_cast<uint32_t>((static_cast<uint64_t>(high) << 32 | low) >> shift);
-#endif
-}
+// Values stream through a ring in shared memory, one of each warp, in chunks of 16 bytes a lane. A value lies
+// in the ring where its address modulo the ring's size says.
+constexpr int kChunkBytes = 16 * kLanes;
+constexpr int kChunkValues = kChunkBytes / 2;
+constexpr int kRingChunks = 8;
+constexpr int kRingWords = kRingChunks * kChunkBytes / 4;
+// The first words again, behind the last: three words in a row need no wrap.
+constexpr int kMirrorWords = 4;
 
 // Where the parts of a packed weight lie, in bytes from its start.
 struct Layout {
@@ -71,19 +71,19 @@ struct Layout {
   int64_t starts, masks, values, u, v, bytes;
 };
 
-// Each part starts at a cache line. Rows of U and V are filled up with zeros to 16 bytes. Behind the values
-// there is room for the words that expand() reads beyond the last one.
+// Each part starts at a cache line. Rows of U and V are filled up with zeros to whole tiles. Behind the
+// values there is room for a whole chunk, as they are copied.
 OATS_BOTH Layout layout_of(int64_t d_out, int64_t d_in, int64_t rank, int64_t nnz, int value_bytes) {
   constexpr int64_t kLine = 128;
   Layout l{};
   l.strips = divide_up(d_out, kTileRows);
   l.tiles = divide_up(d_in, kTileColumns);
-  l.u_stride = round_up(rank, 8);
-  l.v_stride = round_up(d_in, 8);
+  l.u_stride = round_up(rank, kTileColumns);
+  l.v_stride = round_up(d_in, kTileColumns);
   l.starts = 0;  // int64 [strips * tiles + 1]: index of the first value of each tile
   l.masks = round_up(8 * (l.strips * l.tiles + 1), kLine);
   l.values = l.masks + kLine * l.strips * l.tiles;
-  l.u = l.values + round_up(value_bytes * nnz + 16, kLine);
+  l.u = l.values + round_up(value_bytes * nnz + kChunkBytes, kLine);
   l.v = l.u + round_up(value_bytes * d_out * l.u_stride, kLine);
   l.bytes = l.v + round_up(value_bytes * rank * l.v_stride, kLine);
   return l;
@@ -114,38 +114,41 @@ struct Quad {
 OATS_BOTH Quad place_quad(uint32_t w0, uint32_t w1, uint32_t w2, uint32_t index, uint32_t nibble) {
   const uint32_t shift = index << 4;  // 0 or 16, for a shift that looks at five bits
   const uint32_t a = funnel_wrapped(w0, w1, shift), b = funnel_wrapped(w1, w2, shift);
-  return {place_pair(a, nibble), place_pair(funnel(a, b, 16 * population(nibble & 3)), nibble >> 2)};
+  // The second pair begins where the first one has taken none, one or two values.
+  const uint32_t middle = funnel_wrapped(a, b, 16);
+  const uint32_t rest = nibble & 2 ? (nibble & 1 ? b : middle) : (nibble & 1 ? middle : a);
+  return {place_pair(a, nibble), place_pair(rest, nibble >> 2)};
 }
 
-// Values stream through a ring in shared memory, one of each warp, in chunks of 16 bytes a lane. A value lies
-// in the ring where its address modulo the ring's size says.
-constexpr int kChunkBytes = 16 * kLanes;
-constexpr int kChunkValues = kChunkBytes / 2;
-constexpr int kRingChunks = 8;
-constexpr int kRingWords = kRingChunks * kChunkBytes / 4;
-// The first words again, behind the last: three words in a row need no wrap.
-constexpr int kMirrorWords = 4;
-
-// Chunks [from the first one that holds `begin`, up to this) have all that expand() reads of values
-// [begin, end): it reads up to four values beyond.
-OATS_BOTH uint32_t chunk_of(int64_t value) {
-  return static_cast<uint32_t>(value / kChunkValues);
+// Chunks up to the end of some values, and those that place_quad() reads of them: up to four values more.
+OATS_BOTH constexpr uint32_t chunks_of(uint32_t end) {
+  return (end + (kChunkValues - 1)) / kChunkValues;
 }
 
-OATS_BOTH uint32_t chunks_for(int64_t end) {
-  return static_cast<uint32_t>(divide_up(end + 4, kChunkValues));
+OATS_BOTH constexpr uint32_t chunks_read(uint32_t end) {
+  return chunks_of(end + 4);
 }
 
 // A full tile that begins at the end of a chunk fits.
-static_assert((kChunkValues - 1 + kTileElements + 4 + kChunkValues - 1) / kChunkValues <= kRingChunks, "");
+static_assert(chunks_read(kChunkValues - 1 + kTileElements) <= kRingChunks, "");
 
-// The part'th of `parts` shares of [0, count): they are disjoint, cover it, and differ by one at most.
 struct Range {
   int64_t first, last;
 };
 
-OATS_BOTH Range share_of(int64_t count, int64_t part, int64_t parts) {
-  return {count * part / parts, count * (part + 1) / parts};
+// [0, count) in parts that follow each other and differ by one at most. Divided on the host: a division of 64
+// bits takes a device as long as part of a tile.
+struct Shares {
+  int64_t each, longer;  // so many parts have one more
+
+  OATS_BOTH Range of(int64_t part) const {
+    const int64_t first = part * each + (part < longer ? part : longer);
+    return {first, first + each + (part < longer ? 1 : 0)};
+  }
+};
+
+inline Shares shares_of(int64_t count, int64_t parts) {
+  return {count / parts, count % parts};
 }
 
 constexpr int kWarps = 8;  // of a block, which share the tiles of a strip
@@ -178,7 +181,7 @@ OATS_BOTH Workspace workspace_of(int64_t d_out, int64_t rank, int64_t batch, int
   constexpr int64_t kLine = 128;
   const int64_t strips = divide_up(d_out, kTileRows);
   Workspace w{};
-  w.t_stride = round_up(rank, kTileRows);
+  w.t_stride = round_up(rank, kTileColumns);
   w.t = 0;
   w.counters = round_up(2 * batch * w.t_stride, kLine);
   w.partials = w.counters + (splits > 1 ? round_up(4 * strips, kLine) : 0);

@@ -62,29 +62,29 @@ void check_first_value() {
   }
 }
 
-// Whatever the first value and the size of a tile, the ring holds what is read.
+// Wherever a tile begins in its first chunk, and whatever its size, the ring holds what is read.
 void check_ring() {
-  for (int64_t begin = 0; begin < kRingChunks * kChunkValues; ++begin) {
-    for (int64_t count = 0; count <= kTileElements; ++count) {
-      const uint32_t first = chunk_of(begin), last = chunks_for(begin + count);
-      if (last - first > kRingChunks || first * int64_t{kChunkValues} > begin ||
-          last * int64_t{kChunkValues} < begin + count + 4)
-        check(false, "values %ld, %ld", static_cast<long>(begin), static_cast<long>(count));
+  for (uint32_t begin = 0; begin < 3 * kChunkValues; ++begin) {
+    for (uint32_t count = 0; count <= kTileElements; ++count) {
+      const uint32_t end = begin + count, all = chunks_of(end), read = chunks_read(end);
+      if (read - begin / kChunkValues > kRingChunks || read * kChunkValues < end + 4 ||
+          all * kChunkValues < end || all * kChunkValues >= end + kChunkValues)
+        check(false, "values %u, %u", begin, count);
     }
   }
   // Three words from the last value of the ring are in it and its mirror.
   check(kRingWords - 1 + 2 < kRingWords + kMirrorWords, "mirror");
-  const int64_t far = int64_t{1} << 38;
-  check(chunk_of(far) == far / kChunkValues && chunks_for(far) == far / kChunkValues + 1, "far chunks");
+  check(chunks_read(0xf0000000u) == 0xf0000000u / kChunkValues + 1, "far chunks");
 }
 
 void check_shares() {
   for (const int64_t scale : {int64_t{1}, int64_t{1} << 40}) {
     for (int64_t count = 0; count <= 200; ++count) {
       for (int64_t parts = 1; parts <= 70; ++parts) {
+        const Shares shares = shares_of(count * scale, parts);
         int64_t at = 0;
         for (int64_t part = 0; part < parts; ++part) {
-          const Range r = share_of(count * scale, part, parts);
+          const Range r = shares.of(part);
           const int64_t size = r.last - r.first, even = count * scale / parts;
           check(r.first == at && (size == even || size == even + 1), "share %ld of %ld of %ld",
                 static_cast<long>(part), static_cast<long>(parts), static_cast<long>(count));
@@ -120,20 +120,21 @@ void check_layout() {
           const int64_t nnz = d_out * d_in;
           const Layout l = layout_of(d_out, d_in, rank, nnz, bytes);
           const int64_t begin[] = {l.starts, l.masks, l.values, l.u, l.v, l.bytes};
-          const int64_t size[] = {8 * (l.strips * l.tiles + 1), 128 * l.strips * l.tiles, bytes * nnz + 16,
-                                  bytes * d_out * l.u_stride, bytes * rank * l.v_stride};
+          const int64_t size[] = {8 * (l.strips * l.tiles + 1), 128 * l.strips * l.tiles,
+                                  bytes * nnz + kChunkBytes, bytes * d_out * l.u_stride,
+                                  bytes * rank * l.v_stride};
           for (int i = 0; i < 5; ++i) {
             check(begin[i] % 128 == 0 && begin[i] + size[i] <= begin[i + 1], "part %d of %ld x %ld", i,
                   static_cast<long>(d_out), static_cast<long>(d_in));
             check(begin[i + 1] - begin[i] - size[i] < 128, "part %d is too large", i);
           }
           check(l.strips * kTileRows >= d_out && l.tiles * kTileColumns >= d_in, "tiles");
-          check(l.u_stride >= rank && l.u_stride % 8 == 0 && l.v_stride >= d_in && l.v_stride % 8 == 0,
+          check(l.u_stride >= rank && l.u_stride % 64 == 0 && l.v_stride >= d_in && l.v_stride % 64 == 0,
                 "strides");
           for (const int64_t batch : {1, 8, 9, 16, 17, 32})
             for (const int64_t splits : {1, 3}) {
               const Workspace w = workspace_of(d_out, rank, batch, splits);
-              check(w.t_stride >= rank && w.t_stride % kTileRows == 0, "rows of t");
+              check(w.t_stride == l.u_stride, "rows of t");
               check(w.t + 2 * batch * w.t_stride <= w.counters && w.counters % 128 == 0, "t");
               if (splits == 1) {
                 check(w.bytes == w.counters, "no splits");
