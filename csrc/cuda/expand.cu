@@ -41,13 +41,13 @@ __device__ __forceinline__ void store_8(const Expansion<Number>& e, int64_t row,
 // A warp expands a tile.
 template <class Number>
 __global__ void __launch_bounds__(kThreads) expand_kernel(const Expansion<Number> e) {
-  const int warp = static_cast<int>(threadIdx.x) / kLanes, lane = static_cast<int>(threadIdx.x) % kLanes;
+  const unsigned warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
   const int64_t strip = blockIdx.x, tile = static_cast<int64_t>(blockIdx.y) * kWarps + warp;
   if (tile >= e.tiles) return;
   const int64_t at = (e.first_strip + strip) * e.tiles + tile;
   const Quarters q = scan_tile(__ldcs(e.masks + at * kLanes + lane), lane);
   const Number* values = e.values + e.starts[at];
-  const int t = lane % 4;
+  const unsigned t = lane % 4;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     alignas(16) Number numbers[16];

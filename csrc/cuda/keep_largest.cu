@@ -33,7 +33,7 @@ __device__ __forceinline__ typename BitsOf<Float>::Type magnitude(Float value) {
 template <class T>
 __device__ __forceinline__ T warp_sum(T value) {
 #pragma unroll
-  for (int distance = kLanes / 2; distance > 0; distance /= 2)
+  for (unsigned distance = kLanes / 2; distance > 0; distance /= 2)
     value += __shfl_xor_sync(kAllLanes, value, distance);
   return value;
 }
@@ -49,22 +49,22 @@ struct RowShared {
 
 // The digit in which the `wanted`-th entry from the top lies. All threads of the block take part.
 __device__ __forceinline__ void find_digit(RowShared& shared, int64_t wanted) {
-  const int thread = static_cast<int>(threadIdx.x), warp = thread / kLanes, lane = thread % kLanes;
+  const unsigned thread = threadIdx.x, warp = thread / kLanes, lane = thread % kLanes;
   // Thread 0 has the largest digits.
-  const int top = kDigits - 1 - kDigitsOfThread * thread;
+  const int top = kDigits - 1 - kDigitsOfThread * static_cast<int>(thread);
   int64_t own = 0;
 #pragma unroll
   for (int i = 0; i < kDigitsOfThread; ++i) own += shared.histogram[top - i];
   int64_t sum = own;
 #pragma unroll
-  for (int distance = 1; distance < kLanes; distance *= 2) {
+  for (unsigned distance = 1; distance < kLanes; distance *= 2) {
     const int64_t other = __shfl_up_sync(kAllLanes, sum, distance);
     if (lane >= distance) sum += other;
   }
   if (lane == kLanes - 1) shared.before_warp[warp] = sum;
   __syncthreads();
   int64_t above = sum - own;
-  for (int w = 0; w < warp; ++w) above += shared.before_warp[w];
+  for (unsigned w = 0; w < warp; ++w) above += shared.before_warp[w];
   // One thread's digits have the entry.
   if (above < wanted && wanted <= above + own) {
     int digit = top;
@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(kThreads)
   using Bits = typename BitsOf<Float>::Type;
   constexpr int kMagnitudeBits = 8 * sizeof(Bits) - 1;
   __shared__ RowShared shared;
-  const int thread = static_cast<int>(threadIdx.x), warp = thread / kLanes, lane = thread % kLanes;
+  const unsigned thread = threadIdx.x, warp = thread / kLanes, lane = thread % kLanes;
   in += blockIdx.x * columns;
   out += blockIdx.x * columns;
 
@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kThreads)
   int64_t wanted = count, equal = columns;
   while (shift > 0 && wanted < equal) {
     const int width = shift < kDigitBits ? shift : kDigitBits, next = shift - width;
-    for (int i = thread; i < kDigits; i += kThreads) shared.histogram[i] = 0;
+    for (unsigned i = thread; i < kDigits; i += kThreads) shared.histogram[i] = 0;
     __syncthreads();
     for (int64_t i = thread; i < columns; i += kThreads) {
       const Bits m = magnitude(in[i]);
@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(kThreads)
       if (lane == 0) shared.before_warp[warp] = population(ties);
       __syncthreads();
       int64_t before = population(ties & ((1u << lane) - 1)), all = 0;
-      for (int w = 0; w < kWarps; ++w) {
+      for (unsigned w = 0; w < kWarps; ++w) {
         if (w < warp) before += shared.before_warp[w];
         all += shared.before_warp[w];
       }

@@ -13,13 +13,13 @@ struct Quarters {
 };
 
 // `mask` is word `lane` of the tile. All lanes of the warp take part.
-__device__ __forceinline__ Quarters scan_tile(uint32_t mask, int lane) {
+__device__ __forceinline__ Quarters scan_tile(uint32_t mask, unsigned lane) {
   // Both halves at once: neither sum exceeds 512.
   const uint32_t counts =
       static_cast<uint32_t>(population(mask & 0xffff)) | static_cast<uint32_t>(population(mask >> 16)) << 16;
   uint32_t sums = counts;
 #pragma unroll
-  for (int distance = 1; distance < kLanes; distance *= 2) {
+  for (unsigned distance = 1; distance < kLanes; distance *= 2) {
     const uint32_t other = __shfl_up_sync(kAllLanes, sums, distance);
     if (lane >= distance) sums += other;
   }

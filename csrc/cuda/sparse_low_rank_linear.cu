@@ -63,7 +63,7 @@ union alignas(16) Shared {
 // because its sums go nowhere: no load has a condition.
 class LaneRow {
  public:
-  __device__ __forceinline__ void start(const Rows& m, int64_t row, int64_t tile, int lane) {
+  __device__ __forceinline__ void start(const Rows& m, int64_t row, int64_t tile, unsigned lane) {
     at_ = reinterpret_cast<const uint4*>(m.at + (row < m.rows ? row : 0) * m.stride + kTileColumns * tile +
                                          16 * (lane % 4));
   }
@@ -86,7 +86,7 @@ template <int kGroups>
 struct LaneColumns {
   LaneRow rows[kGroups];
 
-  __device__ __forceinline__ LaneColumns(const Rows& x, int64_t tile, int lane) {
+  __device__ __forceinline__ LaneColumns(const Rows& x, int64_t tile, unsigned lane) {
 #pragma unroll
     for (int j = 0; j < kGroups; ++j) rows[j].start(x, 8 * j + lane / 4, tile, lane);
   }
@@ -101,7 +101,7 @@ struct LaneColumns {
 // chunk that holds the first one.
 class ValueStream {
  public:
-  __device__ __forceinline__ ValueStream(uint32_t* ring, const uint16_t* values, uint32_t end, int lane)
+  __device__ __forceinline__ ValueStream(uint32_t* ring, const uint16_t* values, uint32_t end, unsigned lane)
       : to_(ring + 4 * lane), from_(values + 8 * lane), chunks_(chunks_of(end)), lane_(lane) {}
 
   // After this, values [begin, end) are in the ring, where those before `begin` need not be any more. Each
@@ -137,13 +137,13 @@ class ValueStream {
   uint32_t* to_;
   const uint16_t* from_;
   uint32_t chunks_;
-  int lane_;
+  unsigned lane_;
   uint32_t asked_ = 0, before_1_ = 0, before_2_ = 0;
 };
 
 template <class T, int kGroups>
 __device__ __forceinline__ void add_sparse(Sums<kGroups>& sums, const Product& p, int64_t strip,
-                                           const Range& tiles, uint32_t* ring, int lane) {
+                                           const Range& tiles, uint32_t* ring, unsigned lane) {
   if (tiles.first >= tiles.last) return;
   const int64_t first = strip * p.tiles + tiles.first, last = strip * p.tiles + tiles.last;
   const int64_t chunk = p.starts[first] / kChunkValues * kChunkValues;
@@ -162,7 +162,7 @@ __device__ __forceinline__ void add_sparse(Sums<kGroups>& sums, const Product& p
     stream.advance(begin, begin + q.count);
 #pragma unroll
     for (int s = 0; s < kSteps; ++s) {
-      const int from = 8 * s + lane / 4, t = lane % 4;
+      const unsigned from = 8 * s + lane / 4, t = lane % 4;
       Quad half[2];
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
@@ -183,7 +183,7 @@ __device__ __forceinline__ void add_sparse(Sums<kGroups>& sums, const Product& p
 
 template <class T, int kGroups>
 __device__ __forceinline__ void add_dense(Sums<kGroups>& sums, const Rows& weight, const Rows& x,
-                                          int64_t strip, const Range& tiles, int lane) {
+                                          int64_t strip, const Range& tiles, unsigned lane) {
   LaneRow lower_row, upper_row;
   lower_row.start(weight, kTileRows * strip + lane / 4, tiles.first, lane);
   upper_row.start(weight, kTileRows * strip + lane / 4 + 8, tiles.first, lane);
@@ -204,14 +204,14 @@ __device__ __forceinline__ void add_dense(Sums<kGroups>& sums, const Rows& weigh
 
 // Leaves the sums of the warps in shared memory, those of column n and output r at n * 16 + r.
 template <int kGroups>
-__device__ __forceinline__ void gather(BlockSums<kGroups>& all, const Sums<kGroups>& sums, int warp,
-                                       int lane) {
+__device__ __forceinline__ void gather(BlockSums<kGroups>& all, const Sums<kGroups>& sums, unsigned warp,
+                                       unsigned lane) {
   __syncthreads();  // the rings are over
 #pragma unroll
   for (int j = 0; j < kGroups; ++j) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int column = 8 * j + 2 * (lane % 4) + i % 2, output = lane / 4 + 8 * (i / 2);
+      const unsigned column = 8 * j + 2 * (lane % 4) + i % 2, output = lane / 4 + 8 * (i / 2);
       all[warp][column * kTileRows + output] = sums.c[j][i];
     }
   }
@@ -230,7 +230,7 @@ template <class T, int kGroups>
 __global__ void __launch_bounds__(kThreads) rank_kernel(const Product p) {
   __shared__ BlockSums<kGroups> all;
   start_dependent_launch();
-  const int warp = static_cast<int>(threadIdx.x) / kLanes, lane = static_cast<int>(threadIdx.x) % kLanes;
+  const unsigned warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
   if (p.counters != nullptr) {
     const int64_t threads = static_cast<int64_t>(gridDim.x) * kThreads;
     for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < p.strips; i += threads)
@@ -263,7 +263,7 @@ __global__ void __launch_bounds__(kThreads) product_kernel(const Product p) {
   __shared__ Shared<kGroups> shared;
   __shared__ uint32_t arrived;
   constexpr int kOutputs = 8 * kGroups * kTileRows;
-  const int warp = static_cast<int>(threadIdx.x) / kLanes, lane = static_cast<int>(threadIdx.x) % kLanes;
+  const unsigned warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
   const int64_t strip = blockIdx.x, split = blockIdx.y, splits = gridDim.y;
   const int64_t part = split * kWarps + warp;
   Sums<kGroups> sums;
@@ -324,6 +324,8 @@ void sparse_low_rank_linear(const PackedWeight& weight, const void* x, int64_t b
   if (batch == 0 || weight.d_out == 0) return;
   if (batch > kMaxColumns || weight.dtype == Dtype::fp32)
     throw std::invalid_argument("this product takes up to 32 rows of 16-bit numbers");
+  // A warp counts the values of its tiles in 32 bits.
+  if (weight.d_in >= int64_t{1} << 27) throw std::invalid_argument("a layer of 2^27 inputs or more");
   const Layout l = layout_of(weight.d_out, weight.d_in, weight.rank, weight.nnz, 2);
   const Workspace w = workspace_of(weight.d_out, weight.rank, batch, splits);
   const auto part = [&](int64_t offset) { return reinterpret_cast<const uint16_t*>(weight.at + offset); };

@@ -26,7 +26,7 @@ namespace oats::cuda {
 constexpr int kTileRows = 16;
 constexpr int kTileColumns = 64;
 constexpr int kTileElements = kTileRows * kTileColumns;
-constexpr int kLanes = 32;
+constexpr unsigned kLanes = 32;
 constexpr int kSteps = 4;  // mma instructions that cover a tile
 constexpr unsigned kAllLanes = 0xffffffffu;
 
@@ -91,11 +91,11 @@ OATS_BOTH Layout layout_of(int64_t d_out, int64_t d_in, int64_t rank, int64_t nn
 
 // Where a lane's values are among those of a tile: of a quarter (the 16 bits of one output for one step, and
 // above them the number of values before these) the index of the first value of nibble `t`.
-OATS_BOTH uint32_t first_value(uint32_t quarter, int t) {
+OATS_BOTH uint32_t first_value(uint32_t quarter, uint32_t t) {
   return (quarter >> 16) + population(quarter & ((1u << 4 * t) - 1));
 }
 
-OATS_BOTH uint32_t nibble_of(uint32_t quarter, int t) {
+OATS_BOTH uint32_t nibble_of(uint32_t quarter, uint32_t t) {
   return quarter >> 4 * t & 15;
 }
 
