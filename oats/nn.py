@@ -334,8 +334,7 @@ class SparseLowRankLinear(nn.Module):
             or (x.requires_grad and _is_grad_enabled())
             or (bias is not None and not self._is_plain(bias))
         ):
-            if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
-                raise NotImplementedError("a sparse plus low-rank layer has no forward-mode derivative")
+            _refuse_tangent(x)
             return _LINEAR(x, packed, bias, self.out_features)  # type: ignore[no-any-return]
         return ops.linear(x, packed, bias, self.out_features)
 
@@ -344,11 +343,12 @@ class SparseLowRankLinear(nn.Module):
             x = self._accept(x)
         if (
             ops.is_plain(x)
-            and not (torch.is_grad_enabled() and x.requires_grad)
+            and not (x.requires_grad and _is_grad_enabled())
             and x.device == packed.device
             and (bias is None or (self._is_plain(bias) and bias.device == x.device))
         ):
             return cuda.linear(x, packed, bias, self._sizes)
+        _refuse_tangent(x)
         return _CUDA_LINEAR(x, packed, bias, self.out_features, self.rank, self.nnz)  # type: ignore[no-any-return]
 
     def _is_plain(self, bias: Tensor | None) -> bool:
@@ -546,6 +546,11 @@ class SplitLinear(nn.ModuleDict):
         if marker is not None and marker.shape == fmt.MARKER.shape:
             del state_dict[prefix + "weight"]
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _refuse_tangent(x: Tensor) -> None:
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
+        raise NotImplementedError("a sparse plus low-rank layer has no forward-mode derivative")
 
 
 def _supported(dtype: torch.dtype) -> torch.dtype:

@@ -72,6 +72,18 @@ def test_half_precision(target: Target, shape: tuple[int, int, int, float]) -> N
         assert_close(packed.linear(x, bias), layer, x, bias)
 
 
+@pytest.mark.parametrize("density", [0.03, 0.5, 1.0])
+def test_values_go_round_the_ring(density: float) -> None:
+    # 16 tiles a warp: up to eight times what the ring holds.
+    layer = random_layer(20, 8000, 5, density, torch.bfloat16)
+    packed = EMULATED.pack(layer)
+    with emulated(1):
+        assert cuda._kernels.plan(20, 8000, 5, 1, 1)[0] == 1
+        for batch in (1, 12):
+            x = torch.randn(batch, 8000).bfloat16()
+            assert_close(cuda.linear(x, packed.tensor, None, packed.sizes), layer, x, None)
+
+
 @pytest.mark.parametrize("target", CUDA_TARGETS, ids=str)
 def test_the_same_call_gives_the_same_bits(target: Target) -> None:
     # Enough inputs that blocks share a strip; the emulation runs threads in another order each time.
