@@ -72,7 +72,7 @@ def test_half_precision(target: Target, shape: tuple[int, int, int, float]) -> N
         assert_close(packed.linear(x, bias), layer, x, bias)
 
 
-@pytest.mark.parametrize("density", [0.03, 0.5, 1.0])
+@pytest.mark.parametrize("density", [0.03, 0.5, 0.8, 1.0])
 def test_values_go_round_the_ring(density: float) -> None:
     # 16 tiles a warp: up to eight times what the ring holds.
     layer = random_layer(20, 8000, 5, density, torch.bfloat16)
