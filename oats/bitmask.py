@@ -21,9 +21,10 @@ def encode_mask(kept: Tensor) -> Tensor:
     [[6]]
     """
     d_out, d_in = kept.shape
-    bits = torch.zeros(d_out, mask_columns(d_in) * 8, dtype=torch.uint8)
+    bits = kept.new_zeros(d_out, mask_columns(d_in) * 8, dtype=torch.uint8)
     bits[:, :d_in] = kept
-    return (bits.view(d_out, -1, 8) * 2 ** torch.arange(8, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
+    powers = 2 ** torch.arange(8, dtype=torch.uint8, device=kept.device)
+    return (bits.view(d_out, -1, 8) * powers).sum(-1, dtype=torch.uint8)
 
 
 def encode(sparse: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,7 +50,8 @@ def decode_mask(mask: Tensor, d_in: int) -> Tensor:
     >>> decode_mask(torch.tensor([[6]], dtype=torch.uint8), 3)
     tensor([[False,  True,  True]])
     """
-    bits = mask.unsqueeze(-1).bitwise_right_shift(torch.arange(8, dtype=torch.uint8)).bitwise_and(1)
+    shifts = torch.arange(8, dtype=torch.uint8, device=mask.device)
+    bits = mask.unsqueeze(-1).bitwise_right_shift(shifts).bitwise_and(1)
     return bits.view(mask.shape[0], -1)[:, :d_in].bool()
 
 
@@ -64,4 +66,4 @@ def decode(mask: Tensor, values: Tensor, d_in: int) -> Tensor:
             [4., 0., 0.]])
     """
     kept = decode_mask(mask, d_in)
-    return torch.zeros(kept.shape, dtype=values.dtype).masked_scatter_(kept, values)
+    return values.new_zeros(kept.shape).masked_scatter_(kept, values)

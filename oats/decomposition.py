@@ -12,8 +12,8 @@ from torch import Tensor
 from oats.budget import check_inputs, nnz_per_layer, nnz_per_row, rank_for
 from oats.config import OatsConfig, Pattern, parse_n_m
 from oats.errors import WeightError
-from oats.ops import active_isa
-from oats.selection import keep_largest
+from oats.ops import active_isa, row_norms
+from oats.selection import keep_largest, split_largest
 from oats.svd import OVERSAMPLING, WarmSubspace, add_product, exact_low_rank, singular_order
 
 MOMENT_FLOOR = 1e-12
@@ -25,7 +25,7 @@ STALL = 1e-5
 """The fast path stops when the best error fell by less than this share over `PATIENCE` alternations."""
 
 BFLOAT16_FROM = 2**20
-"""Elements of a weight from which the fast path multiplies in bfloat16, where the CPU does it several times
+"""Elements of a weight from which the fast path multiplies in bfloat16, where that is several times
 faster than float32. In smaller layers products are not what takes the time."""
 
 
@@ -249,9 +249,10 @@ def _alternate(
             torch.sub(scaled, work, out=work)
             u, v = subspace.approximate(work) if subspace else exact_low_rank(work, rank)
         add_product(scaled, u, v, -1, out=work)
-        previous, sparse = sparse, keep_largest(work, count, config.pattern, out=previous)
+        left = split_largest(work, count, config.pattern, out=previous)
+        previous, sparse = sparse, previous
         better = []
-        for i, norm in enumerate(_norms(work.sub_(sparse))):
+        for i, norm in enumerate(left):
             if going[i]:
                 errors[i].append(norm / norms[i])
             # With momentum the error is not monotone.
@@ -291,7 +292,7 @@ def _each(matrices: Tensor) -> tuple[Tensor, ...]:
 
 def _difference_dtype(scaled: Tensor) -> torch.dtype:
     """What `WarmSubspace.follow` is given."""
-    supported = active_isa() == "avx512_bf16" and torch.backends.mkldnn.is_available()
+    supported = scaled.is_cuda or (active_isa() == "avx512_bf16" and torch.backends.mkldnn.is_available())
     size = scaled.shape[-2] * scaled.shape[-1]
     return torch.bfloat16 if supported and size >= BFLOAT16_FROM else torch.float32
 
@@ -315,21 +316,18 @@ def root_moment(second_moment: Tensor) -> Tensor:
 
 
 def frobenius_norm(matrix: Tensor) -> float:
-    """Of a matrix, summed by rows first.
-
-    float32 sums of a row stay short, and converting every element to float64 takes 25 times as long.
-    """
-    return float(torch.linalg.vector_norm(torch.linalg.vector_norm(matrix, dim=1).double()))
+    """Of a matrix, summed by rows first."""
+    return float(torch.linalg.vector_norm(row_norms(matrix)))
 
 
 def check_weight(weight: Tensor, layer: str) -> None:
     """Refuse what cannot be decomposed, with a WeightError that names the layer."""
     if not isinstance(weight, Tensor):
         raise WeightError(f"{layer}: the weight must be a torch.Tensor, got {type(weight).__name__}")
-    if not weight.is_cpu or weight.layout != torch.strided:
+    if not (weight.is_cpu or weight.is_cuda) or weight.layout != torch.strided:
         raise WeightError(
-            f"{layer}: the weight must be a dense tensor on the CPU, got layout {weight.layout} on "
-            f"{weight.device}; load, move or densify it first"
+            f"{layer}: the weight must be a dense tensor on the CPU or a CUDA device, got layout "
+            f"{weight.layout} on {weight.device}; load, move or densify it first"
         )
     if weight.ndim != 2 or 0 in weight.shape:
         raise WeightError(

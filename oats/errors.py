@@ -45,3 +45,7 @@ class QueueFullError(OatsError, RuntimeError):
 
 class DistributedError(OatsError, RuntimeError):
     """A process of a run of several is gone, or cannot be reached."""
+
+
+class DeviceError(OatsError, RuntimeError):
+    """There are no kernels for the device that a tensor is on."""

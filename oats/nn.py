@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
+from oats import cuda, ops
 from oats import format as fmt
-from oats import ops
 from oats.bitmask import encode
 from oats.errors import ConfigError, FormatError
 from oats.storage import EXACT, Storage
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from oats.decomposition import Decomposition
 
 _LINEAR = torch.ops.oats.sparse_low_rank_linear
+_CUDA_LINEAR = torch.ops.oats.cuda_sparse_low_rank_linear
 # By name here: it is called for every product.
 _is_grad_enabled = torch.is_grad_enabled
 
@@ -194,37 +195,65 @@ class SparseLowRankLinear(nn.Module):
 
     def to_dense(self) -> Tensor:
         """The dense ``S + U V``, (d_out, d_in) in the layer's dtype, summed in fp32."""
+        if self._computes_unpacked():
+            sparse, u, v = self.storage.exact_parts(self.canonical(), self.in_features)
+            return sparse.addmm_(u, v).to(self.dtype)
         if self.packed is None:
             self.pack_()
         assert self.packed is not None
-        dense: Tensor = ops.to_dense(self.packed, self.out_features, self.in_features, self.dtype)
+        dense: Tensor
+        if self.packed.is_cuda:
+            dense = cuda.to_dense(self.packed, *self._sizes, self.dtype)
+            return dense
+        dense = ops.to_dense(self.packed, self.out_features, self.in_features, self.dtype)
         return dense
 
     def canonical(self) -> dict[str, Tensor]:
         """The tensors of :mod:`oats.format`; computed where the layer is packed."""
+        if self.packed is not None and self.packed.is_cuda:
+            return cuda.unpack(self.packed, self._sizes, self._dtype)
         if self.packed is not None:
             return ops.unpack(self.packed)
         tensors = {name: getattr(self, name) for name in self._stored_names()}
         # A conversion of the module converts its scales, which come back without loss.
         return {n: t.bfloat16() if n.endswith("_scale") else t for n, t in tensors.items()}
 
+    @property
+    def _sizes(self) -> cuda.Sizes:
+        return cuda.Sizes(self.out_features, self.in_features, self.rank, self.nnz)
+
+    def _computes_unpacked(self) -> bool:
+        """Whether products are dense ones, for want of kernels for the CUDA device that the weight is on."""
+        return (
+            self.packed is None
+            and self.values is not None
+            and self.values.is_cuda
+            and (self.storage.has_codes or not cuda.is_built())
+            and cuda.fallback()
+        )
+
     def pack_(self, name: str = "layer") -> SparseLowRankLinear:
-        """Check the canonical tensors, lay them out for this machine, and drop them.
+        """Check the canonical tensors, lay them out for the device they are on, and drop them.
 
         Args:
             name: of the layer, for error messages.
 
         Raises:
             FormatError: the tensors disagree with each other or with the layer's shape.
+            DeviceError: they are on a CUDA device, and there are no kernels for it, or for codes on it.
         """
         if self.packed is not None:
             return self
         tensors = self.canonical()
-        if any(not tensor.is_cpu for tensor in tensors.values()):
+        devices = {tensor.device for tensor in tensors.values()}
+        device = devices.pop()
+        if devices or device.type not in ("cpu", "cuda"):
             raise FormatError(
-                f"{name}: the weight is on {tensors['values'].device}; kernels exist for the CPU only, "
-                'load or move the model with device "cpu"'
+                f"{name}: the weight is on {', '.join(map(str, {device, *devices}))}; kernels exist for the "
+                'CPU and for one CUDA device, load or move the model with device "cpu" or "cuda"'
             )
+        if device.type == "cuda":
+            cuda.require(name, codes=self.storage.has_codes)
         fmt.validate(
             name, self.out_features, self.in_features, storage=self.storage, bias=self.bias, **tensors
         )
@@ -237,7 +266,10 @@ class SparseLowRankLinear(nn.Module):
         self._dtype = _supported(self._exact_dtype(tensors))
         if self.bias is not None:
             self.bias.data = self.bias.data.to(self._dtype).contiguous()
-        self.packed = ops.pack(**tensors, storage=self.storage, dtype=self._dtype)  # type: ignore[arg-type]
+        if device.type == "cuda":
+            self.packed = cuda.pack(**tensors, dtype=self._dtype)
+        else:
+            self.packed = ops.pack(**tensors, storage=self.storage, dtype=self._dtype)  # type: ignore[arg-type]
         for tensor_name in tensors:
             setattr(self, tensor_name, None)
         return self
@@ -276,19 +308,24 @@ class SparseLowRankLinear(nn.Module):
         """Compute ``S x + U (V x) + b``.
 
         Args:
-            x: (…, in_features), the layer's dtype, on the CPU.
+            x: (…, in_features), the dtype and device of the layer.
 
         Returns:
             (…, out_features), the layer's dtype.
 
         Raises:
             ValueError: `x` has another size, dtype or device.
+            DeviceError: the layer is on a CUDA device, and there are no kernels for it.
         """
         # Past nn.Module's attribute lookup, which costs as much as a small product.
         packed, bias = self._buffers["packed"], self._parameters["bias"]
         if packed is None:
+            if self._computes_unpacked():
+                return nn.functional.linear(self._accept(x), self.to_dense(), bias)
             packed = self.pack_().packed
             assert packed is not None
+        if packed.is_cuda:
+            return self._forward_on_cuda(x, packed, bias)
         if x.dtype is not self._dtype or x.dim() == 0 or x.shape[-1] != self.in_features or not x.is_cpu:
             x = self._accept(x)
         # The operator knows autograd and the compiler, and checks a bias that was replaced.
@@ -297,10 +334,22 @@ class SparseLowRankLinear(nn.Module):
             or (x.requires_grad and _is_grad_enabled())
             or (bias is not None and not self._is_plain(bias))
         ):
-            if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
-                raise NotImplementedError("a sparse plus low-rank layer has no forward-mode derivative")
+            _refuse_tangent(x)
             return _LINEAR(x, packed, bias, self.out_features)  # type: ignore[no-any-return]
         return ops.linear(x, packed, bias, self.out_features)
+
+    def _forward_on_cuda(self, x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+        if x.dtype is not self._dtype or x.dim() == 0 or x.shape[-1] != self.in_features or not x.is_cuda:
+            x = self._accept(x)
+        if (
+            ops.is_plain(x)
+            and not (x.requires_grad and _is_grad_enabled())
+            and x.device == packed.device
+            and (bias is None or (self._is_plain(bias) and bias.device == x.device))
+        ):
+            return cuda.linear(x, packed, bias, self._sizes)
+        _refuse_tangent(x)
+        return _CUDA_LINEAR(x, packed, bias, self.out_features, self.rank, self.nnz)  # type: ignore[no-any-return]
 
     def _is_plain(self, bias: Tensor | None) -> bool:
         """Whether the kernels can take `bias` as it is, and no gradient of it is wanted."""
@@ -314,11 +363,14 @@ class SparseLowRankLinear(nn.Module):
         """`x` where it is unusual but right, else an error."""
         if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise ValueError(f"input has shape {tuple(x.shape)}, expected (..., {self.in_features})")
-        if not x.is_cpu and not x.is_meta:
+        stored = self.values if self.packed is None else self.packed
+        device = torch.device("cpu") if stored is None else stored.device
+        if x.device.type not in (device.type, "meta"):
             raise ValueError(
-                f"input is on {x.device}; this layer runs on the CPU only, move the input with x.cpu()"
+                f"input is on {x.device} but the layer on {device}; move one of them with .to(), e.g. "
+                f'x.to("{device}")'
             )
-        if torch.is_autocast_enabled("cpu"):
+        if torch.is_autocast_enabled(device.type):
             x = x.to(self.dtype)
         if x.dtype != self.dtype:
             raise ValueError(
@@ -331,7 +383,9 @@ class SparseLowRankLinear(nn.Module):
         """Shape, rank, density, dtype and the instruction set in use."""
         elements = max(self.in_features * self.out_features, 1)
         stored = self.nnz + self.rank * (self.in_features + self.out_features)
-        isa = "unpacked" if self.packed is None else ops.packed_isa(self.packed)
+        isa = "unpacked"
+        if self.packed is not None:
+            isa = "cuda" if self.packed.is_cuda else ops.packed_isa(self.packed)
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, rank={self.rank}, "
@@ -353,13 +407,19 @@ class SparseLowRankLinear(nn.Module):
             del state_dict[prefix + "weight"]
         self._unpack_()
         super()._load_from_state_dict(state_dict, prefix, *args)
-        if self.values is not None and self.values.device.type == "cpu":
-            self.pack_(prefix.removesuffix(".") or "layer")
+        self._pack_again(prefix.removesuffix(".") or "layer")
+
+    def _pack_again(self, name: str = "layer") -> None:
+        """Pack what has come, unless it is on a device that computes with the unpacked weight, or on none."""
+        if self.values is not None and not self.values.is_meta and not self._computes_unpacked():
+            self.pack_(name)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLowRankLinear:
         # What `fn` changes (dtype, device, contents) it must change in the canonical form.
-        probe = torch.empty(0, dtype=self.dtype)
+        probe = torch.empty(0, dtype=self.dtype, device=None if self.packed is None else self.packed.device)
         changed = fn(probe)
+        if changed.is_cuda and not cuda.fallback():
+            cuda.require("the layer", codes=self.storage.has_codes)
         if self.packed is None or changed is probe:
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
             self._dtype = changed.dtype
@@ -367,9 +427,8 @@ class SparseLowRankLinear(nn.Module):
         self._dtype = _supported(changed.dtype)
         self._unpack_()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if changed.is_cpu:
-            with contextlib.suppress(FormatError):  # to_empty leaves nothing that can be packed
-                self.pack_()
+        with contextlib.suppress(FormatError):  # to_empty leaves nothing that can be packed
+            self._pack_again()
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SparseLowRankLinear:
@@ -377,7 +436,9 @@ class SparseLowRankLinear(nn.Module):
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
         if self.packed is not None:
-            packed = ops._aligned(self.packed.numel()).copy_(self.packed)  # as kernels need it
+            # As kernels need it; CUDA's allocator always aligns.
+            new = torch.empty_like if self.packed.is_cuda else lambda old: ops._aligned(old.numel())
+            packed = new(self.packed).copy_(self.packed)
             memo[id(self.packed)] = packed
         copied.__dict__ = copy.deepcopy(self.__dict__, memo)
         return copied
@@ -392,8 +453,7 @@ class SparseLowRankLinear(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore, and pack for this machine."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        if self.values is not None and self.values.device.type == "cpu":
-            self.pack_()
+        self._pack_again()
 
 
 def projections_of(layers: Iterable[nn.Module | None], x: Tensor) -> list[ops.Projection] | None:
@@ -403,7 +463,7 @@ def projections_of(layers: Iterable[nn.Module | None], x: Tensor) -> list[ops.Pr
         None where only calling each layer does what the caller expects: it is of another kind, or has hooks;
         or `x` has another dtype or size, or is one that autograd, a compiler or a tracer follows.
     """
-    if not ops.is_plain(x) or x.dim() == 0 or (torch.is_grad_enabled() and x.requires_grad):
+    if not x.is_cpu or not ops.is_plain(x) or x.dim() == 0 or (torch.is_grad_enabled() and x.requires_grad):
         return None
     if _has_any_global_hook():
         return None
@@ -415,6 +475,7 @@ def projections_of(layers: Iterable[nn.Module | None], x: Tensor) -> list[ops.Pr
         packed, bias = layer._buffers["packed"], layer._parameters["bias"]
         if (
             packed is None
+            or packed.is_cuda
             or layer._dtype is not dtype
             or not layer._is_plain(bias)
             or layer._forward_hooks
@@ -464,7 +525,7 @@ class SplitLinear(nn.ModuleDict):
         """Compute the outputs of all parts.
 
         Args:
-            x: (…, in_features), the dtype of the parts, on the CPU.
+            x: (…, in_features), the dtype and device of the parts.
 
         Returns:
             (…, out_features), in the same dtype.
@@ -485,6 +546,11 @@ class SplitLinear(nn.ModuleDict):
         if marker is not None and marker.shape == fmt.MARKER.shape:
             del state_dict[prefix + "weight"]
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _refuse_tangent(x: Tensor) -> None:
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
+        raise NotImplementedError("a sparse plus low-rank layer has no forward-mode derivative")
 
 
 def _supported(dtype: torch.dtype) -> torch.dtype:

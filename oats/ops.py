@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from oats import _core
+from oats import _core, cuda
 from oats.errors import ConfigError, FormatError, WeightError
 from oats.storage import EXACT, LOW_RANK, VALUES, Storage
 
@@ -60,7 +60,7 @@ def available_isas() -> list[str]:
 
 def mask_population(mask: Tensor, d_in: int) -> int:
     """Number of kept values of a mask (uint8, (d_out, ceil(d_in / 8))); -1 where a padding bit is set."""
-    mask = mask.contiguous()
+    mask = mask.cpu().contiguous()
     return _core.mask_population(mask.data_ptr(), mask.shape[0], d_in)
 
 
@@ -140,7 +140,7 @@ def is_plain(x: Tensor) -> bool:
     """Whether nothing but a kernel will see `x`: no compiler, tracer, mode, lazy negation."""
     return (
         type(x) is Tensor
-        and x.is_cpu
+        and (x.is_cpu or x.is_cuda)
         and not _is_compiling()
         and _tracing_state() is None
         and not x.is_neg()
@@ -271,7 +271,7 @@ def keep_largest_in_rows(rows: Tensor, count: int, out: Tensor | None = None) ->
     """Zero all but the `count` entries of largest magnitude in each row.
 
     Args:
-        rows: (n, columns), float32 or float64 on the CPU, finite.
+        rows: (n, columns), float32 or float64, finite, on the CPU or a CUDA device.
         count: at least 0; of equal magnitudes the lowest column is kept.
         out: to write to, contiguous, of the shape and dtype of `rows`; None means a new tensor.
 
@@ -281,24 +281,67 @@ def keep_largest_in_rows(rows: Tensor, count: int, out: Tensor | None = None) ->
     Raises:
         WeightError: `rows` is on another device, or has another dtype or number of dimensions; or `out`
             does not fit.
+        DeviceError: `rows` is on a CUDA device, and the kernels for it are not built.
     """
-    if not rows.is_cpu or rows.dim() != 2 or rows.dtype not in (torch.float32, torch.float64):
+    if (
+        not (rows.is_cpu or rows.is_cuda)
+        or rows.dim() != 2
+        or rows.dtype not in (torch.float32, torch.float64)
+    ):
         raise WeightError(
             f"rows are {rows.dtype} {tuple(rows.shape)} on {rows.device}, expected 2-D float32 or float64 "
-            "on the CPU"
+            "on the CPU or a CUDA device"
         )
     rows = rows.contiguous()
     kept = torch.empty_like(rows) if out is None else out
-    if kept.shape != rows.shape or kept.dtype != rows.dtype or not (kept.is_cpu and kept.is_contiguous()):
+    if (
+        kept.shape != rows.shape
+        or kept.dtype != rows.dtype
+        or kept.device != rows.device
+        or not kept.is_contiguous()
+    ):
         raise WeightError(
             f"out is {kept.dtype} {tuple(kept.shape)} on {kept.device}, expected contiguous {rows.dtype} "
-            f"{tuple(rows.shape)} on the CPU"
+            f"{tuple(rows.shape)} on {rows.device}"
         )
+    if rows.is_cuda:
+        cuda.keep_largest_in_rows(rows, count, kept)
+        return kept
     number, columns = rows.shape
     _core.keep_largest_in_rows(
         rows.data_ptr(), number, columns, count, rows.element_size(), kept.data_ptr(), torch.get_num_threads()
     )
     return kept
+
+
+def split_largest_in_rows(rows: Tensor, count: int, out: Tensor) -> Tensor:
+    """Move the `count` entries of largest magnitude of each row from `rows` to `out`.
+
+    Args:
+        rows: (n, columns), as for :func:`keep_largest_in_rows`, contiguous; zeros are left where they were.
+        count: at least 0; of equal magnitudes the lowest column is moved.
+        out: to write to, contiguous, of the shape and dtype of `rows`; zeros where nothing is moved.
+
+    Returns:
+        (n,), float64: the norm of what is left of each row.
+
+    >>> rows, out = torch.tensor([[3.0, -5.0, 4.0]]), torch.empty(1, 3)
+    >>> split_largest_in_rows(rows, 1, out), rows, out
+    (tensor([5.], dtype=torch.float64), tensor([[3., 0., 4.]]), tensor([[ 0., -5.,  0.]]))
+    """
+    if rows.is_cuda and cuda.splits_in_one_pass(rows, count):
+        return cuda.split_largest_in_rows(rows, count, out)
+    keep_largest_in_rows(rows, count, out)
+    return row_norms(rows.sub_(out))
+
+
+def row_norms(rows: Tensor) -> Tensor:
+    """The norm of each row, float64.
+
+    float32 sums of a row stay short, and converting every element to float64 takes 25 times as long.
+    """
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
+    return norms.double()
 
 
 def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:  # type: ignore[type-arg]

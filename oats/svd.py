@@ -182,7 +182,13 @@ def _of_one(
             torch.eye(rank, n, dtype=matrix.dtype, device=matrix.device),
         )
         residuals, passes, met = matrix.new_zeros(rank, dtype=torch.float64), 0, True
-        return TruncatedSVD._of(factors, _error_bound(matrix, *factors), residuals, passes, torch.tensor(met))
+        return TruncatedSVD._of(
+            factors,
+            _error_bound(matrix, *factors),
+            residuals,
+            passes,
+            torch.tensor(met, device=matrix.device),
+        )
     # Products of n terms must stay in range.
     scale = peak if not 1e-12 < peak < 1e12 else 1.0
     if scale != 1:
@@ -201,7 +207,9 @@ def _of_one(
     # The residuals themselves are subject to rounding.
     residuals = residuals + 16 * torch.finfo(s.dtype).eps * s[0].double()
     met = bool(residuals.max() <= _allowed(s.double(), rank, tol, matrix.dtype))
-    return TruncatedSVD._of((u, s * scale, vh), error * scale, residuals * scale, passes, torch.tensor(met))
+    return TruncatedSVD._of(
+        (u, s * scale, vh), error * scale, residuals * scale, passes, torch.tensor(met, device=matrix.device)
+    )
 
 
 _Found = tuple[Tensor, Tensor, Tensor, Tensor]

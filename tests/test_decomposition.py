@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from oats.decomposition import decompose_batch
 from oats.errors import ConfigError, WeightError
 from oats.selection import keep_largest
 from tests import reference
+from tests.targets import DEVICES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -42,6 +45,14 @@ def make_moment(kind, d_in, seed=0):
     return moment
 
 
+def decompose_on(device, weight, moment, **settings):
+    """On that device, and back."""
+    result = oats.decompose(weight.to(device), moment.to(device), **settings)
+    assert result.sparse.device.type == device
+    parts = {name: getattr(result, name).cpu() for name in ("sparse", "low_rank_u", "low_rank_v")}
+    return dataclasses.replace(result, **parts)
+
+
 def true_error(weight, moment, result):
     root = moment.double().sqrt()
     approximation = result.sparse.double() + result.low_rank_u.double() @ result.low_rank_v.double()
@@ -54,12 +65,12 @@ def true_error(weight, moment, result):
     ("d_out", "d_in", "moment", "compression", "rank_ratio"),
     [(48, 80, "ones", "0.5", "0.25"), (80, 48, "decades", "0.4", "0.3"), (64, 64, "outliers", "0.7", "0.5")],
 )
-def test_exact_is_the_published_algorithm(kind, d_out, d_in, moment, compression, rank_ratio):
+@pytest.mark.parametrize("device", DEVICES)
+def test_exact_is_the_published_algorithm(device, kind, d_out, d_in, moment, compression, rank_ratio):
     weight, second_moment = make_weight(kind, d_out, d_in), make_moment(moment, d_in)
     expected = reference.decompose(weight.numpy(), second_moment.numpy(), compression, rank_ratio)
-    result = oats.decompose(
-        weight, second_moment, compression=float(compression), rank_ratio=float(rank_ratio), svd="exact"
-    )
+    budget = {"compression": float(compression), "rank_ratio": float(rank_ratio)}
+    result = decompose_on(device, weight, second_moment, **budget, svd="exact")
     assert result.iterations == 80
     assert result.rank == expected.rank
     support = result.sparse.numpy() != 0
@@ -85,22 +96,23 @@ CASES = [
 
 
 @pytest.mark.parametrize(("kind", "shape", "moment", "compression", "rank_ratio"), CASES)
-def test_fast_is_no_worse_than_the_published_algorithm(kind, shape, moment, compression, rank_ratio):
+@pytest.mark.parametrize("device", DEVICES)
+def test_fast_is_no_worse_than_the_published_algorithm(device, kind, shape, moment, compression, rank_ratio):
     weight, second_moment = make_weight(kind, *shape), make_moment(moment, shape[1])
     published = reference.decompose(weight.numpy(), second_moment.numpy(), compression, rank_ratio)
-    result = oats.decompose(
-        weight, second_moment, compression=float(compression), rank_ratio=float(rank_ratio)
-    )
+    budget = {"compression": float(compression), "rank_ratio": float(rank_ratio)}
+    result = decompose_on(device, weight, second_moment, **budget)
     assert result.iterations <= 40
     assert result.relative_error <= published.relative_error
     assert true_error(weight, second_moment, result) == pytest.approx(result.relative_error, rel=1e-4)
 
 
 @pytest.mark.parametrize("pattern", ["layer", "2:4", "4:8"])
-def test_fast_is_no_worse_in_the_other_patterns(pattern):
+@pytest.mark.parametrize("device", DEVICES)
+def test_fast_is_no_worse_in_the_other_patterns(device, pattern):
     weight, moment = make_weight("heavy", 128, 192), make_moment("decades", 192)
-    fast = oats.decompose(weight, moment, compression=0.4, pattern=pattern)
-    exact = oats.decompose(weight, moment, compression=0.4, pattern=pattern, svd="exact")
+    fast = decompose_on(device, weight, moment, compression=0.4, pattern=pattern)
+    exact = decompose_on(device, weight, moment, compression=0.4, pattern=pattern, svd="exact")
     assert fast.rank == exact.rank == rank_for(128, 192, 0.4, 0.25, pattern) > 0
     assert fast.relative_error <= exact.relative_error
 
@@ -325,12 +337,13 @@ def test_properties_and_repr():
 
 
 @pytest.mark.parametrize("count", [0, 1, 3, 6])
-def test_ties_go_to_the_lowest_column(count):
+@pytest.mark.parametrize("device", DEVICES)
+def test_ties_go_to_the_lowest_column(device, count):
     rows = torch.tensor(
         [[1.0, -1, 1, -1, 1, -1], [0, 2, -2, 2, 0, 2], [0, 0, 0, 0, 0, 0], [6, 5, 4, 3, 2, 1]]
     )
     expected = reference.hard_threshold(rows.double().numpy(), count)
-    np.testing.assert_array_equal(keep_largest(rows, count).numpy(), expected)
+    np.testing.assert_array_equal(keep_largest(rows.to(device), count).cpu().numpy(), expected)
 
 
 @settings(deadline=None)
@@ -392,12 +405,12 @@ def with_value(shape, index, value):
         (
             torch.ones(4, 8, device="meta"),
             torch.ones(8),
-            r"must be a dense tensor on the CPU, got layout .* on meta",
+            r"must be a dense tensor on the CPU or a CUDA device, got layout .* on meta",
         ),
         (
             torch.ones(4, 8).to_sparse(),
             torch.ones(8),
-            r"must be a dense tensor on the CPU, got layout torch.sparse",
+            r"must be a dense tensor on the CPU or a CUDA device, got layout torch.sparse",
         ),
         (torch.ones(8), torch.ones(8), r"must have shape \(d_out, d_in\) .* got \(8,\)"),
         (torch.ones(2, 4, 8), torch.ones(8), r"must have shape \(d_out, d_in\) .* got \(2, 4, 8\)"),
@@ -478,13 +491,15 @@ def test_bad_settings(setting):
 
 @pytest.mark.parametrize("svd", ["fast", "exact"])
 @pytest.mark.parametrize("pattern", ["row", "layer", "2:4"])
-def test_a_batch_is_what_each_matrix_is_alone(one_thread, svd, pattern) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_batch_is_what_each_matrix_is_alone(one_thread, device, svd, pattern) -> None:
     generator = torch.Generator().manual_seed(3)
     weights = list(torch.randn(3, 72, 96, generator=generator))
     # Easy ones stall early, and stay as they are while the others go on.
     weights[1] = torch.randn(72, 3, generator=generator) @ torch.randn(3, 96, generator=generator)
     weights[2] = 1e-3 * weights[2].double().pow(3).float()
-    moments = list(torch.rand(3, 96, generator=generator))
+    moments = list(torch.rand(3, 96, generator=generator).to(device))
+    weights = [weight.to(device) for weight in weights]
     config = OatsConfig(compression=0.4, pattern=pattern, svd=svd, iterations=30)
     together = decompose_batch(weights, moments, config, ["a", "b", "c"])
     for weight, moment, result in zip(weights, moments, together, strict=True):

@@ -1,4 +1,4 @@
-"""Every kernel x ISA x dtype x shape class against float64, with tolerances derived from norms."""
+"""Every kernel x ISA or CUDA x dtype x shape class against float64, with tolerances derived from norms."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from oats import ops
 from oats.bitmask import decode
 from oats.errors import FormatError, WeightError
 from tests.conftest import DTYPES, ISAS, random_layer
+from tests.targets import CPU_TARGETS, EMULATED, TARGETS, Target
 
 # d_out, d_in, rank, density
 SHAPES = [
@@ -43,29 +44,31 @@ def assert_close(y: Tensor, layer: dict[str, Tensor], x: Tensor, bias: Tensor | 
     """|y - ŷ| <= c u (|S||x| + |U|(|V||x|) + |b|).
 
     Sums are fp32: their error grows at most with their length, and with its square root in
-    practice. bf16 adds two roundings of 2^-8: of V x, and of the output.
+    practice. 16 bits add two roundings: of V x, and of the output.
     """
     expected, size = reference(layer, x, bias)
     d_in, rank = x.shape[-1], layer["low_rank_v"].shape[0]
     c = 2**-24 * (8 + 4 * (d_in**0.5 + rank**0.5))
-    if y.dtype == torch.bfloat16:
-        c += 2 * 2**-8 * (1 + 2**-8)
+    if y.dtype != torch.float32:
+        unit = torch.finfo(y.dtype).eps / 2
+        c += 2 * unit * (1 + unit)
+        size = size + torch.finfo(y.dtype).smallest_normal
     excess = (y.double() - expected).abs() - c * size
     assert excess.max() <= 0, f"error exceeds its bound by {excess.max():.3g}"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("target", TARGETS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_against_float64(isa: str, dtype: torch.dtype, shape: tuple[int, int, int, float]) -> None:
+def test_against_float64(target: Target, dtype: torch.dtype, shape: tuple[int, int, int, float]) -> None:
     d_out, d_in = shape[:2]
     layer = random_layer(*shape, dtype)
-    packed = ops.pack(**layer, isa=isa)
-    assert ops.packed_isa(packed) == isa
+    packed = target.pack(layer)
+    assert target.is_cuda or ops.packed_isa(packed.tensor) == target.name
     for batch in BATCHES:
         x = torch.randn(batch, d_in).to(dtype)
         bias = torch.randn(d_out).to(dtype) if batch % 2 else None
-        assert_close(ops.linear(x, packed, bias, d_out), layer, x, bias)
+        assert_close(packed.linear(x, bias), layer, x, bias)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -93,25 +96,25 @@ def test_more_columns_than_are_held_at_once(isa: str) -> None:
     rank=st.integers(0, 40),
     density=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
     batch=st.integers(1, 150),
-    isa=st.sampled_from(ISAS),
+    target=st.sampled_from([*CPU_TARGETS, EMULATED]),
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 2**16),
 )
 @settings(max_examples=150, deadline=None)
-def test_any_shape(d_out, d_in, rank, density, batch, isa, dtype, seed) -> None:
+def test_any_shape(d_out, d_in, rank, density, batch, target, dtype, seed) -> None:
     layer = random_layer(d_out, d_in, rank, density, dtype, seed)
-    packed = ops.pack(**layer, isa=isa)
-    for name, tensor in ops.unpack(packed).items():
+    packed = target.pack(layer)
+    for name, tensor in packed.unpack().items():
         assert torch.equal(tensor, layer[name]), name
     x = torch.randn(batch, d_in, generator=torch.Generator().manual_seed(seed)).to(dtype)
-    assert_close(ops.linear(x, packed, None, d_out), layer, x, None)
+    assert_close(packed.linear(x), layer, x, None)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("isa", ISAS)
-def test_input_layouts(isa: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+def test_input_layouts(target: Target, dtype: torch.dtype) -> None:
     layer = random_layer(48, 70, 6, 0.4, dtype)
-    packed = ops.pack(**layer, isa=isa)
+    packed = target.pack(layer)
     wide = torch.randn(9, 100).to(dtype)
     inputs = {
         "leading dimension": wide[:, 5:75],
@@ -124,23 +127,22 @@ def test_input_layouts(isa: str, dtype: torch.dtype) -> None:
         "no rows": torch.randn(0, 70).to(dtype),
     }
     for name, x in inputs.items():
-        y = ops.linear(x, packed, None, 48)
+        y = packed.linear(x)
         assert y.shape == (*x.shape[:-1], 48), name
         if x.numel():
             assert_close(y, layer, x, None)
 
 
-@pytest.mark.parametrize("isa", ISAS)
-def test_extreme_values(isa: str) -> None:
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+def test_extreme_values(target: Target) -> None:
     layer = random_layer(32, 32, 0, 1.0, torch.float32)
-    packed = ops.pack(**layer, isa=isa)
     x = torch.zeros(2, 32)
     x[0, 3], x[1, 4] = float("nan"), float("inf")
-    y = ops.linear(x, packed, None, 32)
+    y = target.pack(layer).linear(x)
     assert y[0].isnan().all() and not y[1].isfinite().any()
     # A NaN sum must not round to infinity or to a number in bf16.
     layer = random_layer(32, 32, 2, 0.5, torch.bfloat16)
-    assert ops.linear(x[:1].bfloat16(), ops.pack(**layer, isa=isa), None, 32).isnan().any()
+    assert target.pack(layer).linear(x[:1].bfloat16()).isnan().any()
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -257,7 +259,8 @@ def test_keep_largest_refuses_what_it_cannot_read() -> None:
 @pytest.mark.parametrize("count", [0, 1, 3, 24, 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("columns", [64, 65, 500])
-def test_keep_largest_in_rows(columns: int, dtype: torch.dtype, count: int) -> None:
+@pytest.mark.parametrize("target", [CPU_TARGETS[0], *TARGETS[len(CPU_TARGETS) :]], ids=str)
+def test_keep_largest_in_rows(target: Target, columns: int, dtype: torch.dtype, count: int) -> None:
     g = torch.Generator().manual_seed(columns + count)
     normal = torch.randn(20, columns, dtype=dtype, generator=g)
     for rows in (
@@ -268,4 +271,4 @@ def test_keep_largest_in_rows(columns: int, dtype: torch.dtype, count: int) -> N
     ):
         order = rows.abs().sort(dim=1, descending=True, stable=True).indices[:, :count]
         expected = torch.zeros_like(rows).scatter(1, order, rows.gather(1, order))
-        assert torch.equal(ops.keep_largest_in_rows(rows, count), expected)
+        assert torch.equal(target.keep_largest_in_rows(rows, count), expected)

@@ -16,18 +16,20 @@ from oats.errors import ConfigError, FormatError
 from oats.format import TENSORS
 from oats.nn import SparseLowRankLinear
 from tests.conftest import DTYPES, ISAS, random_layer
+from tests.targets import DEVICES, needs_cuda
 
 
-def make(dtype: torch.dtype = torch.float32, bias: bool = True) -> SparseLowRankLinear:
+def make(dtype: torch.dtype = torch.float32, bias: bool = True, device: str = "cpu") -> SparseLowRankLinear:
     torch.manual_seed(0)
     tensors = random_layer(40, 56, 5, 0.4, dtype)
-    return SparseLowRankLinear.from_canonical(tensors, 56, torch.randn(40) if bias else None)
+    return SparseLowRankLinear.from_canonical(tensors, 56, torch.randn(40) if bias else None).to(device)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_like_a_dense_linear(dtype: torch.dtype) -> None:
-    layer = make(dtype)
-    x = torch.randn(2, 3, 56).to(dtype)
+def test_like_a_dense_linear(dtype: torch.dtype, device: str) -> None:
+    layer = make(dtype, device=device)
+    x = torch.randn(2, 3, 56).to(device, dtype)
     dense = nn.functional.linear(x.float(), layer.weight.float(), layer.bias.float())
     torch.testing.assert_close(
         layer(x).float(), dense, rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=0.05
@@ -56,16 +58,17 @@ def test_extra_repr() -> None:
         assert part in text
 
 
-def test_state_dict_is_canonical_both_ways() -> None:
-    layer = make(torch.bfloat16)
+@pytest.mark.parametrize("device", DEVICES)
+def test_state_dict_is_canonical_both_ways(device: str) -> None:
+    layer = make(torch.bfloat16, device=device)
     state = layer.state_dict()
     assert set(state) == {*TENSORS, "bias", "weight"}
     assert state["weight"].shape == (1,)  # the marker
-    other = SparseLowRankLinear(56, 40, layer.rank, layer.nnz, dtype=torch.bfloat16)
+    other = SparseLowRankLinear(56, 40, layer.rank, layer.nnz, dtype=torch.bfloat16, device=device)
     other.load_state_dict(state)
-    x = torch.randn(3, 56).bfloat16()
+    x = torch.randn(3, 56).bfloat16().to(device)
     assert torch.equal(layer(x), other(x))
-    packed = make(torch.bfloat16)
+    packed = make(torch.bfloat16, device=device)
     packed.load_state_dict(state, assign=True)
     assert torch.equal(layer(x), packed(x))
     with pytest.raises(RuntimeError, match=r"Missing key.*values"):
@@ -75,11 +78,13 @@ def test_state_dict_is_canonical_both_ways() -> None:
         other.load_state_dict(state)
 
 
-def test_a_copy_in_this_process_is_packed_and_of_its_own() -> None:
-    layer = make()
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_copy_in_this_process_is_packed_and_of_its_own(device: str) -> None:
+    layer = make(device=device)
     other = copy.deepcopy(layer)
     assert torch.equal(other.packed, layer.packed) and other.packed.data_ptr() % 64 == 0
-    assert torch.equal(layer(torch.ones(56)), other(torch.ones(56)))
+    x = torch.ones(56, device=device)
+    assert torch.equal(layer(x), other(x))
     expected = layer.to_dense()
     other.packed.zero_()
     other.bias.data.zero_()
@@ -106,19 +111,32 @@ def test_what_leaves_the_process_is_canonical(how: str, monkeypatch: pytest.Monk
     torch.testing.assert_close(layer(torch.ones(56)), other(torch.ones(56)))
 
 
-def test_dtype_conversion() -> None:
-    model = nn.Sequential(make(), nn.ReLU())
+@pytest.mark.parametrize("device", DEVICES)
+def test_dtype_conversion(device: str) -> None:
+    model = nn.Sequential(make(device=device), nn.ReLU())
     before = model[0].to_dense()
     model.to(torch.bfloat16)
     assert (
         model[0].dtype == torch.bfloat16
-        and model(torch.ones(56, dtype=torch.bfloat16)).dtype == torch.bfloat16
+        and model(torch.ones(56, dtype=torch.bfloat16, device=device)).dtype == torch.bfloat16
     )
     model.float()
     torch.testing.assert_close(model[0].to_dense(), before, rtol=2**-6, atol=2**-6)
     with pytest.raises(ConfigError, match="float16"):
         model.half()
-    assert model(torch.ones(56)).dtype == torch.float32
+    assert model(torch.ones(56, device=device)).dtype == torch.float32
+
+
+@needs_cuda
+def test_to_cuda_and_back() -> None:
+    layer = make(torch.bfloat16)
+    state, packed = layer.state_dict(), layer.packed.clone()
+    layer.cuda()
+    assert layer.packed.is_cuda and layer.bias.is_cuda and "isa=cuda" in repr(layer)
+    held = layer.packed
+    assert layer.cuda().packed is held
+    assert all(torch.equal(tensor.cpu(), state[name]) for name, tensor in layer.state_dict().items())
+    assert torch.equal(layer.cpu().packed, packed)
 
 
 def test_packed_is_held_once() -> None:
@@ -143,14 +161,15 @@ def test_wrong_input_is_a_clear_error() -> None:
         layer(torch.ones(3, 55))
     with pytest.raises(ValueError, match="expected"):
         layer(torch.tensor(1.0))
-    with pytest.raises(FormatError, match="CPU only"):
+    with pytest.raises(FormatError, match="the weight is on meta"):
         SparseLowRankLinear(8, 8, 1, 4, device="meta").pack_("model.q_proj")
 
 
-def test_gradients_reach_input_and_bias() -> None:
-    layer = make()
+@pytest.mark.parametrize("device", DEVICES)
+def test_gradients_reach_input_and_bias(device: str) -> None:
+    layer = make(device=device)
     layer.bias.requires_grad_(True)
-    x = torch.randn(4, 56, requires_grad=True)
+    x = torch.randn(4, 56, device=device, requires_grad=True)
     layer(x).square().sum().backward()
     dense, bias = layer.to_dense(), layer.bias.detach().clone().requires_grad_(True)
     other = x.detach().clone().requires_grad_(True)
@@ -159,15 +178,21 @@ def test_gradients_reach_input_and_bias() -> None:
     torch.testing.assert_close(layer.bias.grad, bias.grad, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_opcheck(dtype: torch.dtype) -> None:
-    layer = make(dtype)
+def test_opcheck(dtype: torch.dtype, device: str) -> None:
+    layer = make(dtype, device=device)
+    linear, to_dense, rest = torch.ops.oats.sparse_low_rank_linear, torch.ops.oats.to_dense, (40,)
+    sizes = (40, 56)
+    if device == "cuda":
+        linear, to_dense = torch.ops.oats.cuda_sparse_low_rank_linear, torch.ops.oats.cuda_to_dense
+        rest, sizes = (40, layer.rank, layer.nnz), (40, 56, layer.rank, layer.nnz)
     for x in (torch.randn(3, 56), torch.randn(2, 3, 56)):
-        x = x.to(dtype)
-        torch.library.opcheck(torch.ops.oats.sparse_low_rank_linear, (x, layer.packed, layer.bias, 40))
+        x = x.to(device, dtype)
+        torch.library.opcheck(linear, (x, layer.packed, layer.bias, *rest))
         x = x.clone().requires_grad_(True)
-        torch.library.opcheck(torch.ops.oats.sparse_low_rank_linear, (x, layer.packed, None, 40))
-    torch.library.opcheck(torch.ops.oats.to_dense, (layer.packed, 40, 56, dtype))
+        torch.library.opcheck(linear, (x, layer.packed, None, *rest))
+    torch.library.opcheck(to_dense, (layer.packed, *sizes, dtype))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
@@ -184,11 +209,12 @@ def test_the_operator_is_taken_where_a_kernel_call_would_not_be_seen() -> None:
         layer(forward_ad.make_dual(x, torch.ones_like(x)))
 
 
-def test_autocast() -> None:
-    layer = make()
-    with torch.autocast("cpu", torch.bfloat16):
-        y = layer(torch.ones(2, 56, dtype=torch.bfloat16))
-    assert torch.equal(y, layer(torch.ones(2, 56)))
+@pytest.mark.parametrize("device", DEVICES)
+def test_autocast(device: str) -> None:
+    layer = make(device=device)
+    with torch.autocast(device, torch.bfloat16):
+        y = layer(torch.ones(2, 56, dtype=torch.bfloat16, device=device))
+    assert torch.equal(y, layer(torch.ones(2, 56, device=device)))
 
 
 def test_bias_is_checked_and_owned() -> None:
@@ -239,21 +265,23 @@ def test_operator_checks_its_arguments() -> None:
             op(x, layer.packed, bias, d_out)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compile_fullgraph(dynamic: bool) -> None:
+def test_compile_fullgraph(dynamic: bool, device: str) -> None:
     model = nn.Sequential(
         make(), nn.GELU(), SparseLowRankLinear.from_canonical(random_layer(8, 40, 2, 0.5, torch.float32), 40)
-    )
+    ).to(device)
     compiled = torch.compile(model, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for batch in (1, 5):
-        x = torch.randn(batch, 56)
+        x = torch.randn(batch, 56, device=device)
         with torch.no_grad():
             torch.testing.assert_close(compiled(x), model(x))
 
 
-def test_export() -> None:
-    model = nn.Sequential(make(), nn.ReLU())
-    x = torch.randn(3, 56)
+@pytest.mark.parametrize("device", DEVICES)
+def test_export(device: str) -> None:
+    model = nn.Sequential(make(device=device), nn.ReLU())
+    x = torch.randn(3, 56, device=device)
     with torch.no_grad():
         exported = torch.export.export(model, (x,))
         torch.testing.assert_close(exported.module()(x), model(x))

@@ -6,8 +6,9 @@ from hypothesis import strategies as st
 
 import oats
 from oats.errors import ConfigError, WeightError
-from oats.svd import OVERSAMPLING, WarmSubspace, exact_low_rank, singular_order, truncated_svd
+from oats.svd import OVERSAMPLING, TruncatedSVD, WarmSubspace, exact_low_rank, singular_order, truncated_svd
 from tests.reference import truncated_svd as best_approximation
+from tests.targets import DEVICES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -182,10 +183,16 @@ CASES = {
 
 @pytest.mark.parametrize("tol", [1e-1, 1e-4])
 @pytest.mark.parametrize("case", CASES)
-def test_truncated_svd_of_every_kind_of_matrix(case, tol):
+@pytest.mark.parametrize("device", DEVICES)
+def test_truncated_svd_of_every_kind_of_matrix(device, case, tol):
     matrix = CASES[case]().float()
     rank = min(30, *matrix.shape)
-    check(matrix, truncated_svd(matrix, rank, tol=tol, oversample=8), rank, residual=max(tol, 1e-4))
+    found = truncated_svd(matrix.to(device), rank, tol=tol, oversample=8)
+    tensors = (found.error_bound, found.residuals, found.passes, found.converged)
+    assert all(t.device.type == device for t in (*found, *tensors) if isinstance(t, torch.Tensor))
+    moved = (t.cpu() if isinstance(t, torch.Tensor) else t for t in tensors)
+    result = TruncatedSVD._of(tuple(part.cpu() for part in found), *moved)
+    check(matrix, result, rank, residual=max(tol, 1e-4))
 
 
 def test_the_krylov_solver_and_the_dense_one_are_both_used():

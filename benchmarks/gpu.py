@@ -1,0 +1,200 @@
+"""The CUDA kernels beside cuBLAS (torch's dense product) on one GPU; `make bench-gpu`.
+
+    python benchmarks/gpu.py --json gpu.json
+    python benchmarks/gpu.py --quick --no-decomposition
+
+Each contender's calls are captured in a CUDA graph, which goes over so many copies of the weight that
+together they are four times the second-level cache. The contenders take turns; times are medians over the
+replays. Before it is timed, our output is compared with a product in float64, in units of √(Σ w² x²).
+Effective bandwidth is the packed bytes over the time; its share is of what torch's sum of 1 GB reads in a
+second, in the same run.
+
+Decomposition: `oats.decompose` against 80 full SVDs on the same GPU, of which one is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from oats import cuda, decompose, ops
+from oats.bitmask import encode
+from oats.budget import nnz_per_row, rank_for
+from oats.evaluate.shapes import shapes_of
+from oats.nn import SparseLowRankLinear
+
+LLAMA_70B = [(8192, 8192), (1024, 8192), (28672, 8192), (8192, 28672)]
+QUICK = [(4096, 4096), (14336, 4096)]
+BATCHES = [1, 2, 4, 8, 16, 32, 64, 256, 2048]
+TOLERANCE = 2.0**-5
+
+Call = Callable[[], Any]
+
+
+def random_layer(d_out: int, d_in: int, compression: float, device: str) -> SparseLowRankLinear:
+    """A layer of random values at rank ratio 0.25, in bfloat16."""
+    rank = rank_for(d_out, d_in, compression, 0.25, "row")
+    generator = torch.Generator(device).manual_seed(0)
+    sparse = torch.randn(d_out, d_in, generator=generator, device=device)
+    mask, values = encode(ops.keep_largest_in_rows(sparse, nnz_per_row(d_in, compression, 0.25)))
+    u = torch.randn(d_out, rank, generator=generator, device=device) / max(rank, 1) ** 0.5
+    v = torch.randn(rank, d_in, generator=generator, device=device)
+    tensors = {"mask": mask, "values": values, "low_rank_u": u, "low_rank_v": v}
+    tensors = {name: t.bfloat16() if t.is_floating_point() else t for name, t in tensors.items()}
+    return SparseLowRankLinear.from_canonical(tensors, d_in)
+
+
+def worst_error(layer: SparseLowRankLinear, x: Tensor) -> float:
+    """Of our product on at most 64 rows, in units of √(Σ w² x²)."""
+    y, x = layer(x)[:64].double(), x[:64].double()
+    weight = layer.to_dense().double()
+    return float(((y - x @ weight.T) / (x.square() @ weight.square().T).sqrt()).abs().max())
+
+
+def milliseconds(contenders: dict[str, Sequence[Call]], rounds: int = 20) -> dict[str, float]:
+    """Median time of a call of each contender, whose calls are made one after another."""
+    graphs: dict[str, torch.cuda.CUDAGraph] = {}
+    for name, calls in contenders.items():
+        for call in calls[:3]:
+            call()
+        torch.cuda.synchronize()
+        graphs[name] = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graphs[name]):
+            for call in calls:
+                call()
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(rounds):
+        for name, graph in graphs.items():
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            graph.replay()
+            begin.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times[name].append(begin.elapsed_time(end) / len(contenders[name]))
+    return {name: statistics.median(own) for name, own in times.items()}
+
+
+def read_bandwidth() -> float:
+    """Bytes a second."""
+    block = torch.ones(1 << 28, device="cuda")
+    return block.nbytes / (milliseconds({"sum": [block.sum]})["sum"] / 1e3)
+
+
+def product_rows(
+    shapes: Sequence[tuple[int, int]], batches: Sequence[int], compression: float, device: str, cache: int
+) -> list[dict[str, Any]]:
+    """One row for each shape and batch."""
+    rows = []
+    for d_out, d_in in shapes:
+        layer = random_layer(d_out, d_in, compression, device)
+        assert layer.packed is not None
+        copies = max(2, min(64, -(-4 * cache // layer.packed.nbytes)))
+        weights = [layer.packed.clone() for _ in range(copies)]
+        dense = [layer.to_dense() for _ in range(copies)]
+        for batch in batches:
+            x = torch.randn(batch, d_in, device=device).bfloat16()
+            error = worst_error(layer, x)
+            if not error < TOLERANCE:
+                raise SystemExit(f"{d_out} x {d_in}, batch {batch}: the product is wrong by {error:.3g}")
+            times = milliseconds(
+                {
+                    "oats": [functools.partial(cuda.linear, x, w, None, layer._sizes) for w in weights],
+                    "cublas": [functools.partial(nn.functional.linear, x, w) for w in dense],
+                }
+            )
+            rows.append(
+                {
+                    **{"d_out": d_out, "d_in": d_in, "rank": layer.rank, "nnz": layer.nnz, "batch": batch},
+                    **{"bytes": layer.packed.nbytes, "error": error},
+                    **{f"{name}_ms": time for name, time in times.items()},
+                    "speedup": times["cublas"] / times["oats"],
+                }
+            )
+            print(row_text(rows[-1]), flush=True)
+    return rows
+
+
+def row_text(row: dict[str, Any]) -> str:
+    """A row for people."""
+    ours, dense = row["oats_ms"], row["cublas_ms"]
+    return (
+        f"{row['d_out']:>6} x {row['d_in']:<6} batch {row['batch']:>5}   oats {ours * 1e3:>9.1f} µs   "
+        f"cuBLAS bf16 {dense * 1e3:>9.1f} µs   {row['speedup']:>5.2f} x   "
+        f"{row['bytes'] / ours / 1e6:>6.0f} GB/s"
+    )
+
+
+def seconds(call: Call) -> float:
+    """Of one call, after another one, with the device idle before and after."""
+    call()
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
+def decomposition_rows(shapes: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
+    """Ours against 80 full SVDs."""
+    rows = []
+    for d_out, d_in in shapes:
+        weight = torch.randn(d_out, d_in, device="cuda")
+        moment = torch.rand(d_in, device="cuda") + 0.1
+        own = seconds(lambda weight=weight, moment=moment: decompose(weight, moment))
+        full = 80 * seconds(lambda weight=weight: torch.linalg.svd(weight, full_matrices=False))
+        rows.append({"d_out": d_out, "d_in": d_in, "oats_s": own, "svd_80_s": full, "speedup": full / own})
+        print(
+            f"decompose {d_out} x {d_in}: {own:.2f} s, 80 full SVDs {full:.1f} s, {full / own:.0f} x",
+            flush=True,
+        )
+    return rows
+
+
+def main() -> None:
+    """Measure, print, and write what was measured."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="two shapes")
+    parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
+    parser.add_argument("--compression", type=float, default=0.5)
+    parser.add_argument("--no-decomposition", action="store_true")
+    parser.add_argument("--json", type=Path, help="file to write")
+    arguments = parser.parse_args()
+    if not (torch.cuda.is_available() and cuda.is_built()):
+        print("nothing was measured:", "no CUDA device" if cuda.is_built() else "oats._cuda is not built")
+        sys.exit(0)
+    properties = torch.cuda.get_device_properties(0)
+    bandwidth = read_bandwidth()
+    print(f"{properties.name}, torch {torch.__version__}; torch's sum reads {bandwidth / 1e9:.0f} GB/s")
+    llama = [(shape.d_out, shape.d_in) for shape in shapes_of("llama-3-8b")]
+    shapes = QUICK if arguments.quick else [*llama, *LLAMA_70B]
+    products = product_rows(
+        shapes, arguments.batches, arguments.compression, "cuda", properties.L2_cache_size
+    )
+    for row in products:
+        row["bandwidth_share"] = row["bytes"] / (row["oats_ms"] / 1e3) / bandwidth
+    at_one = [row for row in products if row["batch"] == 1]
+    for row in at_one:
+        print(f"{row['d_out']} x {row['d_in']}: {row['bandwidth_share']:.0%} of the bandwidth at batch 1")
+    decompositions = [] if arguments.no_decomposition else decomposition_rows(shapes[:2])
+    if arguments.json is not None:
+        result = {
+            **{"device": properties.name, "capability": f"{properties.major}.{properties.minor}"},
+            **{"torch": torch.__version__, "cuda": torch.version.cuda, "read_bandwidth": bandwidth},
+            **{"products": products, "decompositions": decompositions},
+        }
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
