@@ -405,6 +405,12 @@ class SparseLowRankLinear(nn.Module):
         marker = state_dict.get(prefix + "weight")
         if marker is not None and marker.shape == fmt.MARKER.shape:
             del state_dict[prefix + "weight"]
+        if self.packed is not None and not any(key.startswith(prefix) for key in state_dict):
+            # The tensors of an adapter, for one: the layer stays packed, what it lacks is named as ever.
+            _, strict, missing, *_ = args
+            missing.extend(prefix + name for name in self._stored_names() if strict)
+            super()._load_from_state_dict(state_dict, prefix, *args)
+            return
         self._unpack_()
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._pack_again(prefix.removesuffix(".") or "layer")

@@ -17,35 +17,17 @@ from oats.cli import app
 from oats.errors import CheckpointError, ConfigError, OatsError, OutputExistsError
 from oats.evaluate.spread import Spread
 from oats.integrations import checkpoint
+from tests.tiny import TEXT, save_dense
 
 transformers = pytest.importorskip("transformers")
 
-TEXT = "The quick brown fox jumps over the lazy dog. " * 60
 SMALL = ["--samples", "4", "--length", "32", "--iterations", "3"]
 OATS = [sys.executable, "-c", "from oats.cli import main; main()"]
 
 
 @pytest.fixture(scope="session")
 def dense(tmp_path_factory):
-    """A Llama of two layers and 64 features with a tokenizer of bytes, as a user would have it."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-
-    directory = tmp_path_factory.mktemp("models") / "dense"
-    alphabet = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    tokenizer = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>"
-    ).save_pretrained(directory)
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=len(alphabet), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-        num_attention_heads=4, max_position_embeddings=128, bos_token_id=0, eos_token_id=1,
-    )  # fmt: skip
-    transformers.LlamaForCausalLM(config).save_pretrained(directory)
-    return directory
+    return save_dense(tmp_path_factory.mktemp("models") / "dense")
 
 
 @pytest.fixture(scope="session")

@@ -20,8 +20,12 @@ from transformers import (
     AutoTokenizer,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
     MambaConfig,
     MambaForCausalLM,
+    MptConfig,
+    MptForCausalLM,
 )
 
 from oats.errors import ConfigError, QueueFullError
@@ -191,11 +195,37 @@ def tiny_gemma() -> Gemma3ForCausalLM:
     return Gemma3ForCausalLM(config).eval()
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma"])
+def tiny_gpt2() -> GPT2LMHeadModel:
+    """Positions are learnt: those of a padded row must count from its own beginning."""
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=258,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=256,
+        eos_token_id=9999,
+        initializer_range=0.3,
+    )
+    return GPT2LMHeadModel(config).eval()
+
+
+def tiny_mpt() -> MptForCausalLM:
+    """No positions: distances are in the attention's bias."""
+    torch.manual_seed(0)
+    config = MptConfig(
+        vocab_size=258, d_model=32, n_layers=2, n_heads=4, max_seq_len=256, eos_token_id=9999,
+        initializer_range=0.3,
+    )  # fmt: skip
+    return MptForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma", "gpt2", "mpt"])
 def test_texts_of_a_batch_are_what_each_is_alone(
     kind: str, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = load(directory)[0] if kind == "llama" else tiny_gemma()
+    makers = {"gemma": tiny_gemma, "gpt2": tiny_gpt2, "mpt": tiny_mpt}
+    model = makers[kind]() if kind in makers else load(directory)[0]
     model.generation_config.repetition_penalty = 1.3  # depends on all tokens so far
     monkeypatch.setattr(batch, "CHUNK", 7)  # prompts come in pieces, between which the others go on
     torch.manual_seed(1)

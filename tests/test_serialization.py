@@ -240,3 +240,16 @@ def test_a_compressed_model_is_not_compressed_again(saved: Path) -> None:
         ValueError, match="is quantized with OatsQuantizationConfig but you are passing a OatsConfig"
     ):
         AutoModelForCausalLM.from_pretrained(saved, quantization_config=oats.OatsConfig())
+
+
+def test_loading_what_is_not_for_a_layer_leaves_it_packed_and_still_names_what_is_missing() -> None:
+    model = nn.Sequential(
+        oats.SparseLowRankLinear.from_linear(nn.Linear(32, 16), torch.ones(32), oats.OatsConfig()),
+        nn.Linear(16, 4),
+    )
+    packed = model[0].packed
+    found = model.load_state_dict({"1.bias": torch.ones(4)}, strict=False)
+    assert model[0].packed is packed and torch.equal(model[1].bias, torch.ones(4))
+    assert set(found.missing_keys) == set(model.state_dict()) - {"1.bias", "0.weight"}
+    with pytest.raises(RuntimeError, match=r"Missing key.*0\.mask"):
+        model.load_state_dict({"1.bias": torch.ones(4)})

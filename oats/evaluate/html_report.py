@@ -38,7 +38,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { padding: .15rem .8rem .15rem 0; text-align: right; border-bottom: 1px solid #ddd;
   white-space: nowrap }
 th:first-child, td:first-child { text-align: left } .scroll { max-height: 30rem; overflow: auto }
-p.note { color: #555 } code { font-size: .9em } table.about td { text-align: left }
+.wide { overflow-x: auto } p.note { color: #555 } code { font-size: .9em } table.about td { text-align: left }
 """
 
 
@@ -99,7 +99,8 @@ def html_report(
         '<div class="scroll">' + _table(*_layer_table(layers, errors)) + "</div>",
     ]
     if speed:
-        sections += ["<h2>Speed</h2>", _speed_note(speed), _table(*_speed_table(speed))]
+        table = '<div class="wide">' + _table(*_speed_table(speed)) + "</div>"
+        sections += ["<h2>Speed</h2>", _speed_note(speed), table]
     title = html.escape(f"{name}: oats report")
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
