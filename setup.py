@@ -43,14 +43,19 @@ class CMakeBuild(build_ext):  # type: ignore[misc]
         subprocess.run(configure, check=True)
         subprocess.run([cmake, "--build", str(build)], check=True)
 
+        # An editable installation takes from where this is built only what it knows of: the extension.
+        package = source / "oats" if self.editable_mode else module.parent
         # Left by an earlier build, it might not fit this one.
-        for stale in module.parent.glob("_cuda.*"):
+        for stale in package.glob("_cuda.*.so"):
             stale.unlink()
         built = subprocess.run([cmake, "--build", str(build), "--target", "cuda_module"])
         if built.returncode != 0 and cuda == "1":
             raise RuntimeError("the CUDA kernels could not be built (see above); OATS_CUDA=0 leaves them out")
         if built.returncode != 0:
             print("oats: the CUDA kernels could not be built (see above), and are left out", file=sys.stderr)
+        if package != module.parent:
+            for made in module.parent.glob("_cuda.*.so"):
+                shutil.copy2(made, package)
 
 
 setup(ext_modules=[Extension("oats._core", sources=[])], cmdclass={"build_ext": CMakeBuild})
