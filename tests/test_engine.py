@@ -397,6 +397,8 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(directory: Path, capsys: pytest
     engine = Engine(model, tokenizer)
     turns = [{"role": "user", "content": "Hi"}]
     timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
+    # A shell that starts tests in the background has it ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         timer.start()
         text = _answer(engine, turns, Sampling(90, temperature=0))
@@ -406,4 +408,5 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(directory: Path, capsys: pytest
         assert text and (whole.startswith(text) or text.startswith(whole))
     finally:
         timer.cancel()
+        signal.signal(signal.SIGINT, before)
         engine.close()
