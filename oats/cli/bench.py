@@ -129,15 +129,18 @@ def print_rows(console: Console, rows: Sequence[Row]) -> None:
     from rich.table import Table
 
     from oats.cli.console import human_bytes
+    from oats.evaluate.latency import contender_label
 
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         groups.setdefault((row.layer, row.d_out, row.d_in, row.compression), []).append(row)
 
+    isas = list(dict.fromkeys(row.ours.isa for row in rows))
+
     def line(row: Row, timing: Timing, ratio: str) -> list[str]:
         share = row.share_of_bandwidth(timing)
         return [
-            timing.label,
+            contender_label(timing.name, timing.dtype, timing.form, timing.isa if len(isas) > 1 else ""),
             f"{timing.ms.median:.3g}",
             f"{timing.ms.p10:.3g}–{timing.ms.p90:.3g}",
             "–" if timing.weight_bytes is None else human_bytes(timing.weight_bytes),
@@ -160,7 +163,7 @@ def print_rows(console: Console, rows: Sequence[Row]) -> None:
         )
         table.add_column("batch", justify="right", no_wrap=True)
         table.add_column("", no_wrap=True)
-        for column in ("ms", "p10–p90", "weight", "read", "GFLOP/s", "ratio"):
+        for column in ("ms", "p10–p90", "weight", "read", "GFLOP/s", "x"):
             table.add_column(column, justify="right", no_wrap=True)
         previous: tuple[int, Timing] | None = None
         for row in group:
@@ -169,12 +172,13 @@ def print_rows(console: Console, rows: Sequence[Row]) -> None:
                     table.add_section()
                 table.add_row(str(row.batch), *line(row, row.ours, ""))
                 previous = row.batch, row.ours
-            table.add_row("", *line(row, row.peer, f"{row.ratio:.2f} x"))
+            table.add_row("", *line(row, row.peer, f"{row.ratio:.2f}"))
         console.print(table)
     speeds = [row.read_gb_per_s for row in rows]
     console.print(
-        f"{rows[0].threads} threads; ms: median of one call; GFLOP/s: those of the dense product\n"
-        "ratio: how many times as fast as this line oats is\n"
+        f"{rows[0].threads} threads, oats with {', '.join(isas)}\n"
+        "ms: median of one call; GFLOP/s: those of the dense product\n"
+        "x: how many times as fast as this line oats is\n"
         "read: share of the memory bandwidth, read by torch's sum in between "
         f"({min(speeds):.1f} to {max(speeds):.1f} GB/s)\n"
         "largest error of oats against float64, in units of √(Σ w² x²): "
