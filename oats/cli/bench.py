@@ -162,7 +162,7 @@ def print_rows(console: Console, rows: Sequence[Row]) -> None:
             padding=(0, 1, 0, 0),
         )
         table.add_column("batch", justify="right", no_wrap=True)
-        table.add_column("", no_wrap=True)
+        table.add_column("")
         for column in ("ms", "p10–p90", "weight", "read", "GFLOP/s", "x"):
             table.add_column(column, justify="right", no_wrap=True)
         previous: tuple[int, Timing] | None = None
