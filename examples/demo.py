@@ -23,7 +23,7 @@ from oats import ops
 from oats.cli.console import human_bytes, progress_bar, status
 from oats.evaluate.generation import generation_speed
 from oats.evaluate.perplexity import perplexity
-from oats.evaluate.text import bos_token_id, builtin_text, calibration_windows, tokenize
+from oats.evaluate.text import bos_token_id, builtin_text, calibration_sequences, tokenize
 from oats.integrations.checkpoint import load_model, save_model
 from oats.integrations.stored_model import directory_bytes, read_stored_model
 
@@ -54,9 +54,9 @@ def compress(dense: Path, out: Path) -> None:
     """What ``oats compress .demo/dense-bf16 .demo/oats-50`` does."""
     with status("Loading the dense model"):
         model, tokenizer = load_model(dense)
-    ids = tokenize(tokenizer, builtin_text("first"))
-    calibration = calibration_windows(
-        ids, CALIBRATION_SAMPLES, CALIBRATION_LENGTH, bos=bos_token_id(tokenizer)
+    vocabulary = model.get_input_embeddings().num_embeddings
+    calibration = calibration_sequences(
+        tokenizer, builtin_text("first"), vocabulary, CALIBRATION_SAMPLES, CALIBRATION_LENGTH
     )
     config = oats.OatsConfig(compression=COMPRESSION, rank_ratio=RANK_RATIO)
     with progress_bar("Compressing") as bar:

@@ -7,6 +7,7 @@ fitted to the magnitudes that a layer has.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
@@ -139,44 +140,40 @@ def quantize_(
         WeightError: a layer has values that are not finite; the message names it.
         UnsupportedModelError, CalibrationError: as :func:`oats.compress_`.
     """
+    from oats.nn import SparseLowRankLinear
+
     storage = Storage.of(values, low_rank, scale_columns)
-    layers = _layers_of(model)
+    modules = model.named_modules()
+    layers = {name: module for name, module in modules if isinstance(module, SparseLowRankLinear)}
     left = dict(layers)
-    for known in () if calibration is None else _by_block(model, calibration, blocks):
-        for name, hessian in known.items():
-            _quantize_named_(name, left.pop(name), storage, hessian)
-            if progress is not None:
-                progress(len(layers) - len(left), len(layers), name)
-    for done, (name, layer) in enumerate(left.items(), start=len(layers) - len(left) + 1):
-        _quantize_named_(name, layer, storage, None)
+    known = () if calibration is None else _hessians(model, layers, calibration, blocks)
+    unknown = ((name, None) for name in layers if name in left)
+    for name, hessian in chain(known, unknown):
+        try:
+            quantize_layer_(left.pop(name), storage, hessian)
+        except WeightError as error:
+            raise WeightError(f"{name}: {error}") from error
         if progress is not None:
-            progress(done, len(layers), name)
+            progress(len(layers) - len(left), len(layers), name)
     return len(layers)
 
 
-def _layers_of(module: nn.Module, prefix: str = "") -> dict[str, SparseLowRankLinear]:
-    from oats.nn import SparseLowRankLinear
+def _hessians(
+    model: nn.Module, layers: Mapping[str, nn.Module], calibration: Calibration, blocks: str | None
+) -> Iterator[tuple[str, Tensor]]:
+    """Name of a layer and Hessian of its inputs, block by block, each once the one before has its codes.
 
-    modules = module.named_modules(prefix=prefix)
-    return {name: layer for name, layer in modules if isinstance(layer, SparseLowRankLinear)}
-
-
-def _by_block(model: nn.Module, calibration: Calibration, blocks: str | None) -> Iterator[dict[str, Tensor]]:
-    """Name of a layer → Hessian of its inputs, block by block, each once the one before has its codes."""
+    A layer that is in several blocks belongs to the first.
+    """
     path, block_list = find_blocks(model, blocks)
     runner = BlockRunner(model, list(block_list), as_batches(model, calibration))
     with evaluating(model):
-        for index, block in enumerate(block_list):
-            yield hessians(runner, index, _layers_of(block, f"{path}.{index}"))
+        for index in range(len(block_list)):
+            prefix = f"{path}.{index}."
+            own = {name: layer for name, layer in layers.items() if name.startswith(prefix)}
+            yield from hessians(runner, index, own).items()
             if index + 1 < len(block_list):
                 runner.advance(index)
-
-
-def _quantize_named_(name: str, layer: SparseLowRankLinear, storage: Storage, hessian: Tensor | None) -> None:
-    try:
-        quantize_layer_(layer, storage, hessian)
-    except WeightError as error:
-        raise WeightError(f"{name}: {error}") from error
 
 
 def quantize_layer_(

@@ -229,6 +229,16 @@ def test_codes_of_a_model_are_fitted_by_calibration() -> None:
     assert lost[1] < 0.95 * lost[0]
 
 
+def test_a_layer_of_two_blocks_is_fitted_once() -> None:
+    model, _ = compressed_llama(dtype="fp32")
+    first, second = model.model.layers
+    second.self_attn.q_proj = first.self_attn.q_proj
+    tokens = torch.randint(0, 97, (4, 32), generator=torch.Generator().manual_seed(0))
+    assert quantize_(model, "int4", calibration=tokens) == 13
+    assert second.self_attn.q_proj is first.self_attn.q_proj
+    assert first.self_attn.q_proj.storage.values == "int4"
+
+
 def test_importance_is_weighed() -> None:
     layer = pruned(64, 128, 0.5)
     sparse = decode(layer["mask"], layer["values"], 128)

@@ -111,7 +111,7 @@ def compare(
     )  # fmt: skip
     from oats.evaluate.perplexity import default_context, perplexity
     from oats.evaluate.tasks import evaluate_tasks, require_harness
-    from oats.evaluate.text import bos_token_id, builtin_text, calibration_windows, read_text, tokenize
+    from oats.evaluate.text import bos_token_id, builtin_text, calibration_sequences, read_text, tokenize
     from oats.integrations.checkpoint import load_model
 
     planned = plan(
@@ -129,9 +129,7 @@ def compare(
         network, tokenizer = load_model(model, dtype)
     vocabulary, bos = network.get_input_embeddings().num_embeddings, bos_token_id(tokenizer)
     window = default_context(network) if context is None else context
-    windows = calibration_windows(
-        tokenize(tokenizer, source, vocabulary), samples, length, bos=bos, name=source.name
-    )
+    windows = calibration_sequences(tokenizer, source, vocabulary, samples, length)
     ids = {
         f"perplexity, {Path(each.name).name if text else each.split}": tokenize(tokenizer, each, vocabulary)[
             :max_tokens

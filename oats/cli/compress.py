@@ -253,13 +253,12 @@ def _sequences(
     network: Any, tokenizer: Any, calibration: Path | None, samples: int | None, length: int
 ) -> tuple[Tensor, dict[str, Any]]:
     """Token ids, and what identifies them."""
-    from oats.evaluate.text import builtin_text, calibration_windows, framing_tokens, read_text, tokenize
+    from oats.evaluate.text import builtin_text, calibration_sequences, read_text
 
     samples = 64 if samples is None else samples
     text = builtin_text("first") if calibration is None else read_text(calibration)
-    ids = tokenize(tokenizer, text, network.get_input_embeddings().num_embeddings)
-    bos, sep = framing_tokens(tokenizer)
-    windows = calibration_windows(ids, samples, length, bos=bos, sep=sep, name=text.name)
+    vocabulary = network.get_input_embeddings().num_embeddings
+    windows = calibration_sequences(tokenizer, text, vocabulary, samples, length)
     return windows, {**text.settings(), "samples": samples, "length": length}
 
 

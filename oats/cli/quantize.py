@@ -32,7 +32,7 @@ def quantize(
     by the values after it, and later blocks are fitted to what the coded ones before them return.
     """
     from oats.cli.console import human_bytes, print_json, progress_bar, results, settings_table
-    from oats.evaluate.text import bos_token_id, builtin_text, calibration_windows, read_text, tokenize
+    from oats.evaluate.text import builtin_text, calibration_sequences, read_text
     from oats.integrations.checkpoint import check_output, load_model, save_model
     from oats.integrations.stored_model import read_stored_model
     from oats.quantization import quantize_
@@ -49,13 +49,8 @@ def quantize(
         if tokenizer is None:
             raise ConfigError(f"{directory} takes images; leave the calibration text out")
         text = builtin_text("first") if calibration is None else read_text(calibration)
-        windows = calibration_windows(
-            tokenize(tokenizer, text, model.get_input_embeddings().num_embeddings),
-            samples,
-            length,
-            bos=bos_token_id(tokenizer),
-            name=text.name,
-        )
+        vocabulary = model.get_input_embeddings().num_embeddings
+        windows = calibration_sequences(tokenizer, text, vocabulary, samples, length)
     with progress_bar("Quantising") as bar:
         quantize_(
             model, storage.values, storage.low_rank, storage.scale_columns,

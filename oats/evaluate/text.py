@@ -130,6 +130,29 @@ def tokenize(tokenizer: Any, text: Text, vocabulary: int | None = None) -> Tenso
     return ids
 
 
+def calibration_sequences(
+    tokenizer: Any, text: Text, vocabulary: int | None, samples: int, length: int
+) -> Tensor:
+    """Sequences of a text as a model sees them when it is used, framed as its tokenizer frames a text.
+
+    Args:
+        tokenizer: of the model.
+        text: to calibrate on.
+        vocabulary: embeddings of the model, as for :func:`tokenize`.
+        samples: number of sequences.
+        length: tokens a sequence, those of the frame included.
+
+    Returns:
+        int64 (samples, length).
+
+    Raises:
+        CalibrationError: the text is too short.
+    """
+    before, after = framing_tokens(tokenizer)
+    ids = tokenize(tokenizer, text, vocabulary)
+    return calibration_windows(ids, samples, length, bos=before, sep=after, name=text.name)
+
+
 def calibration_windows(
     ids: Tensor,
     samples: int,

@@ -297,7 +297,7 @@ def _calibration_windows(model: PreTrainedModel, config: OatsQuantizationConfig)
     from transformers import AutoTokenizer
 
     from oats.evaluate.perplexity import context_limit
-    from oats.evaluate.text import bos_token_id, builtin_text, calibration_windows, read_text, tokenize
+    from oats.evaluate.text import builtin_text, calibration_sequences, read_text
 
     if isinstance(config.calibration, Tensor):
         return config.calibration
@@ -312,13 +312,9 @@ def _calibration_windows(model: PreTrainedModel, config: OatsQuantizationConfig)
             f"{source} has no tokenizer that turns {text.name} into tokens; pass token ids, (sequences, "
             "length), as OatsQuantizationConfig(settings=…, calibration=ids)"
         )
-    return calibration_windows(
-        tokenize(tokenizer, text, cast(int, model.get_input_embeddings().num_embeddings)),
-        config.samples,
-        min(config.length, context_limit(model) or config.length),
-        bos=bos_token_id(tokenizer),
-        name=text.name,
-    )
+    vocabulary = cast(int, model.get_input_embeddings().num_embeddings)
+    length = min(config.length, context_limit(model) or config.length)
+    return calibration_sequences(tokenizer, text, vocabulary, config.samples, length)
 
 
 def attach(model: Any, config: OatsConfig) -> None:
