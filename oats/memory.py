@@ -13,6 +13,7 @@ from torch import nn
 
 from oats.config import OatsConfig
 from oats.errors import ConfigError, OatsError
+from oats.methods import collects_hessians, takes_hessian
 from oats.targets import Target
 
 _UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
@@ -22,7 +23,6 @@ _UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "ki": 2**10, "mi": 2**
 _FIXED = 192_000_000
 _MATRIX_BYTES = {"fast": 28, "exact": 80}
 # The same of the methods that take a Hessian.
-_HESSIAN_METHODS = ("oats-hessian", "sparsegpt")
 _MATRIX_BYTES_WITH_HESSIAN = {"fast": 60, "exact": 120}
 # While the eigenvectors of a Hessian, or factors of its inverse, are computed, and of the matrix then.
 _HESSIAN_BYTES, _WAITING_MATRIX_BYTES = 48, 12
@@ -101,7 +101,7 @@ def block_bytes(
         "compressed weights": round(2 * compressed),
     }
     decomposing = max(decomposition_bytes(d_out, d_in, config) for d_out, d_in in shapes)
-    if config.method in _HESSIAN_METHODS or config.storage.values != "exact":
+    if collects_hessians(config):
         # Layers that share an input share its Hessian. Another of each while those of one batch are summed.
         inputs = {weight.shape[1] for target in targets.values() for weight, _ in target.matrices().values()}
         need["Hessians"] = 2 * 4 * sum(d_in**2 for d_in in inputs)
@@ -116,10 +116,10 @@ def block_bytes(
 def decomposition_bytes(d_out: int, d_in: int, config: OatsConfig) -> int:
     """What the decomposition of one matrix takes, in bytes; a prediction."""
     with_hessian = _WAITING_MATRIX_BYTES * d_out * d_in + _HESSIAN_BYTES * d_in**2
-    if config.method in _HESSIAN_METHODS:
+    if takes_hessian(config):
         return _FIXED + max(_MATRIX_BYTES_WITH_HESSIAN[config.svd] * d_out * d_in, with_hessian)
     own = _MATRIX_BYTES[config.svd] * d_out * d_in
-    return _FIXED + (own if config.storage.values == "exact" else max(own, with_hessian))
+    return _FIXED + (max(own, with_hessian) if collects_hessians(config) else own)
 
 
 class Limit:

@@ -42,15 +42,36 @@ def input_statistics(
         Name → second moments (d_in,), Hessian (d_in, d_in), or means and variances (2, d_in). A layer that
         did not run is absent. Codes are fitted by Hessians, which then stand in for second moments.
     """
-    statistics, _ = _METHODS[config.method]
-    if _has_codes(config) and statistics is second_moments:
-        statistics = hessians
-    return statistics(runner, index, linears)
+    return _statistics(config)(runner, index, linears)
+
+
+def _statistics(config: OatsConfig) -> Statistics:
+    own, _ = _METHODS[config.method]
+    # Errors of codes are passed on by the Hessian.
+    return hessians if own is second_moments and _has_codes(config) else own
 
 
 def _has_codes(config: OatsConfig) -> bool:
-    """Whether kept values become codes, whose errors are passed on by the Hessian."""
     return config.storage.values != "exact"
+
+
+def takes_hessian(config: OatsConfig) -> bool:
+    """Whether the method's own function does.
+
+    >>> takes_hessian(OatsConfig(method="sparsegpt")), takes_hessian(OatsConfig(values="int8"))
+    (True, False)
+    """
+    own, _ = _METHODS[config.method]
+    return own is hessians
+
+
+def collects_hessians(config: OatsConfig) -> bool:
+    """Whether Hessians are collected, for the method or for the codes.
+
+    >>> collects_hessians(OatsConfig(values="int8"))
+    True
+    """
+    return _statistics(config) is hessians
 
 
 def second_moments_of(statistic: Tensor, config: OatsConfig) -> Tensor:
@@ -66,8 +87,7 @@ def second_moments_of(statistic: Tensor, config: OatsConfig) -> Tensor:
 
 def hessian_of(statistic: Tensor, config: OatsConfig) -> Tensor | None:
     """The Hessian that codes are fitted by, None where they are rounded without."""
-    own, _ = _METHODS[config.method]
-    return statistic if _has_codes(config) and own in (second_moments, hessians) else None
+    return statistic if _has_codes(config) and collects_hessians(config) else None
 
 
 def decompose_by_method(
