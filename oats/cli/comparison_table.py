@@ -10,9 +10,6 @@ if TYPE_CHECKING:
 
     from oats.evaluate.comparison import Cell
 
-WIDTH = 120
-"""Columns where the output is no terminal: rich's 80 would cut the names."""
-
 
 def print_table(console: Console, cells: Sequence[Cell]) -> None:
     """Print the cells, a line each.
@@ -31,4 +28,4 @@ def print_table(console: Console, cells: Sequence[Cell]) -> None:
         table.add_column(column, justify="right" if i else "left")
     for row in rows(cells):
         table.add_row(*row)
-    console.print(table, width=None if console.is_terminal else WIDTH, crop=False)
+    console.print(table)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,13 +21,19 @@ from rich.progress import (
 )
 from rich.table import Table
 
+_WIDTH = 120
+"""Columns where the output is no terminal: rich's 80 would cut tables."""
+
 LOG_SECONDS = 60
 """How often a log, where there is no terminal, gets a line about the progress."""
 
 
 def results() -> Console:
     """Where tables go."""
-    return Console(highlight=False)
+    console = Console(highlight=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = _WIDTH
+    return console
 
 
 def notes() -> Console:
