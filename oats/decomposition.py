@@ -292,7 +292,8 @@ def _each(matrices: Tensor) -> tuple[Tensor, ...]:
 
 def _difference_dtype(scaled: Tensor) -> torch.dtype:
     """What `WarmSubspace.follow` is given."""
-    supported = scaled.is_cuda or (active_isa() == "avx512_bf16" and torch.backends.mkldnn.is_available())
+    has_products = active_isa() in ("avx512_bf16", "amx_bf16") and torch.backends.mkldnn.is_available()
+    supported = scaled.is_cuda or has_products
     size = scaled.shape[-2] * scaled.shape[-1]
     return torch.bfloat16 if supported and size >= BFLOAT16_FROM else torch.float32
 

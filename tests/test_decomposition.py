@@ -231,7 +231,8 @@ def test_products_in_bfloat16_cost_no_accuracy(kind, moment, monkeypatch):
 
 def test_bfloat16_is_for_large_layers_of_cpus_that_have_it(monkeypatch):
     small, large = torch.empty(10, 10), torch.empty(decomposition.BFLOAT16_FROM, 1)
-    for isa, expected in (("avx512_bf16", torch.bfloat16), ("avx2", torch.float32)):
+    bf16 = torch.bfloat16
+    for isa, expected in (("amx_bf16", bf16), ("avx512_bf16", bf16), ("avx2", torch.float32)):
         monkeypatch.setattr(decomposition, "active_isa", lambda isa=isa: isa)
         assert decomposition._difference_dtype(small) == torch.float32
         assert decomposition._difference_dtype(large) == expected

@@ -230,7 +230,7 @@ def test_isa_is_forced_and_clamped(monkeypatch: pytest.MonkeyPatch) -> None:
     for isa in ISAS:
         monkeypatch.setenv("OATS_ISA", isa)
         assert ops.active_isa() == isa
-    monkeypatch.setenv("OATS_ISA", "avx512_bf16")
+    monkeypatch.setenv("OATS_ISA", "amx_bf16")
     assert ops.active_isa() == ISAS[-1]
 
 

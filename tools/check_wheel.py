@@ -13,6 +13,7 @@ INSTRUCTIONS = {
     "avx2": r"\tvfmadd\w+ps .*%ymm",
     "avx512": r"\tvfmadd\w+ps .*%zmm",
     "avx512_bf16": r"\tvdpbf16ps",
+    "amx_bf16": r"\ttdpbf16ps",
 }
 """Instruction set → what its kernels have in them."""
 

@@ -1,4 +1,4 @@
-// The two orders in which sparse_low_rank_linear() can work, and what they share.
+// The orders in which sparse_low_rank_linear() can work, and what they share.
 #pragma once
 
 #include <cstddef>
@@ -144,5 +144,8 @@ void product_by_strips(const Call& call, Workspace& workspace);
 
 // Lanes are columns: zero units are skipped. Bound by arithmetic.
 void product_by_columns(const Call& call, Workspace& workspace);
+
+// Tiles of the batch times tiles of expanded cells, where the ISA has tile_kernels().
+void product_by_tiles(const Call& call, Workspace& workspace);
 
 }  // namespace oats

@@ -5,6 +5,7 @@
 
 #include "column_kernels.h"
 #include "products.h"
+#include "tile_kernels.h"
 
 namespace oats {
 
@@ -70,7 +71,10 @@ void sparse_low_rank_linear(const Projection* projections, int count, const void
   const int64_t useful = std::min<int64_t>(call.blocks(), bytes / kBytesPerThread);
   if (batch == 0 || call.blocks() == 0) return;
   call.team = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, useful)));
-  if (batch < column_kernels(first->isa, first->shape.dtype, first->shape.values).min_columns) {
+  const TileKernels* tiles = tile_kernels(first->isa, first->shape.dtype, first->shape.values);
+  if (tiles && batch >= tiles->min_batch) {
+    product_by_tiles(call, workspace);
+  } else if (batch < column_kernels(first->isa, first->shape.dtype, first->shape.values).min_columns) {
     product_by_strips(call, workspace);
   } else {
     product_by_columns(call, workspace);

@@ -4,8 +4,8 @@
 namespace oats {
 
 // In order: each one's instructions include those of the ones before it.
-enum class Isa { scalar = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3 };
-constexpr int kIsaCount = 4;
+enum class Isa { scalar = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3, amx_bf16 = 4 };
+constexpr int kIsaCount = 5;
 
 const char* isa_name(Isa isa);
 

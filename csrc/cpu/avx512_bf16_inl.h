@@ -1,0 +1,135 @@
+// The Traits of AVX-512 with BF16, VNNI and VBMI2, for the files whose instructions include those.
+#pragma once
+
+#include <immintrin.h>
+
+#include "avx512_inl.h"
+#include "column_kernels_inl.h"
+
+namespace oats {
+namespace {
+
+// vdpbf16ps multiplies pairs, so a mask word covers 16 outputs x 2 inputs, and the pair of inputs
+// is an embedded broadcast. It treats denormals as zero and rounds each of its two additions.
+struct Avx512Bf16 : Bf16Element {
+  using Value = uint16_t;
+  static constexpr int lanes = 16, group = 2, registers = 24;
+  using Mask = uint32_t;
+  using Vector = __m512;
+  using Weights = __m512i;
+
+  static Vector zero() { return _mm512_setzero_ps(); }
+  static Vector load(const float* sums) { return _mm512_loadu_ps(sums); }
+  static void store(float* sums, Vector v) { _mm512_storeu_ps(sums, v); }
+  static Weights expand(const Value* values, Mask mask) {
+    return _mm512_mask_expand_epi16(fresh_zero(), mask, _mm512_loadu_si512(values));
+  }
+  static Weights weights(const Value* values) { return _mm512_loadu_si512(values); }
+  static Weights elements(const Value* x) { return _mm512_loadu_si512(x); }
+  static Weights load_units(const uint32_t* units) { return _mm512_load_si512(units); }
+  static void store_units(uint32_t* units, Weights w) { _mm512_storeu_si512(units, w); }
+  static void transpose(Weights (&square)[lanes]) { transpose_units(square); }
+  static void transpose_sums(Vector (&square)[lanes]) { transpose_units(square); }
+  static uint32_t compress(uint32_t* units, Weights w) { return compress_units(units, w); }
+  static Vector multiply_add(Vector sum, Weights w, uint32_t activation) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)_mm512_set1_epi32(static_cast<int>(activation)));
+  }
+};
+
+// vpdpwssd multiplies pairs of int16: codes as they are, and activations in units of 2^-15 of the largest of
+// 64, which rounds a bf16 less than it was rounded before down to 2^-7 of that largest.
+struct Avx512Codes : Avx512Bf16 {
+  using Value = int8_t;
+  using Sum = __m512i;
+  static constexpr bool scaled_activations = true;
+
+  static Weights expand(const int8_t* codes, Mask mask) {
+    return _mm512_mask_expand_epi16(fresh_zero(), mask, weights(codes));
+  }
+  static void expand_pair(const int8_t* codes, uint64_t mask, Weights& first, Weights& second) {
+    const __m512i bytes = _mm512_mask_expand_epi8(fresh_zero(), mask, _mm512_loadu_si512(codes));
+    first = _mm512_cvtepi8_epi16(_mm512_castsi512_si256(bytes));
+    second = _mm512_cvtepi8_epi16(_mm512_extracti64x4_epi64(bytes, 1));
+  }
+  static Weights weights(const int8_t* codes) {
+    return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)));
+  }
+  static Sum no_sum() { return _mm512_setzero_si512(); }
+  static Sum multiply_add(Sum sum, Weights w, uint32_t activation) {
+    // Not the intrinsic, with which GCC 12 copies each sum in every step of a loop.
+    const __m512i pair = _mm512_set1_epi32(static_cast<int>(activation));
+    asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(pair));
+    return sum;
+  }
+  static Vector scales(const uint16_t* bf16) { return load_bf16(bf16); }
+  static Vector times(Vector scale, float x_scale) { return _mm512_mul_ps(scale, _mm512_set1_ps(x_scale)); }
+  static Vector add_scaled(Vector v, Sum sum, Vector scale) {
+    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, v);
+  }
+  static void decode(const uint8_t* run, const int8_t* codebook, int8_t* codes) {
+    decode_run(run, codebook, codes);
+  }
+
+  static __m512 load_some(const uint16_t* x, __mmask16 valid) {
+    const __m512i bits = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(valid, x));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
+  }
+  static __m512 load_some(const float* x, __mmask16 valid) { return _mm512_maskz_loadu_ps(valid, x); }
+
+  // A NaN or infinity makes the scale one, and so all products of the column. Below 2^-100 all is zero: the
+  // inverse of the scale would overflow.
+  template <class T>
+  static float quantise(const T* x, int64_t count, uint32_t* units, int64_t stride) {
+    constexpr int kVectors = kScaledColumns / 16;
+    __m512 part[kVectors];
+    __m512i largest = _mm512_setzero_si512();
+    for (int i = 0; i < kVectors; ++i) {
+      const int64_t left = count - i * 16;
+      const auto valid = static_cast<__mmask16>(left >= 16 ? 0xffff : left > 0 ? (1u << left) - 1 : 0);
+      part[i] = load_some(x + (left > 0 ? i * 16 : 0), valid);
+      // Magnitudes order as integers, NaN above all.
+      largest = _mm512_max_epu32(largest, _mm512_castps_si512(_mm512_abs_ps(part[i])));
+    }
+    const int bits = static_cast<int>(_mm512_reduce_max_epu32(largest));
+    float magnitude;
+    std::memcpy(&magnitude, &bits, 4);
+    const bool tiny = magnitude < 0x1p-100f;
+    const __m512 inverse = _mm512_set1_ps(tiny ? 0.f : 32767.f / magnitude);
+    const int64_t pairs = divide_up(count, 2);
+    for (int i = 0; i < kVectors; ++i) {
+      const __m256i codes = _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(_mm512_mul_ps(part[i], inverse)));
+      if (stride == 1) {
+        if (i * 8 < pairs) {
+          const int64_t left = pairs - i * 8;
+          _mm256_mask_storeu_epi32(units + i * 8, static_cast<__mmask8>(left >= 8 ? 0xff : (1u << left) - 1),
+                                   codes);
+        }
+      } else {
+        alignas(32) uint32_t turned[8];
+        _mm256_store_si256(reinterpret_cast<__m256i*>(turned), codes);
+        for (int64_t j = 0; j < std::min<int64_t>(8, pairs - i * 8); ++j)
+          units[(i * 8 + j) * stride] = turned[j];
+      }
+    }
+    return tiny ? 0.f : magnitude / 32767.f;
+  }
+
+  // Of pairs: outputs 0 to 7, and 8 to 15.
+  struct CellScales {
+    __m512 low, high;
+  };
+  static CellScales cell_scales(const uint16_t* bf16) {
+    const __m512 scale = load_bf16(bf16);
+    const __m512i twice = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
+    return {_mm512_permutexvar_ps(twice, scale),
+            _mm512_permutexvar_ps(_mm512_add_epi32(twice, _mm512_set1_epi32(8)), scale)};
+  }
+  static Weights exact(Weights w, const CellScales& scale) {
+    const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm512_castsi512_si256(w)));
+    const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm512_extracti64x4_epi64(w, 1)));
+    return (__m512i)_mm512_cvtne2ps_pbh(_mm512_mul_ps(high, scale.high), _mm512_mul_ps(low, scale.low));
+  }
+};
+
+}  // namespace
+}  // namespace oats

@@ -1,0 +1,218 @@
+// AMX with bf16: vdpbf16ps takes two cycles for 32 products on these CPUs, tdpbf16ps sixteen for 8192.
+#include "avx512_bf16_inl.h"
+#include "tile_kernels.h"
+
+namespace oats {
+namespace {
+
+// Bytes of a row of every tile.
+constexpr int kRowBytes = 64;
+
+// Not the intrinsics: GCC 12 takes them to read and write eight bytes only, and leaves out the rest.
+void load_state(const TileState& state) {
+  asm volatile("ldtilecfg %0" : : "m"(state));
+}
+
+TileState configure(int rows) {
+  TileState before;
+  asm volatile("sttilecfg %0" : "=m"(before));
+  // Intel SDM, volume 1, table 18-2: palette, then bytes a row at 16, and rows at 48, of each tile.
+  TileState wanted{};
+  wanted.bytes[0] = 1;
+  for (int tile = 0; tile < 8; ++tile) {
+    wanted.bytes[16 + 2 * tile] = kRowBytes;
+    // 6 and 7 hold cells, the others rows of x.
+    wanted.bytes[48 + tile] = static_cast<uint8_t>(tile >= 6 ? kTileGroups : rows);
+  }
+  load_state(wanted);
+  return before;
+}
+
+void restore(const TileState& before) {
+  // Tiles that stay in use slow down every switch between threads.
+  if (before.bytes[0]) {
+    load_state(before);
+  } else {
+    _tile_release();
+  }
+}
+
+// Sums are tiles 0 to 3: of 2 row tiles x 2 strips, or 1 x 1 to 4. Four of them, so that a product need not
+// wait for the one before it (52 cycles).
+template <int RowTiles, int Strips>
+void load_sums(const float* sums, int rows, int64_t stride) {
+  static_assert(RowTiles == 1 ? Strips <= 4 : RowTiles == 2 && Strips <= 2);
+  const int64_t bytes = stride * 4;
+  _tile_loadd(0, sums, bytes);
+  if constexpr (Strips >= 2) _tile_loadd(1, sums + 16, bytes);
+  if constexpr (Strips >= 3) _tile_loadd(2, sums + 32, bytes);
+  if constexpr (Strips >= 4) _tile_loadd(3, sums + 48, bytes);
+  if constexpr (RowTiles == 2) _tile_loadd(2, sums + rows * stride, bytes);
+  if constexpr (RowTiles == 2 && Strips == 2) _tile_loadd(3, sums + rows * stride + 16, bytes);
+}
+
+template <int RowTiles, int Strips>
+void store_sums(float* sums, int rows, int64_t stride) {
+  const int64_t bytes = stride * 4;
+  _tile_stored(0, sums, bytes);
+  if constexpr (Strips >= 2) _tile_stored(1, sums + 16, bytes);
+  if constexpr (Strips >= 3) _tile_stored(2, sums + 32, bytes);
+  if constexpr (Strips >= 4) _tile_stored(3, sums + 48, bytes);
+  if constexpr (RowTiles == 2) _tile_stored(2, sums + rows * stride, bytes);
+  if constexpr (RowTiles == 2 && Strips == 2) _tile_stored(3, sums + rows * stride + 16, bytes);
+}
+
+// Sums += a tile of groups times one of inputs, or two.
+template <int RowTiles, int Strips>
+[[gnu::always_inline]] inline void multiply_tile(const uint32_t* cells, int64_t stride,
+                                                 const uint32_t* inputs, const uint32_t* more_inputs) {
+  const int64_t bytes = stride * 4;
+  _tile_loadd(4, inputs, kRowBytes);
+  if constexpr (RowTiles == 2) _tile_loadd(5, more_inputs, kRowBytes);
+  _tile_loadd(6, cells, bytes);
+  _tile_dpbf16ps(0, 4, 6);
+  if constexpr (RowTiles == 2) _tile_dpbf16ps(2, 5, 6);
+  if constexpr (Strips >= 2) {
+    _tile_loadd(7, cells + 16, bytes);
+    _tile_dpbf16ps(1, 4, 7);
+    if constexpr (RowTiles == 2) _tile_dpbf16ps(3, 5, 7);
+  }
+  if constexpr (Strips >= 3) {
+    _tile_loadd(6, cells + 32, bytes);
+    _tile_dpbf16ps(2, 4, 6);
+  }
+  if constexpr (Strips >= 4) {
+    _tile_loadd(7, cells + 48, bytes);
+    _tile_dpbf16ps(3, 4, 7);
+  }
+}
+
+template <int RowTiles, int Strips>
+void multiply_part(const uint32_t* cells, int64_t stride, int64_t tiles, const uint32_t* inputs, int rows,
+                   bool accumulate, float* sums) {
+  const int64_t input_tile = rows * kTileGroups;
+  if (accumulate) {
+    load_sums<RowTiles, Strips>(sums, rows, stride);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (int64_t t = 0; t < tiles; ++t) {
+    multiply_tile<RowTiles, Strips>(cells + t * kTileGroups * stride, stride, inputs + t * input_tile,
+                                    inputs + (tiles + t) * input_tile);
+  }
+  store_sums<RowTiles, Strips>(sums, rows, stride);
+}
+
+void multiply(const uint32_t* cells, int strips, int64_t tiles, const uint32_t* inputs, int64_t row_tiles,
+              int rows, bool accumulate, float* sums) {
+  const int64_t stride = strips * 16, row_tile_inputs = tiles * rows * kTileGroups;
+  int64_t row_tile = 0;
+  const auto part = [&](auto height, auto width, int strip) {
+    multiply_part<height, width>(cells + strip * 16, stride, tiles, inputs + row_tile * row_tile_inputs, rows,
+                                 accumulate, sums + row_tile * rows * stride + strip * 16);
+  };
+  for (; row_tile + 2 <= row_tiles; row_tile += 2) {
+    int strip = 0;
+    for (; strip + 2 <= strips; strip += 2) part(Constant<2>{}, Constant<2>{}, strip);
+    if (strip < strips) part(Constant<2>{}, Constant<1>{}, strip);
+  }
+  if (row_tile < row_tiles) {
+    StripLoops<Avx512Bf16>::with_strips(strips, [&](auto width) { part(Constant<1>{}, width, 0); });
+  }
+}
+
+void sums_to_inputs(const float* sums, int64_t stride, int rows, uint32_t* inputs) {
+  for (int row = 0; row < rows; ++row) {
+    for (int i = 0; i < 8; ++i) {
+      const float* pair = sums + row * stride + 2 * i;
+      inputs[row * kTileGroups + i] =
+          Avx512Bf16::from_float(pair[0]) | static_cast<uint32_t>(Avx512Bf16::from_float(pair[1])) << 16;
+    }
+  }
+}
+
+template <class Stored>
+struct TileLoops {
+  using Columns = ColumnLoops<Avx512Bf16, Stored>;
+  using Strips = StripLoops<Stored>;
+  static constexpr int kLanes = Avx512Bf16::lanes;
+
+  static int64_t expand(const PackedHeader* weight, int64_t block, int64_t begin, int64_t end, int64_t value,
+                        uint32_t* cells) {
+    const int strips = strips_of_block(weight->strips, block);
+    const auto* mask = Strips::masks(weight, block) + begin * strips;
+    typename Strips::Values values(weight, block, value);
+    for (int64_t g = begin; g < end; g += kTileGroups) {
+      const int64_t groups = std::min(end - g, kTileGroups);
+      Columns::gather_cells(weight, block, g, groups, mask, values, cells);
+      mask += groups * strips;
+      std::fill_n(cells + groups * strips * kLanes, (kTileGroups - groups) * strips * kLanes, 0u);
+      cells += kTileGroups * strips * kLanes;
+    }
+    return values.index();
+  }
+
+  // Cells are multiplied as soon as there is a tile of them: the products of one run beside the expansion of
+  // the next.
+  static void expand_and_multiply(const PackedHeader* weight, int64_t block, const uint32_t* inputs, int rows,
+                                  float* sums) {
+    Strips::with_strips(strips_of_block(weight->strips, block), [&](auto strips) {
+      constexpr int kStrips = decltype(strips)::value;
+      alignas(64) uint32_t cells[2][kTileGroups * kStrips * kLanes];
+      const auto* mask = Strips::masks(weight, block);
+      typename Strips::Values values(weight, block, 0);
+      load_sums<1, kStrips>(sums, rows, kStrips * kLanes);
+      for (int64_t g = 0, t = 0; g < weight->groups; g += kTileGroups, ++t, inputs += rows * kTileGroups) {
+        const int64_t groups = std::min(weight->groups - g, kTileGroups);
+        uint32_t* const tile = cells[t % 2];
+        Columns::gather_cells(weight, block, g, groups, mask, values, tile);
+        mask += groups * kStrips;
+        if (groups < kTileGroups)
+          std::fill(tile + groups * kStrips * kLanes, tile + kTileGroups * kStrips * kLanes, 0u);
+        // The tiles are loaded behind the compiler's back.
+        asm volatile("" : : "r"(tile) : "memory");
+        multiply_tile<1, kStrips>(tile, kStrips * kLanes, inputs, nullptr);
+      }
+      store_sums<1, kStrips>(sums, rows, kStrips * kLanes);
+    });
+  }
+
+  static const uint32_t* factor(const FactorBlock& factor, int64_t begin, int64_t end, uint32_t* room) {
+    const auto* stored =
+        static_cast<const typename Strips::Value*>(factor.cells) + begin * factor.strips * Strips::kCell;
+    const int64_t cells = (end - begin) * factor.strips, padded = (end - begin + 15) / 16 * 16;
+    if constexpr (Strips::kCodes) {
+      for (int64_t g = begin; g < end; ++g) {
+        for (int s = 0; s < factor.strips; ++s) {
+          const auto scale = Stored::cell_scales(factor.scales +
+                                                 (g * 2 / factor.scale_columns * factor.strips + s) * kLanes);
+          const int64_t cell = (g - begin) * factor.strips + s;
+          Avx512Bf16::store_units(room + cell * kLanes,
+                                  Stored::exact(Stored::weights(stored + cell * Strips::kCell), scale));
+        }
+      }
+    } else {
+      if (padded == end - begin) return reinterpret_cast<const uint32_t*>(stored);
+      std::memcpy(room, stored, cells * kRowBytes);
+    }
+    std::fill_n(room + cells * kLanes, (padded - (end - begin)) * factor.strips * kLanes, 0u);
+    return room;
+  }
+
+  static const TileKernels& table(int64_t min_batch) {
+    static const TileKernels kernels{min_batch,           configure, restore,  expand,
+                                     expand_and_multiply, factor,    multiply, sums_to_inputs};
+    return kernels;
+  }
+};
+
+}  // namespace
+
+const TileKernels& tile_kernels_amx_bf16(Storage storage) {
+  return storage == Storage::exact ? TileLoops<Avx512Bf16>::table(2) : TileLoops<Avx512Codes>::table(2);
+}
+
+}  // namespace oats

@@ -1,0 +1,236 @@
+//   every thread:  its share of x, cut into tiles; barrier
+//   every thread:  its share of V x, rounded into tiles; barrier
+//   every thread:  for some blocks: U (V x); then S x, a range of inputs after the other: the cells of a
+//   block are
+//                  expanded once, and multiply all rows; then the outputs
+//
+// The cells of a range (64 KB), its tiles of inputs and the sums of the blocks stay in L2. Up to one row
+// tile, each tile of cells is multiplied as soon as it is expanded.
+#include <omp.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "products.h"
+#include "strip_kernels.h"
+#include "tile_kernels.h"
+
+namespace oats {
+
+namespace {
+
+// Rows of x that go together; cells are expanded again for the next ones.
+constexpr int64_t kPanelRows = 512;
+
+constexpr int64_t kRangeTiles = 16;
+
+// Blocks whose sums wait in L2: 512 KB for a whole panel.
+constexpr int64_t kTogether = 4;
+
+struct Panel {
+  const Call& call;
+  const PackedHeader* w;       // for what all projections share
+  const StripKernels& strips;  // for what does not depend on the storage
+  const TileKernels& values;   // of S
+  const TileKernels& factors;
+  int64_t first, rows;  // of the batch
+  int64_t lanes, row_tiles;
+  int tile_rows;
+  int64_t tile_units;   // in a tile of inputs
+  uint32_t* inputs;     // x
+  uint32_t** low_rank;  // of each projection: V x
+
+  struct Scratch {
+    uint32_t* cells;
+    float* sums;  // [block][row][strip][lanes]
+  };
+  char* scratch;
+  size_t scratch_bytes;
+
+  Panel(const Call& call, int64_t first, int64_t rows, Workspace& workspace)
+      : call(call),
+        w(call.first()),
+        strips(strip_kernels(w->isa, w->shape.dtype, Storage::exact)),
+        values(*tile_kernels(w->isa, w->shape.dtype, w->shape.values)),
+        factors(*tile_kernels(w->isa, w->shape.dtype, w->shape.factors)),
+        first(first),
+        rows(rows),
+        lanes(w->layout.lanes),
+        row_tiles(divide_up(rows, kTileRows)),
+        // As even as can be: a product takes as long as its tile has rows.
+        tile_rows(static_cast<int>(divide_up(rows, row_tiles))),
+        tile_units(tile_rows * kTileGroups) {
+    Cutter one(nullptr);
+    cut_scratch(one);
+    scratch_bytes = one.used();
+    Cutter size(nullptr);
+    cut(size);
+    Cutter memory(workspace.reserve(size.used()));
+    cut(memory);
+  }
+
+  void cut(Cutter& memory) {
+    inputs = memory.take<uint32_t>(divide_up(w->groups, kTileGroups) * row_tiles * tile_units);
+    low_rank = memory.take<uint32_t*>(call.count);
+    for (int i = 0; i < call.count; ++i) {
+      const int64_t groups = call.projections[i].w->rank_groups;
+      auto* cut = memory.take<uint32_t>(divide_up(groups, kTileGroups) * row_tiles * tile_units);
+      if (low_rank) low_rank[i] = cut;
+    }
+    scratch = memory.take<char>(static_cast<int64_t>(scratch_bytes) * call.team);
+  }
+
+  Scratch cut_scratch(Cutter& memory) const {
+    Scratch s;
+    s.cells = memory.take<uint32_t>(kRangeTiles * kTileGroups * kStripsPerBlock * lanes);
+    s.sums = memory.take<float>(kTogether * block_sums());
+    return s;
+  }
+
+  int64_t padded_rows() const { return row_tiles * tile_rows; }
+  int64_t block_sums() const { return padded_rows() * kStripsPerBlock * lanes; }
+
+  // Of inputs that are `groups` wide: where one tile begins.
+  int64_t tile_at(int64_t groups, int64_t tile, int64_t row_tile) const {
+    const int64_t range = tile / kRangeTiles * kRangeTiles;
+    const int64_t in_range = std::min(kRangeTiles, divide_up(groups, kTileGroups) - range);
+    return (range * row_tiles + row_tile * in_range + tile - range) * tile_units;
+  }
+
+  // Calls visit(first group, groups) for each range of a matrix that is `groups` wide.
+  template <class Visit>
+  static void for_ranges(int64_t groups, const Visit& visit) {
+    constexpr int64_t kRange = kRangeTiles * kTileGroups;
+    for (int64_t g = 0; g < groups; g += kRange) visit(g, std::min(groups, g + kRange));
+  }
+
+  void prepare(int64_t begin, int64_t end) const {
+    const int64_t tile_bytes = kTileGroups * 4;
+    const int64_t row_bytes = w->shape.d_in * call.value_bytes();
+    for (int64_t row = 0; row < padded_rows(); ++row) {
+      const char* x = row < rows ? call.row_of_x(first + row) : nullptr;
+      for (int64_t tile = begin; tile < end; ++tile) {
+        char* out = reinterpret_cast<char*>(inputs + tile_at(w->groups, tile, row / tile_rows) +
+                                            row % tile_rows * kTileGroups);
+        const int64_t there = x ? std::min(row_bytes - tile * tile_bytes, tile_bytes) : 0;
+        if (there == tile_bytes) {
+          std::memcpy(out, x + tile * tile_bytes, tile_bytes);
+        } else {
+          if (there) std::memcpy(out, x + tile * tile_bytes, there);
+          std::memset(out + there, 0, tile_bytes - there);
+        }
+      }
+    }
+  }
+
+  // sums (+)= groups [begin, end) of cells times those of inputs that are `groups` wide.
+  void multiply(const uint32_t* cells, int cell_strips, const uint32_t* in, int64_t groups, int64_t begin,
+                int64_t end, bool accumulate, float* sums) const {
+    values.multiply(cells, cell_strips, divide_up(end - begin, kTileGroups),
+                    in + tile_at(groups, begin / kTileGroups, 0), row_tiles, tile_rows, accumulate, sums);
+  }
+
+  // sums = a block of U or V times inputs.
+  void dense(const FactorBlock& factor, int64_t groups, const uint32_t* in, const Scratch& mine,
+             float* sums) const {
+    if (groups == 0) std::fill_n(sums, block_sums(), 0.f);
+    for_ranges(groups, [&](int64_t begin, int64_t end) {
+      multiply(factors.factor(factor, begin, end, mine.cells), factor.strips, in, groups, begin, end,
+               begin > 0, sums);
+    });
+  }
+
+  void low_rank_inputs(int i, int64_t block, const Scratch& mine) const {
+    const PackedHeader* weight = call.projections[i].w;
+    const FactorBlock v = factor_block(weight, true, block);
+    dense(v, w->groups, inputs, mine, mine.sums);
+    const int64_t half = kTileGroups / 2;  // units of a strip
+    for (int64_t t = 0; t < row_tiles; ++t) {
+      for (int s = 0; s < v.strips; ++s) {
+        const int64_t strip = block * kStripsPerBlock + s;
+        uint32_t* out = low_rank[i] + tile_at(weight->rank_groups, strip / 2, t);
+        values.sums_to_inputs(mine.sums + (t * tile_rows * v.strips + s) * lanes, v.strips * lanes, tile_rows,
+                              out + strip % 2 * half);
+        if (strip % 2 == 0 && s + 1 == v.strips) {
+          for (int row = 0; row < tile_rows; ++row) std::fill_n(out + row * kTileGroups + half, half, 0u);
+        }
+      }
+    }
+  }
+
+  // Blocks [begin, end) of a projection, at most kTogether.
+  void outputs(int i, int64_t begin, int64_t end, const Scratch& mine) const {
+    const PackedHeader* weight = call.projections[i].w;
+    const auto sums = [&](int64_t block) { return mine.sums + (block - begin) * block_sums(); };
+    for (int64_t b = begin; b < end; ++b) {
+      if (weight->shape.rank) {
+        dense(factor_block(weight, false, b), weight->rank_groups, low_rank[i], mine, sums(b));
+      } else {
+        std::fill_n(sums(b), block_sums(), 0.f);
+      }
+    }
+    if (row_tiles == 1) {
+      for (int64_t b = begin; b < end; ++b) values.expand_and_multiply(weight, b, inputs, tile_rows, sums(b));
+    } else {
+      int64_t next_value[kTogether] = {};
+      for_ranges(w->groups, [&](int64_t g, int64_t range_end) {
+        for (int64_t b = begin; b < end; ++b) {
+          next_value[b - begin] = values.expand(weight, b, g, range_end, next_value[b - begin], mine.cells);
+          multiply(mine.cells, strips_of_block(weight->strips, b), inputs, w->groups, g, range_end, true,
+                   sums(b));
+        }
+      });
+    }
+    for (int64_t b = begin; b < end; ++b) {
+      const int64_t feature = b * kStripsPerBlock * lanes;
+      const int block_strips = strips_of_block(weight->strips, b);
+      strips.store(sums(b), block_strips, static_cast<int>(rows), call.bias_of(i, feature),
+                   static_cast<int>(std::min(block_strips * lanes, weight->shape.d_out - feature)),
+                   call.output(i, first, feature), call.projections[i].y_stride);
+    }
+  }
+
+  void run_part(int part, int parts) const {
+    Cutter memory(scratch + part * scratch_bytes);
+    const Scratch mine = cut_scratch(memory);
+    const TileState before = values.configure(tile_rows);
+    const int64_t tiles = divide_up(w->groups, kTileGroups);
+    prepare(tiles * part / parts, tiles * (part + 1) / parts);
+    wait_for_all(parts);
+    const int64_t rank_blocks = call.rank_blocks();
+    if (rank_blocks) {
+      call.split_rank(rank_blocks * part / parts, rank_blocks * (part + 1) / parts,
+                      [&](int i, int64_t begin, int64_t end) {
+                        for (int64_t b = begin; b < end; ++b) low_rank_inputs(i, b, mine);
+                      });
+      wait_for_all(parts);
+    }
+    call.split(block_boundary(call, part, parts, false), block_boundary(call, part + 1, parts, false),
+               [&](int i, int64_t begin, int64_t end) {
+                 const int64_t steps = divide_up(end - begin, kTogether);
+                 for (int64_t step = 0; step < steps; ++step) {
+                   outputs(i, begin + (end - begin) * step / steps,
+                           begin + (end - begin) * (step + 1) / steps, mine);
+                 }
+               });
+    values.restore(before);
+  }
+};
+
+}  // namespace
+
+void product_by_tiles(const Call& call, Workspace& workspace) {
+  const int64_t panels = divide_up(call.batch, kPanelRows);
+  for (int64_t i = 0; i < panels; ++i) {
+    const int64_t first = call.batch * i / panels;
+    const Panel panel(call, first, call.batch * (i + 1) / panels - first, workspace);
+    if (call.team == 1) {
+      panel.run_part(0, 1);
+    } else {
+#pragma omp parallel num_threads(call.team)
+      panel.run_part(omp_get_thread_num(), omp_get_num_threads());
+    }
+  }
+}
+
+}  // namespace oats
