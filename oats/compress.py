@@ -84,8 +84,9 @@ def compress_(
     """Compress a model in place: every linear layer in its blocks becomes a `SparseLowRankLinear`.
 
     Blocks are compressed in order, each on what the compressed blocks before it make of the calibration
-    data; inside a block the moments are those of its dense weights (arXiv 2409.13652, section 2.3). Only
-    one block's hidden states are held beyond the model. Embeddings and the head stay as they are. A layer
+    data; inside a block the moments are those of its dense weights (arXiv 2409.13652, section 2.3). With
+    ``OatsConfig.moments="dense"`` it is what the dense blocks make of it. Only one block's hidden states are
+    held beyond the model. Embeddings and the head stay as they are. A layer
     that the model has in several places stays one layer, fitted to the first block that it is in.
 
     With `OatsConfig.block_matching`, each block is then tuned to return, on what the compressed blocks before
@@ -198,7 +199,7 @@ class Walk:
         compressions: name of a matrix → its own compression, where it is not the run's.
         held: what the block before the first one to compress returned for each batch; None where that is the
             first block of the model.
-        dense_held: the same in the dense model, for matching.
+        dense_held: the same in the dense model, for matching, or for its moments.
         ranks: the processes that share the work.
         progress: called after each layer.
         report: of the blocks that are done already.
@@ -225,21 +226,23 @@ class Walk:
         self._batches, self._ranks, self._progress = batches, ranks or Ranks(), progress
         self._blocks: list[nn.Module] = list(model.get_submodule(path).children())
         self.runner = BlockRunner(model, self._blocks, batches, held, self._ranks)
-        # What the dense blocks make of the data; only matching asks for it.
+        # What the dense blocks make of the data. Each of the two moves on only where it is asked for.
         self.dense = BlockRunner(model, self._blocks, batches, dense_held, self._ranks)
         self.report = report or CompressionReport(config, left_dense=dict(targets.left_dense))
         self._replaced: list[tuple[nn.Module, nn.Module]] = []
+        self._from_dense = config.moments == "dense"
 
     def compress_block(self, index: int, dense_into: Held | None = None) -> None:
         """Replace the layers of the next block.
 
         Args:
             index: the block.
-            dense_into: where the dense block's outputs go, for matching; None means in place of its inputs.
+            dense_into: where the dense block's outputs go, if they are asked for; None means in place of its
+                inputs.
         """
         targets = self._targets.blocks[index]
         matrices = self._matrices(index)
-        if self._config.block_matching:
+        if self._config.block_matching or (self._from_dense and index + 1 < len(self._blocks)):
             self.dense.advance(index, dense_into)
             self._ranks.barrier()
         self._replaced = []
@@ -268,7 +271,8 @@ class Walk:
 
     def advance(self, index: int, into: Held | None = None) -> None:
         """Let the compressed block make the inputs of the next one, see :meth:`BlockRunner.advance`."""
-        self.runner.advance(index, into)
+        if self._config.block_matching or not self._from_dense:
+            self.runner.advance(index, into)
 
     def restore(self) -> None:
         """Put the dense layers of the last block back; what was made of them is forgotten."""
@@ -295,7 +299,8 @@ class Walk:
         """Those of a block, with the statistics of their inputs."""
         targets = self._targets.blocks[index]
         modules = {name: target.module for name, target in targets.items()}
-        statistics = input_statistics(self.runner, index, modules, self._config)
+        runner = self.dense if self._from_dense else self.runner
+        statistics = input_statistics(runner, index, modules, self._config)
         matrices = []
         for name, target in targets.items():
             if name not in statistics:

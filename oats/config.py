@@ -20,8 +20,9 @@ PRUNING = ("magnitude", "wanda", "sparsegpt", "dsnot")
 
 METHODS = ("oats", "oats-hessian", *PRUNING)
 BUDGETS = ("uniform", "owl", "error")
+MOMENTS = ("sequential", "dense")
 OPTIONAL = frozenset(
-    {"method", "block_matching", "budget", "rank_ratios", "values", "low_rank", "scale_columns"}
+    {"method", "moments", "block_matching", "budget", "rank_ratios", "values", "low_rank", "scale_columns"}
 )
 """Settings beyond the published method: a checkpoint made without them does not name them."""
 
@@ -69,6 +70,8 @@ class OatsConfig:
             exactly; None means the weight's own dtype (bf16 for an fp16 weight).
         skip: glob patterns of layer names that stay dense, e.g. ``("*.down_proj",)``; one may be a str.
         seed: of the random start of the fast low-rank step.
+        moments: the inputs that a layer is fitted to: ``"sequential"``, what the compressed blocks before its
+            own make of the calibration data, as published; or ``"dense"``, those of the dense model.
         block_matching: passes over the calibration data in which the kept values and the factors of each
             block are tuned for the block's output (:mod:`oats.matching`); 0 is the published method.
         budget: how `compression` is spread over the layers (:mod:`oats.allocation`): ``"uniform"``, the
@@ -103,6 +106,7 @@ class OatsConfig:
     dtype: Literal["bf16", "fp32"] | None = None
     skip: tuple[str, ...] = ()
     seed: int = 0
+    moments: Literal["sequential", "dense"] = "sequential"
     block_matching: int = 0
     budget: Literal["uniform", "owl", "error"] = "uniform"
     rank_ratios: tuple[float, ...] = ()
@@ -142,6 +146,7 @@ class OatsConfig:
             self.pattern,
         )
         _require(_is_whole(self.seed, 0), "seed must be a whole number of at least 0", self.seed)
+        _require(self.moments in MOMENTS, 'moments must be "sequential" or "dense"', self.moments)
         _require(
             _is_whole(self.block_matching, 0),
             "block_matching must be a whole number of passes, at least 0",

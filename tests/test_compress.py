@@ -110,6 +110,30 @@ def test_moments_come_from_the_compressed_blocks_before() -> None:
             runner.advance(index)
 
 
+@pytest.mark.parametrize("block_matching", [0, 1])
+def test_moments_of_the_dense_model(block_matching) -> None:
+    model = llama()
+    weights = {name: m.weight.clone() for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    squares, handles = {}, []
+    for name in weights:
+        handles.append(
+            model.get_submodule(name).register_forward_pre_hook(
+                lambda _, args, name=name: squares.update({name: args[0].detach().square().sum((0, 1))})
+            )
+        )
+    model(TOKENS)
+    for handle in handles:
+        handle.remove()
+    config = oats.OatsConfig(method="wanda", moments="dense", block_matching=block_matching)
+    report = oats.compress_(model, TOKENS, config)
+    assert len(report.layers) == len(weights) - 1
+    for layer in report.layers:
+        # |w_ij| ‖x_j‖, the upper half of each row (arXiv 2306.11695, equation 1).
+        scores = weights[layer.name].abs() * squares[layer.name].sqrt()
+        kept = scores >= scores.sort(descending=True).values[:, [scores.shape[1] // 2 - 1]]
+        assert torch.equal(model.get_submodule(layer.name).to_dense() != 0, kept), layer.name
+
+
 @pytest.mark.parametrize(
     ("model", "name"),
     [(llama, "model.layers.0.self_attn.q_proj"), (opt, "model.decoder.layers.0.fc1")],

@@ -92,10 +92,11 @@ def in_memory(source: Path, out: Path, config: oats.OatsConfig) -> dict[str, byt
         FAST,
         oats.OatsConfig(iterations=2, dtype="bf16", skip="*.o_proj"),
         oats.OatsConfig(iterations=2, method="oats-hessian", block_matching=1),
+        oats.OatsConfig(iterations=2, moments="dense"),
         oats.OatsConfig(iterations=2, budget="owl", rank_ratios=(0.1, 0.4)),
         oats.OatsConfig(iterations=2, budget="error"),
     ],
-    ids=["published", "bf16", "hessian, matched", "owl", "error"],
+    ids=["published", "bf16", "hessian, matched", "dense moments", "owl", "error"],
 )
 def test_the_same_files_as_in_memory(dense, tmp_path, config) -> None:
     streamed, expected = stream(dense, tmp_path / "a", config), in_memory(dense, tmp_path / "b", config)

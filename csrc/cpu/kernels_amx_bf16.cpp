@@ -212,7 +212,7 @@ struct TileLoops {
 }  // namespace
 
 const TileKernels& tile_kernels_amx_bf16(Storage storage) {
-  return storage == Storage::exact ? TileLoops<Avx512Bf16>::table(2) : TileLoops<Avx512Codes>::table(2);
+  return storage == Storage::exact ? TileLoops<Avx512Bf16>::table(2) : TileLoops<Avx512Codes>::table(12);
 }
 
 }  // namespace oats

@@ -57,6 +57,13 @@ def compress(
         bool, typer.Option("--split-gate-up", help="Decompose a fused gate_up_proj as gate and up.")
     ] = False,
     seed: Seed = OatsConfig.seed,
+    moments: Annotated[
+        str,
+        typer.Option(
+            help="Inputs that a layer is fitted to: sequential (what the compressed blocks before it "
+            "return, as published), or dense (those of the dense model)."
+        ),
+    ] = OatsConfig.moments,
     match_blocks: Annotated[
         int, typer.Option(help="Passes over the calibration text that tune each block's output; 2 is enough.")
     ] = OatsConfig.block_matching,
@@ -126,6 +133,7 @@ def compress(
         dtype=dtype,  # type: ignore[arg-type]
         skip=tuple(skip or ()),
         seed=seed,
+        moments=moments,  # type: ignore[arg-type]
         block_matching=match_blocks,
         budget=budget,  # type: ignore[arg-type]
         rank_ratios=tuple(try_rank_ratio or ()),

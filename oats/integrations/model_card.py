@@ -166,6 +166,8 @@ def _settings(settings: OatsConfig, record: Record) -> str:
     }
     if settings.skip:
         shown["left dense"] = ", ".join(f"`{pattern}`" for pattern in settings.skip)
+    if settings.moments != OatsConfig.moments:
+        shown["moments"] = f"of the {settings.moments} model"
     if settings.block_matching:
         shown["block matching"] = f"{settings.block_matching} passes"
     if record.calibration:
