@@ -1,6 +1,7 @@
 // AMX with bf16: vdpbf16ps takes two cycles for 32 products on these CPUs, tdpbf16ps sixteen for 8192.
 #include "avx512_bf16_inl.h"
 #include "tile_kernels.h"
+#include "tile_state_inl.h"
 
 namespace oats {
 namespace {
@@ -8,14 +9,9 @@ namespace {
 // Bytes of a row of every tile.
 constexpr int kRowBytes = 64;
 
-// Not the intrinsics: GCC 12 takes them to read and write eight bytes only, and leaves out the rest.
-void load_state(const TileState& state) {
-  asm volatile("ldtilecfg %0" : : "m"(state));
-}
-
 TileState configure(int rows) {
   TileState before;
-  asm volatile("sttilecfg %0" : "=m"(before));
+  store_state(before);
   // Intel SDM, volume 1, table 18-2: palette, then bytes a row at 16, and rows at 48, of each tile.
   TileState wanted{};
   wanted.bytes[0] = 1;
