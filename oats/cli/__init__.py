@@ -39,15 +39,16 @@ class _Commands(TyperGroup):
             raise typer.Exit(1) from error
 
 
+def _examples(*commands: str) -> str:
+    return "\n\n".join(f"Example: oats {command}" for command in commands)
+
+
 app = typer.Typer(
     cls=_Commands,
     pretty_exceptions_enable=False,
     help="Compress transformers to sparse plus low-rank weights, and run them fast on CPUs.",
+    epilog=_examples("compress google/gemma-3-270m small", 'generate small "Once upon a time"', "info"),
 )
-
-
-def _examples(*commands: str) -> str:
-    return "\n\n".join(f"Example: oats {command}" for command in commands)
 
 
 app.command(
@@ -69,7 +70,10 @@ app.command(
 )(eval.evaluate)
 app.command(
     "compare",
-    epilog=_examples("compare my-model --methods wanda,oats --compressions 0.5"),
+    epilog=_examples(
+        "compare my-model --methods wanda,oats --compressions 0.5",
+        "compare my-model --methods oats,oats+int8 --text book.txt --text code.txt",
+    ),
 )(compare.compare)
 app.command(
     "generate",
@@ -93,7 +97,9 @@ app.command(
     epilog=_examples("quantize small small-int8", "quantize small small-int4 --values int4"),
 )(quantize.quantize)
 app.command("info", epilog=_examples("info small", "info", "info small --json"))(info.info)
-app.command("report", epilog=_examples("report small", "report small --out report.html"))(report.report)
+app.command("report", epilog=_examples("report small", "report small --out report.html --speed"))(
+    report.report
+)
 app.command(
     "bench",
     epilog=_examples(
@@ -101,7 +107,9 @@ app.command(
         "bench --model llama-3-8b --batch 1,4,16 --plot pictures/",
     ),
 )(bench.bench)
-app.command("rollout", epilog=_examples("rollout small-vit cat.png dog.png"))(rollout.rollout)
+app.command("rollout", epilog=_examples("rollout small-vit cat.png dog.png --out attention.svg"))(
+    rollout.rollout
+)
 
 
 def _print_version(value: bool) -> None:
