@@ -96,6 +96,28 @@ def test_every_command_has_every_option_and_argument_explained():
                 assert isinstance(parameter.show_default, str), (command.name, parameter.name)
 
 
+def test_a_package_that_is_missing_is_said_with_the_extra_that_has_it():
+    commands = ["compress x y", "quantize x y", "eval x", "info x", "generate x hi", "chat x", "report x"]
+    code = f"""
+import sys
+from typer.testing import CliRunner
+from oats.cli import app
+sys.modules.update(transformers=None, safetensors=None)
+for command in {commands!r}:
+    result = CliRunner().invoke(app, command.split())
+    print(result.exit_code, result.stderr, end="")
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    lines = result.stdout.splitlines()
+    assert len(lines) == len(commands), result
+    for line in lines:
+        assert re.fullmatch(
+            r"1 oats: error: (transformers|safetensors) is not installed, which this command needs: "
+            r"pip install 'oats-torch\[hf\]'",
+            line,
+        )
+
+
 def test_the_program_prints_an_error_as_one_line_and_exits_with_1():
     result = subprocess.run(
         [*OATS, "compress", "nothing", "out", "--compression", "1.5"],

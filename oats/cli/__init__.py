@@ -27,16 +27,29 @@ from oats.cli import (
 )
 from oats.errors import OatsError
 
+_HF = ("transformers", "safetensors", "accelerate", "gguf", "tokenizers", "huggingface_hub")
+_EXTRAS = {**dict.fromkeys(_HF, "hf"), "PIL": "vision", "torchvision": "vision", "timm": "vision"}
+"""Package that a command may lack → what to install for it."""
+
 
 class _Commands(TyperGroup):
-    """Prints an `OatsError` as one line, whichever command raised it."""
+    """Prints an `OatsError` as one line, whichever command raised it, and a package that is missing."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except OatsError as error:
-            typer.echo(f"oats: error: {error}", err=True)
-            raise typer.Exit(1) from error
+            message = str(error)
+        except ModuleNotFoundError as error:
+            package = (error.name or "").partition(".")[0]
+            if package not in _EXTRAS:
+                raise
+            message = (
+                f"{package} is not installed, which this command needs: "
+                f"pip install 'oats-torch[{_EXTRAS[package]}]'"
+            )
+        typer.echo(f"oats: error: {message}", err=True)
+        raise typer.Exit(1)
 
 
 def _examples(*commands: str) -> str:
