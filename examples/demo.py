@@ -55,18 +55,24 @@ def compress(dense: Path, out: Path) -> None:
     with status("Loading the dense model"):
         model, tokenizer = load_model(dense)
     vocabulary = model.get_input_embeddings().num_embeddings
-    calibration = calibration_sequences(
-        tokenizer, builtin_text("first"), vocabulary, CALIBRATION_SAMPLES, CALIBRATION_LENGTH
-    )
+    text = builtin_text("first")
+    calibration = calibration_sequences(tokenizer, text, vocabulary, CALIBRATION_SAMPLES, CALIBRATION_LENGTH)
     config = oats.OatsConfig(compression=COMPRESSION, rank_ratio=RANK_RATIO)
     with progress_bar("Compressing") as bar:
-        oats.compress_(
+        report = oats.compress_(
             model,
             calibration,
             config,
             progress=lambda done, total, name, error: bar.update(done, total, f"{name}  error {error:.3f}"),
         )
-    save_model(model, tokenizer, out, overwrite=True)
+    calibrated_on = {
+        "text": text.name,
+        "split": text.split,
+        "sha256": text.sha256,
+        "samples": CALIBRATION_SAMPLES,
+        "length": CALIBRATION_LENGTH,
+    }
+    save_model(model, tokenizer, out, overwrite=True, report=report, source=dense, calibration=calibrated_on)
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from typer.testing import CliRunner
 
 from oats import ops
@@ -23,6 +24,7 @@ transformers = pytest.importorskip("transformers")
 
 SMALL = ["--samples", "4", "--length", "32", "--iterations", "3"]
 OATS = [sys.executable, "-c", "from oats.cli import main; main()"]
+COMMANDS = typer.main.get_command(app).commands
 
 
 @pytest.fixture(scope="session")
@@ -75,15 +77,45 @@ def test_help_does_not_import_torch():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert result.stdout.splitlines()[-1] == "False", result.stderr
-    for command in ("compress", "compare", "eval", "generate", "bench", "quantize", "rollout", "info"):
+    for command in COMMANDS:
         assert re.search(rf"\b{command}\b", result.stdout)
+    assert "Example: oats compress " in result.stdout
 
 
-@pytest.mark.parametrize(
-    "command", ["compress", "compare", "eval", "generate", "bench", "quantize", "rollout", "info"]
-)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_of_a_command_has_an_example(command):
     assert f"Example: oats {command} " in run(command, "--help").stdout
+
+
+def test_every_command_has_every_option_and_argument_explained():
+    for command in COMMANDS.values():
+        assert command.help
+        for parameter in command.params:
+            assert parameter.help.endswith("."), (command.name, parameter.name)
+            if parameter.default is None and not parameter.required and parameter.name != "directory":
+                assert isinstance(parameter.show_default, str), (command.name, parameter.name)
+
+
+def test_a_package_that_is_missing_is_said_with_the_extra_that_has_it():
+    commands = ["compress x y", "quantize x y", "eval x", "info x", "generate x hi", "chat x", "report x"]
+    code = f"""
+import sys
+from typer.testing import CliRunner
+from oats.cli import app
+sys.modules.update(transformers=None, safetensors=None)
+for command in {commands!r}:
+    result = CliRunner().invoke(app, command.split())
+    print(result.exit_code, result.stderr, end="")
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    lines = result.stdout.splitlines()
+    assert len(lines) == len(commands), result
+    for line in lines:
+        assert re.fullmatch(
+            r"1 oats: error: (transformers|safetensors) is not installed, which this command needs: "
+            r"pip install 'oats-torch\[hf\]'",
+            line,
+        )
 
 
 def test_the_program_prints_an_error_as_one_line_and_exits_with_1():

@@ -248,6 +248,35 @@ def test_texts_of_a_batch_are_what_each_is_alone(
         assert end == Finished("length", tokens)
 
 
+def test_layers_with_a_window_keep_no_more_than_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, widths = tiny_gemma(), []
+    original = batch.Batch.step
+
+    def step(self: batch.Batch) -> None:
+        original(self)
+        widths.append([layer.keys.shape[2] for layer in self._cache.layers])
+
+    monkeypatch.setattr(batch.Batch, "step", step)
+    monkeypatch.setattr(batch, "CHUNK", 16)
+    # The longest comes last and leaves first: rows are widened and cut again.
+    lengths = [(4, 60), (12, 50), (40, 20)]
+    prompts = [torch.randint(2, 258, (1, length)) for length, _ in lengths]
+    requests = [
+        (p[0].tolist(), Sampling(n, temperature=0)) for p, (_, n) in zip(prompts, lengths, strict=True)
+    ]
+    engine = Engine(model, byte_tokenizer(), max_batch=3)
+    try:
+        found = collect_all(engine, requests)
+    finally:
+        engine.close()
+    for ids, (length, tokens), (text, _) in zip(prompts, lengths, found, strict=True):
+        output = model.generate(ids, max_new_tokens=tokens, do_sample=False)[0, length:]
+        assert text == byte_tokenizer().decode(output, skip_special_tokens=True)
+    window = model.config.sliding_window
+    assert max(row[0] for row in widths) == max(row[2] for row in widths) == window - 1
+    assert max(row[1] for row in widths) > 40
+
+
 def test_a_seed_gives_the_same_text_whoever_else_is_there(directory: Path) -> None:
     engine = Engine(*load(directory), max_batch=4)
     try:

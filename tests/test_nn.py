@@ -15,6 +15,7 @@ from oats import ops
 from oats.errors import ConfigError, FormatError
 from oats.format import TENSORS
 from oats.nn import SparseLowRankLinear
+from tests.compiler import needs_compiler
 from tests.conftest import DTYPES, ISAS, random_layer
 from tests.targets import DEVICES, needs_cuda
 
@@ -244,6 +245,7 @@ def test_to_empty_then_load() -> None:
     assert torch.equal(layer(torch.ones(56)), make()(torch.ones(56)))
 
 
+@needs_compiler
 def test_compile_with_the_default_backend() -> None:
     model = nn.Sequential(make(), nn.ReLU())
     with torch.no_grad():

@@ -24,6 +24,7 @@ import oats
 from oats.errors import CalibrationError, ConfigError
 from oats.integrations.transformers import OatsQuantizationConfig
 from oats.nn import SparseLowRankLinear
+from tests.compiler import needs_compiler
 from tests.fake_hub import fake_hub
 from tests.tiny import TEXT, byte_tokenizer, compressed_llama, llama, save_compressed, save_dense
 
@@ -150,6 +151,18 @@ def test_generate_with_a_static_cache_and_the_compiler(model: PreTrainedModel) -
     static = model.generate(IDS, cache_implementation="static", compile_config=compiling, **options)
     assert torch.equal(static, expected)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+
+
+@needs_compiler
+def test_generate_with_a_static_cache_and_compiled_code(model: PreTrainedModel) -> None:
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    expected = model.generate(IDS, **options)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model.forward = torch.compile(model.forward, fullgraph=True)
+    assert torch.equal(model.generate(IDS, cache_implementation="static", **options), expected)
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] > 0 and not counters["graph_break"]
 
 
 # transformers.

@@ -325,16 +325,22 @@ def test_the_command_serves_until_it_is_interrupted(directory: Path, tmp_path: P
 
     interruptible = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
     code = f"{interruptible}\nfrom oats.cli import main; main()"
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, "serve", directory, "--port", "0", "--name", "tiny"],
-        stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, "serve", directory, "--port", "0", "--name", "tiny"],
+            stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+
+    def said(pattern: str) -> re.Match[str] | None:
+        text = (tmp_path / "log").read_text()
+        assert process.poll() is None, text
+        return re.search(pattern, text)
+
     try:
-        url = next(
-            found[1] for line in process.stderr if (found := re.search(r"tiny at (http://\S+/v1)", line))
-        )
-        client = openai.OpenAI(base_url=url, api_key="none")
-        wait_for(lambda: _answers(client))
+        # Importing torch and transformers takes its time on a busy machine.
+        wait_for(lambda: said("try: curl"), 120)
+        url = said(r"tiny at (http://\S+/v1)")[1]
+        client = openai.OpenAI(base_url=url, api_key="none", timeout=60)
         text = (
             client.chat.completions.create(model="tiny", messages=MESSAGES, max_tokens=5).choices[0].message
         )
@@ -342,11 +348,19 @@ def test_the_command_serves_until_it_is_interrupted(directory: Path, tmp_path: P
         taken = CliRunner().invoke(app, ["serve", str(directory), "--port", url.split(":")[2].split("/")[0]])
         assert taken.exit_code == 1 and "choose another with --host or --port" in taken.stderr
         process.send_signal(signal.SIGINT)
-        rest = process.communicate(timeout=30)[1]
-        assert process.returncode == 0 and "Traceback" not in rest
-        assert "try: curl" in rest
+        assert process.wait(timeout=60) == 0
+        assert "Traceback" not in (tmp_path / "log").read_text()
     finally:
         process.kill()
+        process.wait()
+
+
+def test_the_port_is_taken_before_the_model_is_loaded() -> None:
+    from oats.cli.serve import _listen
+    from oats.errors import ConfigError
+
+    with _listen("127.0.0.1", 0) as listening, pytest.raises(ConfigError, match="Address already in use"):
+        _listen("127.0.0.1", listening.getsockname()[1])
 
 
 def _answers(client: Any) -> bool:

@@ -27,27 +27,41 @@ from oats.cli import (
 )
 from oats.errors import OatsError
 
+_HF = ("transformers", "safetensors", "accelerate", "gguf", "tokenizers", "huggingface_hub")
+_EXTRAS = {**dict.fromkeys(_HF, "hf"), "PIL": "vision", "torchvision": "vision", "timm": "vision"}
+"""Package that a command may lack → what to install for it."""
+
 
 class _Commands(TyperGroup):
-    """Prints an `OatsError` as one line, whichever command raised it."""
+    """Prints an `OatsError` as one line, whichever command raised it, and a package that is missing."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except OatsError as error:
-            typer.echo(f"oats: error: {error}", err=True)
-            raise typer.Exit(1) from error
+            message = str(error)
+        except ModuleNotFoundError as error:
+            package = (error.name or "").partition(".")[0]
+            if package not in _EXTRAS:
+                raise
+            message = (
+                f"{package} is not installed, which this command needs: "
+                f"pip install 'oats-torch[{_EXTRAS[package]}]'"
+            )
+        typer.echo(f"oats: error: {message}", err=True)
+        raise typer.Exit(1)
+
+
+def _examples(*commands: str) -> str:
+    return "\n\n".join(f"Example: oats {command}" for command in commands)
 
 
 app = typer.Typer(
     cls=_Commands,
     pretty_exceptions_enable=False,
     help="Compress transformers to sparse plus low-rank weights, and run them fast on CPUs.",
+    epilog=_examples("compress google/gemma-3-270m small", 'generate small "Once upon a time"', "info"),
 )
-
-
-def _examples(*commands: str) -> str:
-    return "\n\n".join(f"Example: oats {command}" for command in commands)
 
 
 app.command(
@@ -69,7 +83,10 @@ app.command(
 )(eval.evaluate)
 app.command(
     "compare",
-    epilog=_examples("compare my-model --methods wanda,oats --compressions 0.5"),
+    epilog=_examples(
+        "compare my-model --methods wanda,oats --compressions 0.5",
+        "compare my-model --methods oats,oats+int8 --text book.txt --text code.txt",
+    ),
 )(compare.compare)
 app.command(
     "generate",
@@ -93,7 +110,9 @@ app.command(
     epilog=_examples("quantize small small-int8", "quantize small small-int4 --values int4"),
 )(quantize.quantize)
 app.command("info", epilog=_examples("info small", "info", "info small --json"))(info.info)
-app.command("report", epilog=_examples("report small", "report small --out report.html"))(report.report)
+app.command("report", epilog=_examples("report small", "report small --out report.html --speed"))(
+    report.report
+)
 app.command(
     "bench",
     epilog=_examples(
@@ -101,7 +120,9 @@ app.command(
         "bench --model llama-3-8b --batch 1,4,16 --plot pictures/",
     ),
 )(bench.bench)
-app.command("rollout", epilog=_examples("rollout small-vit cat.png dog.png"))(rollout.rollout)
+app.command("rollout", epilog=_examples("rollout small-vit cat.png dog.png --out attention.svg"))(
+    rollout.rollout
+)
 
 
 def _print_version(value: bool) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from oats.cli.options import Json, Pattern, RankRatio
 from oats.config import OatsConfig
 from oats.errors import ConfigError, OatsError
 
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
 def bench(
     model: Annotated[
         str | None,
-        typer.Option(help="All layer shapes of a model, by name (llama-3-8b), instead of one."),
+        typer.Option(
+            help="All layer shapes of a model, by name (llama-3-8b), instead of one.", show_default="none"
+        ),
     ] = None,
     d_out: Annotated[int, typer.Option(help="Outputs of the layer.")] = 4096,
     d_in: Annotated[int, typer.Option(help="Inputs of the layer.")] = 4096,
@@ -33,10 +36,8 @@ def bench(
     compression: Annotated[
         str, typer.Option(help="Share of the parameters removed: one, or some in turn: 0.3,0.5.")
     ] = str(OatsConfig.compression),
-    rank_ratio: Annotated[
-        float, typer.Option(help="Share of the rest that is low-rank.")
-    ] = OatsConfig.rank_ratio,
-    pattern: Annotated[str, typer.Option(help="row, layer, or N:M such as 2:4.")] = OatsConfig.pattern,
+    rank_ratio: RankRatio = OatsConfig.rank_ratio,
+    pattern: Pattern = OatsConfig.pattern,
     dtype: Annotated[
         str, typer.Option(help="How ours is stored: some of bf16, fp32, int8 and int4, as in bf16,int8.")
     ] = "bf16",
@@ -50,9 +51,11 @@ def bench(
     seconds: Annotated[float, typer.Option(help="That the timed calls of each take, about.")] = 2.0,
     plot: Annotated[
         Path | None,
-        typer.Option(help="Directory for latency and roofline as PNG and SVG; needs matplotlib."),
+        typer.Option(
+            help="Directory for latency and roofline as PNG and SVG; needs matplotlib.", show_default="none"
+        ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Time layers, compressed against torch's dense ones of the same dtype, alternating.
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from oats.cli.options import AnyModel, ChatTemplate, RunDtype, SamplingSeed
 from oats.errors import ConfigError, OatsError
 
 if TYPE_CHECKING:
@@ -19,20 +20,18 @@ HELP = "/reset forgets the conversation, /exit or Ctrl-D leaves; Ctrl-C stops an
 
 
 def chat(
-    directory: Annotated[
-        str, typer.Argument(metavar="DIR", help="Model directory, dense or compressed; GGUF; or hub name.")
-    ],
-    system: Annotated[str | None, typer.Option(help="First message, which says how to answer.")] = None,
+    directory: AnyModel,
+    system: Annotated[
+        str | None, typer.Option(help="First message, which says how to answer.", show_default="none")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer at most.")] = 512,
     temperature: Annotated[
         float | None,
         typer.Option(help="0 takes the most likely token each time.", show_default="as the model says"),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
-    chat_template: Annotated[
-        Path | None,
-        typer.Option(help="Jinja file that makes turns into a prompt.", show_default="the model's own"),
-    ] = None,
+    seed: SamplingSeed = 0,
+    chat_template: ChatTemplate = None,
+    dtype: RunDtype = None,
 ) -> None:
     """Talk to a model in the terminal, or line by line from a pipe.
 
@@ -51,7 +50,7 @@ def chat(
     from oats.serving.generation import Sampling
 
     with status(f"Loading {directory}"):
-        model, tokenizer = load_with_template(directory, None, chat_template)
+        model, tokenizer = load_with_template(directory, dtype, chat_template)
     if not tokenizer.chat_template:
         raise ConfigError(
             f"{directory} has no chat template, so it does not know turns; continue a text with "

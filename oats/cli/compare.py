@@ -9,15 +9,21 @@ from typing import Annotated
 import typer
 
 from oats.cli.options import (
+    HELD_OUT,
     CalibrationText,
     Context,
     DenseModel,
+    Json,
     Length,
+    Limit,
+    MaxTokens,
     Pattern,
-    RunDtype,
+    RankRatio,
     Samples,
     Seed,
+    StoredDtype,
     Stride,
+    TaskPath,
 )
 from oats.config import OatsConfig
 from oats.errors import ConfigError
@@ -36,43 +42,37 @@ def compare(
         ),
     ] = "magnitude,wanda,dsnot,sparsegpt,oats,oats-hessian",
     compressions: Annotated[
-        str, typer.Option(help="Shares of the parameters to remove.")
+        str, typer.Option(help="Shares of each layer's parameters to remove.")
     ] = "0.3,0.4,0.5,0.6",
     text: Annotated[
         list[Path] | None,
-        typer.Option(
-            help="UTF-8 text to evaluate on; may be repeated.",
-            show_default="second half of Python's pydoc_data.topics",
-        ),
+        typer.Option(help="UTF-8 text to evaluate on; may be repeated.", show_default=HELD_OUT),
     ] = None,
     context: Context = None,
     stride: Stride = None,
-    max_tokens: Annotated[
-        int | None, typer.Option(help="Use only the first tokens of each text.", show_default="all")
-    ] = None,
+    max_tokens: MaxTokens = None,
     accuracy: Annotated[
-        bool, typer.Option("--accuracy", help="Score the share of next tokens that are predicted, too.")
+        bool, typer.Option("--accuracy", help="Score the share of next tokens that are predicted too.")
     ] = False,
     tasks: Annotated[
         str | None,
-        typer.Option(help="Tasks of lm-evaluation-harness to score too, with commas between them."),
+        typer.Option(
+            help="Score tasks of lm-evaluation-harness too: names with commas between them.",
+            show_default="none",
+        ),
     ] = None,
-    task_path: Annotated[
-        Path | None, typer.Option(help="Directory with YAML files of tasks of your own.")
-    ] = None,
-    limit: Annotated[int | None, typer.Option(help="Questions of each task at most.")] = None,
+    task_path: TaskPath = None,
+    limit: Limit = None,
     calibration: CalibrationText = None,
     samples: Samples = 64,
     length: Length = 512,
-    rank_ratio: Annotated[
-        float, typer.Option(help="Of the methods with a low-rank part.")
-    ] = OatsConfig.rank_ratio,
+    rank_ratio: RankRatio = OatsConfig.rank_ratio,
     pattern: Pattern = OatsConfig.pattern,
     iterations: Annotated[int | None, typer.Option(help="Alternations at most.", show_default="40")] = None,
-    dtype: RunDtype = None,
+    dtype: StoredDtype = None,
     seed: Seed = OatsConfig.seed,
-    plot: Annotated[bool, typer.Option(help="Draw the picture too (needs matplotlib).")] = True,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the table as JSON.")] = False,
+    plot: Annotated[bool, typer.Option(help="Draw the picture too; needs matplotlib.")] = True,
+    as_json: Json = False,
 ) -> None:
     """Compress MODEL by each method at each compression, and evaluate what comes out.
 

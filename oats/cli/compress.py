@@ -10,7 +10,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from oats.cli.options import CalibrationText, DenseModel, Length, Pattern, Seed
+from oats.cli.options import (
+    CalibrationText,
+    DenseModel,
+    Json,
+    Length,
+    OutModel,
+    OverwriteModel,
+    Pattern,
+    RankRatio,
+    ScaleColumns,
+    Seed,
+    StoredDtype,
+)
 from oats.config import OatsConfig
 from oats.errors import ConfigError
 
@@ -23,9 +35,7 @@ if TYPE_CHECKING:
 
 def compress(
     model: DenseModel,
-    out: Annotated[
-        Path, typer.Argument(metavar="OUT", help="Directory to write; must be empty or not exist.")
-    ],
+    out: OutModel,
     method: Annotated[
         str,
         typer.Option(
@@ -36,9 +46,7 @@ def compress(
     compression: Annotated[
         float, typer.Option(help="Share of each layer's parameters to remove.")
     ] = OatsConfig.compression,
-    rank_ratio: Annotated[
-        float, typer.Option(help="Share of the kept parameters that goes to the low-rank part.")
-    ] = OatsConfig.rank_ratio,
+    rank_ratio: RankRatio = OatsConfig.rank_ratio,
     pattern: Pattern = OatsConfig.pattern,
     svd: Annotated[
         str, typer.Option(help="Low-rank step: fast, or exact (the published algorithm).")
@@ -46,12 +54,10 @@ def compress(
     iterations: Annotated[
         int | None, typer.Option(help="Alternations at most.", show_default="40 fast, 80 exact")
     ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(help="Dtype of the result: bf16 or fp32.", show_default="the model's own; GGUF: bf16"),
-    ] = None,
+    dtype: StoredDtype = None,
     skip: Annotated[
-        list[str] | None, typer.Option(help="Glob of layer names to leave dense; may be repeated.")
+        list[str] | None,
+        typer.Option(help="Glob of layer names to leave dense; may be repeated.", show_default="none"),
     ] = None,
     split_gate_up: Annotated[
         bool, typer.Option("--split-gate-up", help="Decompose a fused gate_up_proj as gate and up.")
@@ -73,7 +79,10 @@ def compress(
     ] = OatsConfig.budget,
     try_rank_ratio: Annotated[
         list[float] | None,
-        typer.Option(help="Rank ratio to try; each layer takes the best of those given. May be repeated."),
+        typer.Option(
+            help="Rank ratio to try; each layer takes the best of those given. May be repeated.",
+            show_default="only --rank-ratio",
+        ),
     ] = None,
     calibration: CalibrationText = None,
     images: Annotated[
@@ -92,7 +101,7 @@ def compress(
         str | None,
         typer.Option(help="Dotted path of the list of transformer blocks.", show_default="found by itself"),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that is at OUT.")] = False,
+    overwrite: OverwriteModel = False,
     restart: Annotated[
         bool, typer.Option("--restart", help="Start over, instead of after the last block of a stopped run.")
     ] = False,
@@ -106,9 +115,7 @@ def compress(
             help="The same for the low-rank factors: int8, bf16, fp32.", show_default="as the values"
         ),
     ] = None,
-    scale_columns: Annotated[
-        int, typer.Option(help="Columns of a row whose codes share a scale: 64 or 128.")
-    ] = OatsConfig.scale_columns,
+    scale_columns: ScaleColumns = OatsConfig.scale_columns,
     memory_limit: Annotated[
         str | None,
         typer.Option(
@@ -116,7 +123,7 @@ def compress(
             show_default="none",
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Compress MODEL without retraining and save it to OUT as a Hugging Face directory.
 

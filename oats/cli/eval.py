@@ -7,42 +7,47 @@ from typing import Annotated, Any
 
 import typer
 
-from oats.cli.options import Context, RunDtype, Stride
+from oats.cli.options import (
+    HELD_OUT,
+    AnyModel,
+    Context,
+    Json,
+    Limit,
+    MaxTokens,
+    RunDtype,
+    Stride,
+    TaskPath,
+)
 from oats.errors import ConfigError, OatsError
 
 
 def evaluate(
-    directory: Annotated[
-        str, typer.Argument(metavar="DIR", help="Model directory, dense or compressed; GGUF; or hub name.")
-    ],
+    directory: AnyModel,
     text: Annotated[
         Path | None,
-        typer.Option(help="UTF-8 text file.", show_default="second half of Python's pydoc_data.topics"),
+        typer.Option(help="UTF-8 text to evaluate on.", show_default=HELD_OUT),
     ] = None,
     context: Context = None,
     stride: Stride = None,
-    max_tokens: Annotated[
-        int | None, typer.Option(help="Use only the first tokens of the text.", show_default="all")
-    ] = None,
+    max_tokens: MaxTokens = None,
     tasks: Annotated[
         str | None,
-        typer.Option(help="Instead of a perplexity: tasks of lm-evaluation-harness, with commas between."),
+        typer.Option(
+            help="Score tasks of lm-evaluation-harness instead: names with commas between them.",
+            show_default="none",
+        ),
     ] = None,
-    task_path: Annotated[
-        Path | None, typer.Option(help="Directory with YAML files of tasks of your own.")
-    ] = None,
+    task_path: TaskPath = None,
     shots: Annotated[
         int | None, typer.Option(help="Examples in the prompts of tasks.", show_default="as the task says")
     ] = None,
-    limit: Annotated[
-        int | None, typer.Option(help="Questions of each task at most.", show_default="all")
-    ] = None,
+    limit: Limit = None,
     batch: Annotated[int, typer.Option(help="Sequences of one forward pass of tasks.")] = 1,
     save: Annotated[
         bool, typer.Option("--save", help="Add the perplexity to the model card of DIR.")
     ] = False,
     dtype: RunDtype = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Perplexity of a model on a text, with every setting it depends on; or its scores on tasks."""
     if max_tokens is not None and max_tokens < 1:

@@ -7,21 +7,18 @@ from typing import Annotated
 
 import typer
 
+from oats.cli.options import AnyModel, Json, RunDtype, SamplingSeed
 from oats.errors import ConfigError
 
 
 def generate(
-    directory: Annotated[
-        str, typer.Argument(metavar="DIR", help="Model directory, dense or compressed; GGUF; or hub name.")
-    ],
-    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
+    directory: AnyModel,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Text to continue.")],
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 100,
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token each time.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
-    as_json: Annotated[
-        bool,
-        typer.Option("--json", help="Print the prompt, the whole text and the settings as JSON, at the end."),
-    ] = False,
+    seed: SamplingSeed = 0,
+    dtype: RunDtype = None,
+    as_json: Json = False,
 ) -> None:
     """Continue a prompt, printing the text as it is made."""
     if max_new_tokens < 1:
@@ -36,7 +33,7 @@ def generate(
     from oats.integrations.checkpoint import load_model
 
     with status(f"Loading {directory}"):
-        model, tokenizer = load_model(directory)
+        model, tokenizer = load_model(directory, dtype)
     inputs = tokenizer(prompt, return_tensors="pt")
     given = inputs.input_ids.numel()
     if given == 0:

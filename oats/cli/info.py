@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from oats import __version__
+from oats.cli.options import Json
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -24,8 +25,10 @@ BAR_WIDTH = 32
 
 
 def info(
-    directory: Annotated[Path | None, typer.Argument(metavar="[DIR]", help="A model directory.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+    directory: Annotated[
+        Path | None, typer.Argument(metavar="[DIR]", help="Directory of a dense or compressed model.")
+    ] = None,
+    as_json: Json = False,
 ) -> None:
     """Describe this installation, or with DIR what a model directory holds, per layer."""
     if directory is None:

@@ -7,14 +7,29 @@ from typing import Annotated
 
 import typer
 
-DenseModel = Annotated[
-    str, typer.Argument(metavar="MODEL", help="Directory (safetensors or GGUF), .gguf file, or hub name.")
+FORMS = "directory (safetensors or GGUF), .gguf file, or hub name"
+DenseModel = Annotated[str, typer.Argument(metavar="MODEL", help=f"Dense model: {FORMS}.")]
+AnyModel = Annotated[str, typer.Argument(metavar="DIR", help=f"Dense or compressed model: {FORMS}.")]
+CompressedModel = Annotated[Path, typer.Argument(metavar="DIR", help="Directory of a compressed model.")]
+OutModel = Annotated[
+    Path, typer.Argument(metavar="OUT", help="Directory to write; empty or new, unless --overwrite is given.")
 ]
+OverwriteModel = Annotated[bool, typer.Option("--overwrite", help="Replace a model that is at OUT.")]
+
 RunDtype = Annotated[
-    str | None, typer.Option(help="bf16 or fp32.", show_default="the model's own; GGUF: bf16")
+    str | None,
+    typer.Option(help="Dtype to run in: bf16 or fp32.", show_default="the model's own; GGUF: bf16"),
+]
+StoredDtype = Annotated[
+    str | None,
+    typer.Option(help="Dtype of the result: bf16 or fp32.", show_default="the model's own; GGUF: bf16"),
+]
+RankRatio = Annotated[
+    float, typer.Option(help="Share of the kept parameters that goes to the low-rank part.")
 ]
 Pattern = Annotated[str, typer.Option(help="Where non-zeros may sit: row, layer, or N:M such as 2:4.")]
 Seed = Annotated[int, typer.Option(help="Seed of the fast low-rank step.")]
+ScaleColumns = Annotated[int, typer.Option(help="Columns of a row whose codes share a scale: 64 or 128.")]
 
 CalibrationText = Annotated[
     Path | None,
@@ -23,9 +38,25 @@ CalibrationText = Annotated[
 Samples = Annotated[int, typer.Option(help="Calibration sequences (the paper: 128).")]
 Length = Annotated[int, typer.Option(help="Tokens of a calibration sequence (the paper: 2048).")]
 
+HELD_OUT = "second half of Python's pydoc_data.topics"
 Context = Annotated[
     int | None, typer.Option(help="Tokens of a window.", show_default="2048, or the model's own if less")
 ]
 Stride = Annotated[
     int | None, typer.Option(help="Tokens scored in a window.", show_default="context: no overlap")
 ]
+MaxTokens = Annotated[
+    int | None, typer.Option(help="Use only the first tokens of a text.", show_default="all")
+]
+TaskPath = Annotated[
+    Path | None,
+    typer.Option(help="Directory with YAML files of tasks of your own.", show_default="none"),
+]
+Limit = Annotated[int | None, typer.Option(help="Questions of each task at most.", show_default="all")]
+
+SamplingSeed = Annotated[int, typer.Option(help="Seed of the sampling.")]
+ChatTemplate = Annotated[
+    Path | None,
+    typer.Option(help="Jinja file that makes turns into a prompt.", show_default="the model's own, if any"),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]

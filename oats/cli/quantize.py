@@ -2,29 +2,44 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from oats.cli.options import CalibrationText, Length, Samples
+from oats.cli.options import (
+    CalibrationText,
+    CompressedModel,
+    Json,
+    Length,
+    OutModel,
+    OverwriteModel,
+    Samples,
+    ScaleColumns,
+)
 from oats.errors import ConfigError
 
 
 def quantize(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A compressed model.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Where to write the result.")],
-    values: Annotated[str, typer.Option(help="Kept values: int8, int4, or exact.")] = "int8",
-    low_rank: Annotated[str, typer.Option(help="Low-rank factors: int8 or exact.")] = "int8",
-    scale_columns: Annotated[int, typer.Option(help="Columns that share a scale: 64 or 128.")] = 128,
+    directory: CompressedModel,
+    out: OutModel,
+    values: Annotated[
+        str, typer.Option(help="How kept values are stored: int8 or int4 codes, or exact.")
+    ] = "int8",
+    low_rank: Annotated[
+        str, typer.Option(help="The same for the low-rank factors: int8, or exact.")
+    ] = "int8",
+    scale_columns: ScaleColumns = 128,
     calibrate: Annotated[
-        bool, typer.Option(help="Fit codes by what the layers see: worth it for int4, takes longer.")
+        bool,
+        typer.Option(
+            "--calibrate", help="Fit codes by what the layers see: worth it for int4, takes longer."
+        ),
     ] = False,
     calibration: CalibrationText = None,
     samples: Samples = 64,
     length: Length = 512,
-    overwrite: Annotated[bool, typer.Option(help="Replace a model that is already at OUT.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    overwrite: OverwriteModel = False,
+    as_json: Json = False,
 ) -> None:
     """Store the values of a compressed model as int8 or int4 codes: fewer bytes, and faster for it.
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from oats.cli.options import CompressedModel
 from oats.errors import OatsError, OutputExistsError
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ BATCHES = (1, 16, 128)
 
 
 def report(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Directory of a compressed model.")],
+    directory: CompressedModel,
     out: Annotated[
         Path | None,
         typer.Option(help="File to write.", show_default="the directory's name with -report.html"),

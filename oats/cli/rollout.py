@@ -10,11 +10,11 @@ import typer
 
 def rollout(
     directory: Annotated[
-        Path, typer.Argument(metavar="DIR", help="Directory of a vision transformer, compressed or dense.")
+        Path, typer.Argument(metavar="DIR", help="Directory of a vision transformer, dense or compressed.")
     ],
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE…", help="Image files, a row each.")],
     out: Annotated[Path, typer.Option(help="Picture to write, .png or .svg.")] = Path("rollout.png"),
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the picture.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")] = False,
 ) -> None:
     """Draw the attention rollout of a model, of its sparse part alone and of its low-rank part alone."""
     from oats.cli.console import results, status
@@ -24,7 +24,9 @@ def rollout(
     from oats.integrations.vision import load_vision_model, read_images
 
     if out.exists() and not overwrite:
-        raise OutputExistsError(f"{out} exists; choose another file, or overwrite it (--overwrite)")
+        raise OutputExistsError(
+            f"{out} is there already; give another name with --out, or replace it with --overwrite"
+        )
     require_matplotlib()
     with status(f"Loading {directory}"):
         model = load_vision_model(directory, attn_implementation="eager")

@@ -8,14 +8,12 @@ from typing import Annotated
 
 import typer
 
-from oats.cli.options import RunDtype
+from oats.cli.options import AnyModel, ChatTemplate, RunDtype
 from oats.errors import ConfigError
 
 
 def serve(
-    directory: Annotated[
-        str, typer.Argument(metavar="DIR", help="Model directory, dense or compressed; GGUF; or hub name.")
-    ],
+    directory: AnyModel,
     host: Annotated[
         str, typer.Option(help="Address to listen at; 0.0.0.0 is every one of this machine.")
     ] = "127.0.0.1",
@@ -23,12 +21,7 @@ def serve(
     name: Annotated[
         str | None, typer.Option(help="What clients call the model.", show_default="the directory's name")
     ] = None,
-    chat_template: Annotated[
-        Path | None,
-        typer.Option(
-            help="Jinja file that makes turns into a prompt.", show_default="the model's own, if any"
-        ),
-    ] = None,
+    chat_template: ChatTemplate = None,
     max_batch: Annotated[int, typer.Option(help="Requests that run at once; more of them wait.")] = 8,
     max_waiting: Annotated[int, typer.Option(help="Requests that may wait for those that run.")] = 64,
     dtype: RunDtype = None,
@@ -85,6 +78,8 @@ def _listen(host: str, port: int) -> socket.socket:
         listening = socket.socket(family, kind, protocol)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(address)
+        # Only this keeps others from the port; who asks while the model is loaded is answered after that.
+        listening.listen(128)
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(

@@ -2,13 +2,14 @@
 
 At a few rows the time of a linear layer is the time of reading its weights, so that a token for each of eight
 texts takes little more than a token for one. Texts come and go between two calls: the keys and values of all
-are one cache of transformers, each text's at the right end of its row, and padding on the left is masked.
+are one cache of transformers, each text's at the right end of its row, and padding on the left is masked. A
+layer that sees a window of the text keeps no more than that.
 """
 
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -83,15 +84,14 @@ class Text:
         next_token: chooses.
         length: tokens that were computed, whose keys and values are there.
         last: the newest token, not computed yet; -1 while the prompt is.
-        cache: of this text alone; None once it is in the batch.
+        cache: of this text alone; None before the prompt is begun, and once it is in the batch.
     """
 
     generation: Generation
     next_token: NextToken
     length: int = 0
     last: int = -1
-    # Without the model's config each layer keeps everything; the mask still says what a sliding window sees.
-    cache: DynamicCache | None = field(default_factory=DynamicCache)
+    cache: DynamicCache | None = None
 
 
 class Batch:
@@ -117,6 +117,8 @@ class Batch:
         Returns:
             whether the prompt is done: the text can be added, if it goes on.
         """
+        if text.cache is None:
+            text.cache = DynamicCache(config=self._model.config)
         ids = torch.tensor([text.generation.ids[text.length : text.length + CHUNK]])
         end = text.length + ids.shape[1]
         output = self._model(
@@ -140,9 +142,11 @@ class Batch:
             self._cache = new
         else:
             longest = max(text.length, self._longest())
-            for mine, other in zip(self._cache.layers, new.layers, strict=True):  # type: ignore[union-attr]
-                mine.keys = torch.cat([_padded(mine.keys, longest), _padded(other.keys, longest)])
-                mine.values = torch.cat([_padded(mine.values, longest), _padded(other.values, longest)])
+            for mine, other in zip(_layers(self._cache), _layers(new), strict=True):
+                _fit(mine, longest)
+                _fit(other, longest)
+                mine.keys = torch.cat([mine.keys, other.keys])
+                mine.values = torch.cat([mine.values, other.values])
         self.texts.append(text)
 
     @torch.no_grad()
@@ -174,14 +178,31 @@ class Batch:
         if not self.texts:
             self._cache = None
             return
-        longest = self._longest()
-        for layer in self._cache.layers:
-            layer.keys, layer.values = layer.keys[rows][:, :, -longest:], layer.values[rows][:, :, -longest:]
+        for layer in _layers(self._cache):
+            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+            _fit(layer, self._longest())
 
     def _longest(self) -> int:
         return max(text.length for text in self.texts)
 
 
-def _padded(states: Tensor, length: int) -> Tensor:
-    """(rows, heads, tokens, features) with zeros on the left, up to `length` tokens."""
-    return functional.pad(states, (0, 0, length - states.shape[2], 0))
+def _layers(cache: Any) -> list[Any]:
+    """Those that hold something: some models have layers that read the keys of others."""
+    return [layer for layer in cache.layers if layer.is_initialized]
+
+
+def _fit(layer: Any, longest: int) -> None:
+    """Make a layer's keys and values, (rows, heads, tokens, features), as wide as those of a batch.
+
+    Zeros are added on the left, or tokens left out there, which are padding or outside of the window.
+
+    Args:
+        layer: of a cache.
+        longest: tokens of the longest text in the batch.
+    """
+    width = longest
+    if isinstance(layer, DynamicSlidingWindowLayer):
+        width = min(longest, layer.sliding_window - 1)
+        layer.cumulative_length = longest  # where the window is in the mask
+    padding = (0, 0, width - layer.keys.shape[2], 0)
+    layer.keys, layer.values = functional.pad(layer.keys, padding), functional.pad(layer.values, padding)
