@@ -35,7 +35,9 @@ class LlamaModel(Worker):
         python = str(BENCH / "venv/bin/python")
         super().__init__("llama.cpp", [python, str(PEER)], environment=environment)
 
-    def quantize(self, source: Path, file: Path, kind: str, *, embedding: str | None = None) -> None:
+    def quantize(
+        self, source: Path, file: Path, kind: str, *, embedding: str | None = None, pure: bool = False
+    ) -> None:
         """Write `file`, quantised as llama.cpp does it for ``kind``, such as "Q4_K_M".
 
         Args:
@@ -44,8 +46,10 @@ class LlamaModel(Worker):
             kind: a file type of llama.cpp.
             embedding: the type of the token embedding and the head, where they are not to have what the
                 file type says.
+            pure: all other weights get the one type that the file type is named for.
         """
-        self.ask(do="quantize", source=str(source), file=str(file), type=kind, embedding=embedding)
+        paths = {"source": str(source), "file": str(file)}
+        self.ask(do="quantize", **paths, type=kind, embedding=embedding, pure=pure)
 
     def load(self, file: Path, context: int) -> None:
         """Hold the model of a file, for prompts and new tokens of `context` together."""

@@ -23,7 +23,7 @@ loaded = {}
 def quantize(request):
     parameters = llama_cpp.llama_model_quantize_default_params()
     parameters.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{request['type']}")
-    parameters.allow_requantize = True
+    parameters.allow_requantize, parameters.pure = True, request["pure"]
     if request["embedding"]:
         kind = getattr(llama_cpp, f"GGML_TYPE_{request['embedding']}")
         parameters.token_embedding_type = parameters.output_tensor_type = kind

@@ -180,6 +180,15 @@ class Cells:
         """Keep a finished cell."""
         write_text(self._file(cell.method, cell.compression), json.dumps(asdict(cell), indent=2) + "\n")
 
+    def finished(self) -> list[Cell]:
+        """All cells that are there, by compression; the dense model's first."""
+        names = (file.stem.rpartition("-") for file in self.directory.glob("*-*.json"))
+        cells = (self.get(method, float(share) / 100) for method, _, share in names)
+        return sorted(
+            (cell for cell in cells if cell is not None),
+            key=lambda cell: (cell.compression, cell.method != DENSE, cell.method),
+        )
+
     def _file(self, method: str, compression: float) -> Path:
         return self.directory / f"{method}-{100 * compression:g}.json"
 
