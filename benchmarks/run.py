@@ -68,6 +68,7 @@ class PeerKind:
 
 def peer_kinds(bench: Path, sparamx: str | None) -> list[PeerKind]:
     """All peers, installed or not; `bench` is the folder of their environments."""
+    ggml = str(bench / "llama/build")
     kinds = [
         PeerKind("torch CSR", "fp32", "unstructured", "", ("torch_csr.py",)),
         PeerKind("scipy CSR", "fp32", "unstructured", "runtimes", ("scipy_csr.py",)),
@@ -76,8 +77,8 @@ def peer_kinds(bench: Path, sparamx: str | None) -> list[PeerKind]:
         PeerKind("OpenVINO", "bf16", "dense", "runtimes", ("openvino_runtime.py", "bf16")),
         PeerKind("DeepSparse", "fp32", "unstructured", "deepsparse", ("deepsparse_engine.py",)),
         PeerKind("DeepSparse", "fp32", "oats", "deepsparse", ("deepsparse_engine.py",)),
-        PeerKind("llama.cpp", "q8_0", "dense", "runtimes", ("ggml_matmul.py", str(bench / "ggml"), "q8_0")),
-        PeerKind("llama.cpp", "q4_k", "dense", "runtimes", ("ggml_matmul.py", str(bench / "ggml"), "q4_k")),
+        PeerKind("llama.cpp", "q8_0", "dense", "runtimes", ("ggml_matmul.py", ggml, "q8_0")),
+        PeerKind("llama.cpp", "q4_k", "dense", "runtimes", ("ggml_matmul.py", ggml, "q4_k")),
     ]
     if sparamx is not None:
         script = ("sparamx.py", sparamx, str(bench / "sparamx"))

@@ -46,6 +46,10 @@ METHODS = (
     "oats-hessian",
     "oats-hessian+int8",
     "oats-hessian+int4",
+    "dense+int8",
+    "dense+int4",
+    "dense+q8_0",
+    "dense+q4_0",
 )
 COMPRESSIONS = (0.3, 0.4, 0.5, 0.6)
 DOCSTRINGS = 1000
@@ -151,14 +155,10 @@ def main() -> None:
         "versions": f"oats {oats.__version__}, torch {torch.__version__}, instruction set {ops.active_isa()}",
     }
 
-    def measure(config: oats.OatsConfig | None) -> tuple[dict[str, float], int, int, float]:
+    def measure(what: comparison.Planned | None) -> tuple[dict[str, float], int, int, float]:
         model, _ = load_model(path, as_saved=True)
         started = time.perf_counter()
-        if config is None:
-            sizes = comparison.dense_sizes(model, common)
-        else:
-            oats.compress_(model, batches(tokenizer, calibration), config)
-            sizes = comparison.compressed_sizes(model)
+        sizes = comparison.apply_(model, what, batches(tokenizer, calibration), common)
         seconds = time.perf_counter() - started
         scores = {
             f"accuracy, {name}": found_first(

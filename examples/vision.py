@@ -178,14 +178,10 @@ def main() -> None:
         "versions": f"oats {oats.__version__}, torch {torch.__version__}, instruction set {ops.active_isa()}",
     }
 
-    def measure(config: oats.OatsConfig | None) -> tuple[dict[str, float], int, int, float]:
+    def measure(what: comparison.Planned | None) -> tuple[dict[str, float], int, int, float]:
         model = load_vision_model(dense)
         started = time.perf_counter()
-        if config is None:
-            sizes = comparison.dense_sizes(model, common)
-        else:
-            oats.compress_(model, {"pixel_values": calibration}, config)
-            sizes = comparison.compressed_sizes(model)
+        sizes = comparison.apply_(model, what, {"pixel_values": calibration}, common)
         seconds = time.perf_counter() - started
         return {"accuracy, test": accuracy(model, *data["test"])}, *sizes, seconds
 

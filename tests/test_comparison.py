@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-import oats.compress
 from oats.config import METHODS, OatsConfig
 from oats.errors import ConfigError, FormatError, OutputExistsError
+from oats.evaluate import comparison
 from oats.evaluate.comparison import Cell, Cells, complete, markdown, plan, rows
 from tests import test_cli
 from tests.test_cli import SMALL, entries, fails, run
@@ -70,7 +70,7 @@ def test_the_cells_are_what_compress_and_eval_give(dense, text, tmp_path) -> Non
 
 def test_a_comparison_goes_on_where_it_stopped(dense, text, tmp_path, monkeypatch) -> None:
     out, walked = tmp_path / "out", []
-    compress = oats.compress.compress_
+    compress = comparison.compress_
 
     def interrupted(model, calibration, config):
         walked.append(config.method)
@@ -78,7 +78,7 @@ def test_a_comparison_goes_on_where_it_stopped(dense, text, tmp_path, monkeypatc
             raise KeyboardInterrupt
         return compress(model, calibration, config)
 
-    monkeypatch.setattr(oats.compress, "compress_", interrupted)
+    monkeypatch.setattr(comparison, "compress_", interrupted)
     options = ["--compressions", "0.5", "--no-plot"]
     assert run(*compare(dense, text, out, "--methods", "magnitude,wanda", *options)).exit_code == 130
     assert entries(out) == ["dense-0.json", "magnitude-50.json", "settings.json"]
@@ -218,3 +218,45 @@ def test_accuracy_of_the_next_token(dense, text, tmp_path) -> None:
     assert cells[1]["method"] == "wanda+int8" and cells[1]["layer_bytes"] < 0.3 * cells[0]["layer_bytes"]
     assert "accuracy of the next token, fox.txt" in (out / "table.md").read_text()
     assert "other settings: accuracy is" in fails(*(option for option in command if option != "--accuracy"))
+
+
+def test_dense_formats_are_cells_too(dense, text, tmp_path) -> None:
+    out = tmp_path / "out"
+    methods = "dense+int8,dense+q8_0,dense+int4,dense+q4_0,wanda"
+    command = compare(dense, text, out, "--methods", methods, "--compressions", "0.5,0.6", "--no-plot")
+    cells = {(c["method"], c["compression"]): c for c in json.loads(run(*command, "--json").stdout)["cells"]}
+    # A format has one cell, whatever the compressions.
+    assert [compression for method, compression in cells if method.startswith("dense")] == [0.0] * 5
+    plain = cells["dense", 0.0]
+    bits = {method: 8 * c["layer_bytes"] / plain["layer_parameters"] for (method, _), c in cells.items()}
+    # 64 or 128 columns: int8 has a scale of two bytes for them, int4 two of them.
+    assert 8.125 < bits["dense+int8"] < 8.25 and 4.25 < bits["dense+int4"] < 4.5
+    assert (bits["dense+q8_0"], bits["dense+q4_0"]) == (8.5, 4.5)
+    apart = {
+        method: abs(c["scores"]["perplexity, fox.txt"] - plain["scores"]["perplexity, fox.txt"])
+        for (method, compression), c in cells.items()
+        if compression == 0
+    }
+    assert 0 < max(apart["dense+int8"], apart["dense+q8_0"]) < min(apart["dense+int4"], apart["dense+q4_0"])
+    assert "no dense format is called 'q3_k'; choose from int8, int4, q8_0, q4_0, q4_k" in fails(
+        *compare(dense, text, tmp_path / "other", "--methods", "dense+q3_k")
+    )
+
+
+def test_dense_formats_in_the_picture() -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    from oats.evaluate.comparison_plot import figure
+
+    int8 = Cell("oats+int8", 0.5, {"perplexity, a.txt": 14.75}, 2_500_000, 2_000_000, 4.0, 2)
+    q4_0 = Cell("dense+q4_0", 0.0, {"perplexity, a.txt": 12.5}, 2_250_000, 4_000_000, 0.1, 2)
+    assert rows([q4_0])[0] == ["dense+q4_0", "", "4 M", "2.25", "12.50", ""]
+    speeds = {("oats", 0.5): 40.0, ("oats+int8", 0.5): 50.0, ("dense+q4_0", 0.0): 60.0}
+    left, right = figure([*CELLS, int8, q4_0], speeds).axes
+    lines = {line.get_label(): line for line in right.lines}
+    assert list(lines) == ["oats", "oats+int8", "dense", "dense+q4_0"]
+    assert {line.get_label() for line in left.lines} == {*lines, "wanda"}
+    assert [*lines["oats"].get_data()[0]] == [40.0] and [*lines["dense+q4_0"].get_data()[0]] == [60.0]
+    assert lines["oats"].get_color() == lines["oats+int8"].get_color()
+    assert lines["oats"].get_linestyle() != lines["oats+int8"].get_linestyle()
+    assert right.get_xlabel() == "decoded tokens a second"
+    assert "dense+q4_0" in [note.get_text() for note in right.texts]

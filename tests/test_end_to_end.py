@@ -122,10 +122,13 @@ print(status("VmHWM") - before, bytes_per_token(model))
     assert peak < 1.6 * packed
 
 
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))  # of what the benchmark imports
+
+
 @pytest.fixture(scope="module")
 def benchmark() -> ModuleType:
-    path = Path(__file__).parent.parent / "benchmarks" / "end_to_end.py"
-    spec = importlib.util.spec_from_file_location("end_to_end", path)
+    spec = importlib.util.spec_from_file_location("end_to_end", BENCHMARKS / "end_to_end.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -170,11 +173,80 @@ def test_the_benchmark(benchmark, monkeypatch, capsys) -> None:
 
 
 def test_the_benchmark_says_what_is_missing(benchmark, monkeypatch, capsys, tmp_path: Path) -> None:
+    monkeypatch.setattr(benchmark, "BENCH", tmp_path)
     for arguments, message in (
         (["gpt"], "unknown model gpt"),
         (["--demo", str(tmp_path)], "run `make demo` first"),
+        (
+            ["phi-3-mini", "--forms", "llama-q8_0"],
+            "llama.cpp is not built; benchmarks/install_peers.sh does it",
+        ),
     ):
         monkeypatch.setattr(sys, "argv", ["end_to_end.py", *arguments])
         with pytest.raises(SystemExit):
             benchmark.main()
         assert message in capsys.readouterr().err
+
+
+LARGER: dict[str, Any] = SIZES | dict(vocab_size=300, hidden_size=512, intermediate_size=768)
+
+
+@pytest.mark.parametrize("kind", [LlamaConfig, Phi3Config])
+def test_files_of_random_weights(kind, tmp_path) -> None:
+    gguf = pytest.importorskip("gguf", reason="gguf is not installed")
+    import llama_files
+
+    def quantize(source: Path, file: Path) -> None:
+        """What llama.cpp does, but for what it makes of which tensor."""
+        reader = gguf.GGUFReader(source)
+        writer = gguf.GGUFWriter(file, "llama")
+        for tensor in reader.tensors:
+            codes, raw = tensor.data, None
+            if len(tensor.shape) == 2:
+                raw = gguf.GGMLQuantizationType["Q8_0" if "ffn" in tensor.name else "Q4_0"]
+                codes = gguf.quants.quantize(codes, raw)
+            writer.add_tensor(tensor.name, codes, raw_dtype=raw)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+    file = tmp_path / "model.gguf"
+    architecture = kind(**LARGER)
+    llama_files.write_random(file, architecture, quantize)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(architecture)
+    assert sum(int(t.n_elements) for t in tensors.values()) == sum(p.numel() for p in model.parameters())
+    down, up = tensors["blk.1.ffn_down.weight"], tensors["blk.1.attn_output.weight"]
+    assert down.shape.tolist() == [768, 512] and down.tensor_type.name == "Q8_0"
+    assert up.shape.tolist() == [512, 512] and up.tensor_type.name == "Q4_0"
+    values = gguf.quants.dequantize(down.data, down.tensor_type)
+    assert 0.01 < values.std() < 0.03 and abs(values.mean()) < 1e-3
+    read, blocks = llama_files.weight_bytes(file)
+    inside = sum(p.numel() for p in model.model.layers.parameters())
+    assert 4.5 / 8 * inside < blocks < 8.6 / 8 * inside
+    assert read - blocks == 300 * 512 * 4.5 / 8 + 512 * 4
+
+
+def test_llama_cpp_generates_from_such_a_file(benchmark, monkeypatch, capsys) -> None:
+    import llama_files
+
+    if not (llama_files.BENCH / "version").exists():
+        pytest.skip("llama.cpp is not built; benchmarks/install_peers.sh builds it")
+    monkeypatch.setitem(benchmark.SHAPES, "tiny", Phi3Config(**LARGER))
+    numbers = ["--prompt=6", "--new-tokens=4", "--repetitions=2"]
+    forms = ["oats", "llama-q8_0", "llama-q4_k_m"]
+    monkeypatch.setattr(sys, "argv", ["end_to_end.py", "tiny", "--worker", *numbers, "--forms", *forms])
+    benchmark.main()
+    rows = {row["form"]: row for row in json.loads(capsys.readouterr().out)}
+    assert list(rows) == forms
+    for form in forms[1:]:
+        assert rows[form]["compression"] is None and rows[form]["decode_seconds"] is None
+        assert rows[form]["decode_tokens_per_s"]["median"] > 0
+    parameters = 2 * (512 * 512 * 3 + 3 * 512 * 768)
+    assert 8.5 / 8 * parameters < rows["llama-q8_0"]["block_bytes"] < 8.6 / 8 * parameters
+    assert 4.5 / 8 * parameters < rows["llama-q4_k_m"]["block_bytes"] < 5.5 / 8 * parameters
+    benchmark.show(list(rows.values()), benchmark.argparse.Namespace(prompt=6, new_tokens=4, repetitions=2))
+    assert "llama.cpp Q4_K_M, random" in capsys.readouterr().out

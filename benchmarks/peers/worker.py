@@ -55,44 +55,56 @@ class Peer(ABC):
 
 def serve(peer):
     """Answer requests until stdin ends."""
+    calls, done = [], 0
+
+    def load(request):
+        calls.clear()
+        weight = np.load(request["weight"])
+        factors = [np.load(path) for path in request["factors"]] if request["factors"] else None
+        copies = min(math.ceil(request["cycled_bytes"] / peer.size(weight)), peer.most_copies)
+        size = peer.load(weight, factors, copies, request["threads"])
+        return {"weight_bytes": size, "copies": copies}
+
+    def output(request):
+        calls.clear()
+        calls.extend(peer.calls(np.load(request["x"])))
+        np.save(request["y"], np.asarray(peer.result(calls[0]()), dtype=np.float32))
+        return {}
+
+    def timed(request):
+        nonlocal done
+        taken = []
+        for call in range(-request["warm_up"], request["calls"]):
+            function = calls[done % len(calls)]
+            done += 1
+            start = time.perf_counter()
+            function()
+            seconds = time.perf_counter() - start
+            if call >= 0:
+                taken.append(1e3 * seconds)
+        return {"ms": taken}
+
+    answer(type(peer).__name__, peer.version, {"load": load, "output": output, "time": timed})
+
+
+def answer(name, version, requests):
+    """Answer requests until stdin ends; `requests` has a function from request to reply for each."""
     # Die with the parent, also while stopped by it (Linux: PR_SET_PDEATHSIG, SIGKILL).
     ctypes.CDLL(None).prctl(1, 9)
     # Libraries print to stdout what they like: it goes to stderr, and replies go to where stdout was.
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    calls, done = [], 0
 
     def reply(**fields):
         print(json.dumps(fields), file=replies, flush=True)
 
-    reply(name=type(peer).__name__, version=peer.version)
+    reply(name=name, version=version)
     for line in sys.stdin:
         request = json.loads(line)
         try:
-            if request["do"] == "load":
-                calls = []
-                weight = np.load(request["weight"])
-                factors = [np.load(path) for path in request["factors"]] if request["factors"] else None
-                copies = min(math.ceil(request["cycled_bytes"] / peer.size(weight)), peer.most_copies)
-                size = peer.load(weight, factors, copies, request["threads"])
-                reply(weight_bytes=size, copies=copies)
-            elif request["do"] == "output":
-                calls = []
-                calls = peer.calls(np.load(request["x"]))
-                np.save(request["y"], np.asarray(peer.result(calls[0]()), dtype=np.float32))
-                reply()
-            elif request["do"] == "time":
-                taken = []
-                for call in range(-request["warm_up"], request["calls"]):
-                    function = calls[done % len(calls)]
-                    done += 1
-                    start = time.perf_counter()
-                    function()
-                    seconds = time.perf_counter() - start
-                    if call >= 0:
-                        taken.append(1e3 * seconds)
-                reply(ms=taken)
-            else:
-                reply(error=f"no request is called {request['do']!r}")
+            if request["do"] not in requests:
+                raise ValueError(f"no request is called {request['do']!r}")
+            fields = requests[request["do"]](request)
         except Exception as error:
-            reply(error=f"{type(error).__name__}: {error}"[:2000])
+            fields = {"error": f"{type(error).__name__}: {error}"[:2000]}
+        reply(**fields)

@@ -38,7 +38,8 @@ def compare(
         str,
         typer.Option(
             help="Out of oats, oats-hessian, magnitude, wanda, sparsegpt, dsnot; +match behind a name tunes "
-            "each block too, +int8 or +int4 behind that stores the kept values as such codes."
+            "each block too, +int8 or +int4 behind that stores the kept values as such codes. dense+int8, "
+            "+int4, +q8_0, +q4_0 and +q4_k round the dense weights to nearest in that format."
         ),
     ] = "magnitude,wanda,dsnot,sparsegpt,oats,oats-hessian",
     compressions: Annotated[
@@ -98,13 +99,12 @@ def compare(
     from oats.atomic_file import write_text
     from oats.cli.comparison_table import print_table
     from oats.cli.console import notes, print_json, progress_bar, results, settings_table, status
-    from oats.compress import compress_
     from oats.evaluate.comparison import (
         Cell,
         Cells,
+        Planned,
+        apply_,
         complete,
-        compressed_sizes,
-        dense_sizes,
         format_score,
         markdown,
         plan,
@@ -165,15 +165,12 @@ def compare(
     networks = [network]  # the one that is loaded, for the first cell
     del network
 
-    def measure(config: OatsConfig | None) -> tuple[dict[str, float], int, int, float]:
+    def measure(what: Planned | None) -> tuple[dict[str, float], int, int, float]:
         network = networks.pop() if networks else load_model(model, dtype)[0]
         started = time.perf_counter()
-        if config is None:
-            sizes = dense_sizes(network, common)
+        sizes = apply_(network, what, windows, common)
+        if what is None:
             networks.append(network)
-        else:
-            compress_(network, windows, config)
-            sizes = compressed_sizes(network)
         seconds = time.perf_counter() - started
         scores = {}
         for score, tokens in ids.items():

@@ -12,14 +12,18 @@ import torch
 from torch import nn
 
 from oats.atomic_file import write_text
+from oats.calibrate import Calibration
+from oats.compress import compress_
 from oats.config import PRUNING, OatsConfig
 from oats.errors import ConfigError, FormatError, OutputExistsError
+from oats.evaluate.dense_formats import DenseFormat
 from oats.models import find_blocks
 from oats.nn import SparseLowRankLinear
 from oats.targets import find_targets
 
 DENSE = "dense"
-"""The name of the model as it was, among the methods."""
+"""The name of the model as it was, among the methods; with + and a name of `FORMATS` behind, its weights are
+rounded to that format (:mod:`oats.evaluate.dense_formats`)."""
 
 MATCHED = "+match"
 """Behind the name of a method: each block is tuned too, in `PASSES` passes (:mod:`oats.matching`)."""
@@ -29,12 +33,17 @@ CODES = ("+int8", "+int4")
 """Behind the name: kept values are stored as such codes (:mod:`oats.quantization`)."""
 
 
-def plan(common: OatsConfig, methods: Sequence[str], compressions: Sequence[float]) -> dict[str, OatsConfig]:
-    """What is compared: the settings of every cell but the dense one, by the cell's name.
+Planned = OatsConfig | DenseFormat
+"""What is done to the model for a cell."""
+
+
+def plan(common: OatsConfig, methods: Sequence[str], compressions: Sequence[float]) -> dict[str, Planned]:
+    """What is compared: what is done for every cell but the dense one, by the cell's name.
 
     Args:
         common: the settings that all share; its method and compression are not used.
-        methods: names out of `oats.config.METHODS`; `MATCHED`, and then one of `CODES`, may be behind.
+        methods: names out of `oats.config.METHODS`; `MATCHED`, and then one of `CODES`, may be behind. Or
+            `DENSE`, + and a format: one cell, whatever the compressions.
         compressions: each in [0, 1).
 
     Raises:
@@ -43,12 +52,16 @@ def plan(common: OatsConfig, methods: Sequence[str], compressions: Sequence[floa
     >>> planned = plan(OatsConfig(), ["wanda", "oats+match", "oats+int8"], [0.5])
     >>> {name: (each.block_matching, each.values) for name, each in planned.items()}
     {'wanda 0.5': (0, None), 'oats+match 0.5': (2, None), 'oats+int8 0.5': (0, 'int8')}
+    >>> plan(OatsConfig(), ["dense+q4_0"], [0.4, 0.5])
+    {'dense+q4_0': DenseFormat(name='q4_0')}
     """
-    cells = {}
+    formats = [name for name in methods if name.startswith(f"{DENSE}+")]
+    cells: dict[str, Planned] = {name: DenseFormat(name.removeprefix(f"{DENSE}+")) for name in formats}
     for compression in compressions:
         for name in methods:
-            codes = next((each for each in CODES if name.endswith(each)), "")
-            matched = name.removesuffix(codes)
+            if name in formats:
+                continue
+            matched, codes = split_codes(name)
             method = matched.removesuffix(MATCHED)
             cells[_cell_name(name, compression)] = replace(
                 common,
@@ -61,6 +74,16 @@ def plan(common: OatsConfig, methods: Sequence[str], compressions: Sequence[floa
     return cells
 
 
+def split_codes(name: str) -> tuple[str, str]:
+    """What is before one of `CODES` in the name of a method, and that, or "".
+
+    >>> split_codes("oats+match+int8"), split_codes("wanda")
+    (('oats+match', '+int8'), ('wanda', ''))
+    """
+    codes = next((each for each in CODES if name.endswith(each)), "")
+    return name.removesuffix(codes), codes
+
+
 def _cell_name(method: str, compression: float) -> str:
     return f"{method} {compression:g}"
 
@@ -70,8 +93,8 @@ class Cell:
     """What one method at one compression came to.
 
     Attributes:
-        method: its name, or `DENSE`.
-        compression: 0 for `DENSE`.
+        method: its name, or `DENSE`, or that with a format.
+        compression: 0 for a dense model.
         scores: name of what was measured → value, such as ``{"perplexity, book.txt": 12.3}``.
         layer_bytes: of the weights of the compressed layers, as they are stored.
         layer_parameters: non-zeros and entries of low-rank factors of these layers.
@@ -157,14 +180,23 @@ class Cells:
         """Keep a finished cell."""
         write_text(self._file(cell.method, cell.compression), json.dumps(asdict(cell), indent=2) + "\n")
 
+    def finished(self) -> list[Cell]:
+        """All cells that are there, by compression; the dense model's first."""
+        names = (file.stem.rpartition("-") for file in self.directory.glob("*-*.json"))
+        cells = (self.get(method, float(share) / 100) for method, _, share in names)
+        return sorted(
+            (cell for cell in cells if cell is not None),
+            key=lambda cell: (cell.compression, cell.method != DENSE, cell.method),
+        )
+
     def _file(self, method: str, compression: float) -> Path:
         return self.directory / f"{method}-{100 * compression:g}.json"
 
 
 def complete(
     cells: Cells,
-    planned: Mapping[str, OatsConfig],
-    measure: Callable[[OatsConfig | None], tuple[dict[str, float], int, int, float]],
+    planned: Mapping[str, Planned],
+    measure: Callable[[Planned | None], tuple[dict[str, float], int, int, float]],
     progress: Callable[[int, int, str, Cell | None], None],
 ) -> list[Cell]:
     """Measure what is not finished.
@@ -172,17 +204,19 @@ def complete(
     Args:
         cells: where finished cells are, and go.
         planned: from :func:`plan`.
-        measure: compresses and evaluates with given settings, or the dense model with None; returns the
-            scores, the bytes and parameters of the layers, and the seconds that compressing took.
+        measure: does to the model what is planned, nothing for None, and evaluates it; returns the scores,
+            the bytes and parameters of the layers, and the seconds that compressing took.
         progress: called as progress(done, total, name, cell) before each cell, with None, and after it.
 
     Returns:
         The dense model's cell, and those of the plan in its order.
     """
     finished: list[Cell] = []
-    everything: dict[str, OatsConfig | None] = {DENSE: None, **planned}
+    everything: dict[str, Planned | None] = {DENSE: None, **planned}
     for name, config in everything.items():
-        method, compression = (name.rpartition(" ")[0], config.compression) if config else (DENSE, 0.0)
+        method, compression = name, 0.0
+        if isinstance(config, OatsConfig):
+            method, compression = name.rpartition(" ")[0], config.compression
         progress(len(finished), len(everything), name, None)
         cell = cells.get(method, compression)
         if cell is None:
@@ -206,16 +240,32 @@ def _read(file: Path) -> dict[str, Any]:
     return value
 
 
-def dense_sizes(model: nn.Module, config: OatsConfig, blocks: str | None = None) -> tuple[int, int]:
-    """Bytes and parameters of the weights that a compression with `config` would replace."""
-    targets = find_targets(model, *find_blocks(model, blocks), config)
+def apply_(
+    model: nn.Module, planned: Planned | None, calibration: Calibration, common: OatsConfig
+) -> tuple[int, int]:
+    """Do to a model what is planned for a cell.
+
+    Args:
+        model: as it was; it is changed in place.
+        planned: a value of :func:`plan`, or None for the dense model.
+        calibration: as of :func:`oats.compress_`.
+        common: as of :func:`plan`; it says which layers are meant.
+
+    Returns:
+        Bytes, as they would be stored, and parameters of the weights of these layers.
+    """
+    if isinstance(planned, OatsConfig):
+        compress_(model, calibration, planned)
+        return compressed_sizes(model)
+    targets = find_targets(model, *find_blocks(model), common)
     weights = [
         weight
         for block in targets.blocks
         for target in block.values()
         for weight, _ in target.matrices().values()
     ]
-    return sum(weight.nbytes for weight in weights), sum(weight.numel() for weight in weights)
+    size = sum(weight.nbytes for weight in weights) if planned is None else planned.round_(weights)
+    return size, sum(weight.numel() for weight in weights)
 
 
 def compressed_sizes(model: nn.Module) -> tuple[int, int]:
@@ -239,14 +289,19 @@ def rows(cells: Sequence[Cell]) -> list[list[str]]:
     return [
         [
             cell.method,
-            "" if cell.method == DENSE else f"{100 * cell.compression:g} %",
+            "" if is_dense(cell) else f"{100 * cell.compression:g} %",
             f"{cell.layer_parameters / 1e6:.3g} M",
             f"{cell.layer_bytes / 1e6:.2f}",
             *(format_score(name, value) for name, value in cell.scores.items()),
-            "" if cell.method == DENSE else f"{cell.seconds:.0f}",
+            "" if is_dense(cell) else f"{cell.seconds:.0f}",
         ]
         for cell in cells
     ]
+
+
+def is_dense(cell: Cell) -> bool:
+    """Whether nothing was removed: the model as it was, or with its weights in another format."""
+    return cell.method.partition("+")[0] == DENSE
 
 
 def format_score(name: str, value: float) -> str:

@@ -1,12 +1,12 @@
-"""The picture of a comparison: scores by stored bytes and by parameters."""
+"""The picture of a comparison: scores by stored bytes, and by parameters or speed."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from oats.evaluate.comparison import DENSE, Cell, is_accuracy, is_cosine
+from oats.evaluate.comparison import CODES, DENSE, Cell, is_accuracy, is_cosine, is_dense, split_codes
 from oats.evaluate.plots import STYLE
 
 if TYPE_CHECKING:
@@ -16,58 +16,74 @@ if TYPE_CHECKING:
 _OURS = ("#0b6e4f", "#7cb518", "#2a9d8f", "#74c69d")
 _OTHERS = ("#d55e00", "#0072b2", "#e69f00", "#cc79a7", "#56b4e9", "#000000")
 _MARKERS = "osD^vPX*"
+# How the kept values are stored; a method keeps its colour and marker.
+_LINES = {"": "-", **dict(zip(CODES, ("--", ":"), strict=True))}
 
 OFF_SCALE = 10
 """Perplexities of more than this many times the dense model's are named, and not drawn."""
 
 
-def draw(cells: Sequence[Cell], files: Sequence[Path]) -> None:
+Speeds = Mapping[tuple[str, float], float]
+"""Method and compression of a cell → decoded tokens a second."""
+
+
+def draw(cells: Sequence[Cell], files: Sequence[Path], speeds: Speeds | None = None) -> None:
     """Write the picture to each of the files, whose suffix says the kind."""
     import matplotlib
 
     with matplotlib.rc_context(STYLE):
-        picture = figure(cells)
+        picture = figure(cells, speeds)
         for file in files:
             picture.savefig(file, dpi=160)
 
 
-def figure(cells: Sequence[Cell]) -> Figure:
-    """A row of panels for each score; left by bytes, right by parameters of the compressed layers."""
+def figure(cells: Sequence[Cell], speeds: Speeds | None = None) -> Figure:
+    """A row of panels for each score; left by bytes of the compressed layers, right by their parameters.
+
+    Args:
+        cells: of :func:`oats.evaluate.comparison.complete`.
+        speeds: what the right panels show instead of parameters; a cell without one is left out there.
+    """
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    methods = list(dict.fromkeys(cell.method for cell in cells if cell.method != DENSE))
+    methods = list(dict.fromkeys(cell.method for cell in cells if not is_dense(cell)))
     dense = next((cell for cell in cells if cell.method == DENSE), None)
     names = list(cells[0].scores)
     made = Figure(figsize=(10.5, 3.6 * len(names) + 0.4), layout="constrained")
     grid = made.subplots(len(names), 2, squeeze=False, sharey="row")
     handles = {}
+    megabytes = {(cell.method, cell.compression): cell.layer_bytes / 1e6 for cell in cells}
+    parameters = {(cell.method, cell.compression): cell.layer_parameters / 1e6 for cell in cells}
+    sides: tuple[tuple[Mapping[tuple[str, float], float], str], ...] = (
+        (megabytes, "MB of the linear layers, as stored"),
+        (parameters, "million parameters of the linear layers")
+        if speeds is None
+        else (speeds, "decoded tokens a second"),
+    )
     for name, panels in zip(names, grid, strict=True):
         scale = 100 if is_accuracy(name) else 1
-        for axes, (attribute, label) in zip(
-            panels,
-            (
-                ("layer_bytes", "MB of the linear layers, as stored"),
-                ("layer_parameters", "million parameters of the linear layers"),
-            ),
-            strict=True,
-        ):
+        for axes, (position, label) in zip(panels, sides, strict=True):
+            points = {
+                (cell.method, cell.compression): (at, scale * cell.scores[name])
+                for cell in cells
+                if (at := position.get((cell.method, cell.compression))) is not None
+            }
             for method in methods:
-                line = sorted(
-                    (getattr(cell, attribute) / 1e6, scale * cell.scores[name])
-                    for cell in cells
-                    if cell.method == method
-                )
-                ours = method.startswith("oats")
+                line = sorted(point for (which, _), point in points.items() if which == method)
+                if not line:
+                    continue
                 (handles[method],) = axes.plot(
-                    *zip(*line, strict=True), color=_colour(method, methods), label=method, markersize=5,
-                    marker=_MARKERS[methods.index(method) % len(_MARKERS)], linewidth=2 if ours else 1.2,
-                    zorder=3 if ours else 2,
-                )  # fmt: skip
+                    *zip(*line, strict=True), label=method, markersize=5, **_look(method, methods)
+                )
             if dense is not None:
                 handles[DENSE] = axes.axhline(
                     scale * dense.scores[name], color="#555555", linestyle=":", linewidth=1.2, label=DENSE
                 )
+            for (method, _), point in points.items():
+                if method.startswith(f"{DENSE}+"):
+                    axes.plot(*point, "*", color="#222222", markersize=8, label=method, zorder=4)
+                    axes.annotate(method, point, (5, 3), textcoords="offset points", fontsize=7)
             axes.set(xlabel=label)
             # The right panel has the same vertical axis.
             if axes is panels[0]:
@@ -106,8 +122,16 @@ def _cut(axes: Any, highest: float) -> None:
         )
 
 
-def _colour(method: str, methods: Sequence[str]) -> str:
-    ours = method.startswith("oats")
-    alike = [each for each in methods if each.startswith("oats") == ours]
+def _look(method: str, methods: Sequence[str]) -> dict[str, Any]:
+    plain, codes = split_codes(method)
+    ours = plain.startswith("oats")
+    named = dict.fromkeys(split_codes(each)[0] for each in methods)
+    alike = [each for each in named if each.startswith("oats") == ours]
     palette = _OURS if ours else _OTHERS
-    return palette[alike.index(method) % len(palette)]
+    return {
+        "color": palette[alike.index(plain) % len(palette)],
+        "marker": _MARKERS[list(named).index(plain) % len(_MARKERS)],
+        "linestyle": _LINES[codes],
+        "linewidth": 2 if ours else 1.2,
+        "zorder": 3 if ours else 2,
+    }

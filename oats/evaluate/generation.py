@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,14 @@ class GenerationSpeed:
     prefill: Spread
 
 
+@runtime_checkable
+class TimesItself(Protocol):
+    """A model that something else runs."""
+
+    def timed_generate(self, prompt: Tensor, new_tokens: int) -> tuple[float, list[float]]:
+        """Generate (greedy, batch 1, KV cache): when it began, and when each new token was there."""
+
+
 def generation_speed(
     models: Mapping[str, Any],
     prompt: Tensor,
@@ -43,7 +51,7 @@ def generation_speed(
     token is prefill, from the first to the last new token is decoding.
 
     Args:
-        models: name → causal language model of transformers.
+        models: name → causal language model of transformers, or one that :class:`TimesItself`.
         prompt: (n,) token ids.
         new_tokens: generated in each call, at least 2.
         repetitions: timed calls of each model.
@@ -62,7 +70,10 @@ def generation_speed(
     total = (repetitions + 1) * len(models)
     for repetition in range(repetitions + 1):
         for index, (name, model) in enumerate(models.items()):
-            start, arrivals = _timed_generate(model, prompt, new_tokens)
+            if isinstance(model, TimesItself):
+                start, arrivals = model.timed_generate(prompt, new_tokens)
+            else:
+                start, arrivals = _timed_generate(model, prompt, new_tokens)
             if repetition > 0:
                 decode[name].append((new_tokens - 1) / (arrivals[-1] - arrivals[0]))
                 prefill[name].append(prompt.numel() / (arrivals[0] - start))

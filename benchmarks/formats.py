@@ -1,0 +1,158 @@
+"""The formats of one model in one table and one picture: perplexity by bytes and by decoded tokens a second.
+
+    oats compare MODEL --out DIR …                  # the cells; docs/quality.md has the command for Gemma
+    python benchmarks/formats.py DIR
+    python benchmarks/formats.py DIR --gguf FILE    # with llama.cpp, which benchmarks/install_peers.sh builds
+
+Each form is timed with random weights of its sizes, all in turn: no speed depends on what is in them. A dense
+format of GGUF is timed in llama.cpp, from FILE, which is any GGUF file of the model, with all linear layers
+in that format and embedding and head in bf16, as ours have them. A speed is of the whole model, and with it
+of what runs the model: transformers for ours, which takes its share of each token. formats.md, formats.png
+and formats.svg go to DIR, and speeds.json, from which a second run takes what it has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from llama_files import BENCH, LlamaModel
+from transformers import AutoConfig
+from transformers.utils import logging
+
+from oats import OatsConfig
+from oats.atomic_file import write_text
+from oats.config import PRUNING
+from oats.evaluate.comparison import DENSE, Cell, Cells, header, is_dense, rows, split_codes
+from oats.evaluate.comparison_plot import draw
+from oats.evaluate.generation import decode_time, generation_speed
+from oats.evaluate.random_model import random_model
+
+# Format of a dense cell → file type of llama.cpp in which the layers have it.
+GGUF = {"q8_0": "Q8_0", "q4_0": "Q4_0", "q4_k": "Q4_K_S"}
+
+
+def main() -> None:
+    """Run it."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("comparison", type=Path, metavar="DIR", help="what `oats compare` wrote")
+    parser.add_argument("--gguf", type=Path, metavar="FILE", help="the model for llama.cpp")
+    parser.add_argument("--prompt", type=int, default=32, help="tokens of the prompt (default 32)")
+    parser.add_argument("--new-tokens", type=int, default=32, help="generated tokens (default 32)")
+    parser.add_argument("--repetitions", type=int, default=5, help="timed runs of each form (default 5)")
+    options = parser.parse_args()
+    if options.gguf is not None and not (BENCH / "version").exists():
+        parser.error("llama.cpp is not built; benchmarks/install_peers.sh does it")
+    logging.set_verbosity_error()
+    settings = json.loads((options.comparison / "settings.json").read_text())
+    cells = Cells(options.comparison, settings).finished()
+    speeds = measured(cells, settings, options)
+    by_cell = {(c.method, c.compression): speeds[name] for c in cells if (name := form(c)) in speeds}
+    folder = options.comparison
+    write_text(folder / "formats.md", table(cells, by_cell, settings, options))
+    draw(
+        cells,
+        [folder / "formats.png", folder / "formats.svg"],
+        {which: speed["decode"] for which, speed in by_cell.items()},
+    )
+    print((folder / "formats.md").read_text())
+
+
+def form(cell: Cell) -> str:
+    """What the speed of a cell depends on, as text."""
+    if is_dense(cell):
+        return cell.method
+    method, codes = split_codes(cell.method)
+    kind = "pruned" if method in PRUNING else "oats"
+    return f"{kind}{codes} {cell.compression:g}"
+
+
+def measured(
+    cells: Sequence[Cell], settings: dict[str, Any], options: argparse.Namespace
+) -> dict[str, dict[str, float]]:
+    """Form → decoded tokens a second, and milliseconds a token in the linear layers where that is known."""
+    file = options.comparison / "speeds.json"
+    speeds: dict[str, dict[str, float]] = json.loads(file.read_text()) if file.exists() else {}
+    wanted = dict.fromkeys(form(cell) for cell in cells)
+    if any(name not in speeds for name in wanted if runs(name, options)):
+        # All anew: only what is timed in one run can be compared.
+        with tempfile.TemporaryDirectory() as folder:
+            networks = {
+                name: make(name, settings, options, Path(folder)) for name in wanted if runs(name, options)
+            }
+        prompt = torch.randint(1000, (options.prompt,), generator=torch.Generator().manual_seed(0))
+        numbers = {"new_tokens": options.new_tokens, "repetitions": options.repetitions}
+        found = generation_speed(networks, prompt, **numbers)
+        speeds = {name: {"decode": speed.decode.median} for name, speed in found.items()}
+        for name, network in networks.items():
+            if isinstance(network, LlamaModel):
+                network.close()
+            else:
+                parts = decode_time(network, prompt, new_tokens=options.new_tokens)
+                speeds[name]["linear_ms"] = 1e3 * parts.linear
+        write_text(file, json.dumps(speeds, indent=2) + "\n")
+    return speeds
+
+
+def runs(name: str, options: argparse.Namespace) -> bool:
+    """Whether there is something that generates in a form."""
+    dense, _, kind = name.partition("+")
+    return dense != DENSE or not kind or (kind in GGUF and options.gguf is not None)
+
+
+def make(name: str, settings: dict[str, Any], options: argparse.Namespace, folder: Path) -> Any:
+    """What generates in a form."""
+    architecture = AutoConfig.from_pretrained(settings["model"])
+    if name == DENSE:
+        return random_model(architecture, None)
+    if name.startswith(f"{DENSE}+"):
+        kind = GGUF[name.removeprefix(f"{DENSE}+")]
+        network, file = LlamaModel(), folder / f"{kind}.gguf"
+        network.quantize(options.gguf, file, kind, embedding="BF16", pure=True)
+        network.load(file, options.prompt + options.new_tokens)
+        return network
+    kind, compression = name.split()
+    kind, codes = split_codes(kind)
+    config = OatsConfig(
+        compression=float(compression),
+        rank_ratio=0 if kind == "pruned" else settings["rank ratio"],
+        pattern=settings["pattern"],
+        values=codes.removeprefix("+") or None,
+    )
+    return random_model(architecture, config)
+
+
+def table(
+    cells: Sequence[Cell],
+    speeds: dict[tuple[str, float], dict[str, float]],
+    settings: dict[str, Any],
+    options: argparse.Namespace,
+) -> str:
+    """The table of the comparison with two more columns, and the settings."""
+
+    def shown(cell: Cell, key: str, digits: int) -> str:
+        value = speeds.get((cell.method, cell.compression), {}).get(key)
+        return "" if value is None else f"{value:.{digits}f}"
+
+    names = [*header(cells)[:-1], "tokens/s", "ms in linear layers"]
+    lines = [names, ["---", "---", *["---:"] * (len(names) - 2)]]
+    for cell, row in zip(cells, rows(cells), strict=True):
+        lines.append([*row[:-1], shown(cell, "decode", 1), shown(cell, "linear_ms", 2)])
+    settings = {
+        **settings,
+        "speed": f"median of {options.repetitions} runs in turn, batch 1, prompt of {options.prompt} tokens, "
+        f"{options.new_tokens} new ones, {torch.get_num_threads()} threads",
+    }
+    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return text + "\n\n" + "\n".join(f"- {name}: {value}" for name, value in settings.items()) + "\n"
+
+
+if __name__ == "__main__":
+    main()
