@@ -427,9 +427,9 @@ def _dense(matrix: Tensor, rank: int, tol: float) -> _Found:
         if _within(found, rank, tol):
             return found
     wide = matrix.double()
-    v = torch.linalg.eigh(wide.mT @ wide).eigenvectors[:, n - rank :].flip(1).to(matrix.dtype)
+    v = torch.linalg.eigh(wide.mT @ wide).eigenvectors[:, n - rank :].flip(1)
     # Not the square roots of the eigenvalues, which have lost what is below 1e-8 of the largest.
-    u, s = _unit_columns(matrix @ v)
+    u, s, v = (part.to(matrix.dtype) for part in (*_unit_columns(wide @ v), v))
     return _sorted_with_residuals(matrix, u, s, v.mT)
 
 
