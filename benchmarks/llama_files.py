@@ -49,7 +49,8 @@ class LlamaModel(Worker):
             pure: all other weights get the one type that the file type is named for.
         """
         paths = {"source": str(source), "file": str(file)}
-        self.ask(do="quantize", **paths, type=kind, embedding=embedding, pure=pure)
+        number = None if embedding is None else int(GGMLQuantizationType[embedding])
+        self.ask(do="quantize", **paths, type=kind, embedding=number, pure=pure)
 
     def load(self, file: Path, context: int) -> None:
         """Hold the model of a file, for prompts and new tokens of `context` together."""

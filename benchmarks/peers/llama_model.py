@@ -1,7 +1,7 @@
 """A whole model in llama.cpp, through the bindings of llama-cpp-python.
 
 {"do": "quantize", "source": "a.gguf", "file": "b.gguf", "type": "Q4_K_M",
- "embedding": "BF16" or null}                              {}, once b.gguf is written
+ "embedding": number of a type or null, "pure": true or false}   {}, once b.gguf is written
 {"do": "load", "file": "b.gguf", "threads": n, "context": n}                   {}
 {"do": "generate", "prompt": [ids], "new_tokens": n}
                                          {"seconds": [after how many each new token was there]}
@@ -24,9 +24,8 @@ def quantize(request):
     parameters = llama_cpp.llama_model_quantize_default_params()
     parameters.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{request['type']}")
     parameters.allow_requantize, parameters.pure = True, request["pure"]
-    if request["embedding"]:
-        kind = getattr(llama_cpp, f"GGML_TYPE_{request['embedding']}")
-        parameters.token_embedding_type = parameters.output_tensor_type = kind
+    if request["embedding"] is not None:
+        parameters.token_embedding_type = parameters.output_tensor_type = request["embedding"]
     paths = [request[name].encode() for name in ("source", "file")]
     if llama_cpp.llama_model_quantize(*paths, ctypes.byref(parameters)) != 0:
         raise RuntimeError(f"cannot quantise {request['source']}")

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 _OURS = ("#0b6e4f", "#7cb518", "#2a9d8f", "#74c69d")
 _OTHERS = ("#d55e00", "#0072b2", "#e69f00", "#cc79a7", "#56b4e9", "#000000")
 _MARKERS = "osD^vPX*"
-# How the kept values are stored; a method keeps its colour and marker.
-_LINES = {"": "-", **dict(zip(CODES, ("--", ":"), strict=True))}
+# How the kept values are stored: lines, and how markers are filled; a method keeps its colour and marker.
+_STORED = {"": ("-", "full"), **dict(zip(CODES, (("--", "none"), (":", "bottom")), strict=True))}
 
 OFF_SCALE = 10
 """Perplexities of more than this many times the dense model's are named, and not drawn."""
@@ -74,7 +74,7 @@ def figure(cells: Sequence[Cell], speeds: Speeds | None = None) -> Figure:
                 if not line:
                     continue
                 (handles[method],) = axes.plot(
-                    *zip(*line, strict=True), label=method, markersize=5, **_look(method, methods)
+                    *zip(*line, strict=True), label=method, markersize=6, **_look(method, methods)
                 )
             if dense is not None:
                 handles[DENSE] = axes.axhline(
@@ -85,6 +85,7 @@ def figure(cells: Sequence[Cell], speeds: Speeds | None = None) -> Figure:
                     axes.plot(*point, "*", color="#222222", markersize=8, label=method, zorder=4)
                     axes.annotate(method, point, (5, 3), textcoords="offset points", fontsize=7)
             axes.set(xlabel=label)
+            axes.margins(x=0.12)  # room for names beside the points
             # The right panel has the same vertical axis.
             if axes is panels[0]:
                 axes.set(ylabel=_axis(name), title=name)
@@ -131,7 +132,8 @@ def _look(method: str, methods: Sequence[str]) -> dict[str, Any]:
     return {
         "color": palette[alike.index(plain) % len(palette)],
         "marker": _MARKERS[list(named).index(plain) % len(_MARKERS)],
-        "linestyle": _LINES[codes],
+        "linestyle": _STORED[codes][0],
+        "fillstyle": _STORED[codes][1],
         "linewidth": 2 if ours else 1.2,
         "zorder": 3 if ours else 2,
     }
