@@ -634,11 +634,12 @@ def _orthonormal(columns: Tensor) -> Tensor:
     factor, failed = torch.linalg.cholesky_ex((scaled.mT @ scaled).double())
     # Not `< 0.3`: a NaN, of a column of zeros, must not pass.
     if failed.any() or not factor.diagonal(dim1=-2, dim2=-1).min() >= 0.3:
-        q: Tensor = torch.linalg.qr(columns).Q
-        return q
+        basis: Tensor = torch.linalg.qr(columns).Q
+        return basis
     identity = torch.eye(columns.shape[-1], dtype=factor.dtype, device=factor.device)
-    inverse: Tensor = torch.linalg.solve_triangular(factor, identity, upper=False)
-    return scaled @ inverse.mT.to(columns.dtype)
+    inverse = torch.linalg.solve_triangular(factor, identity, upper=False).mT.to(columns.dtype)
+    basis = scaled @ inverse
+    return basis
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
