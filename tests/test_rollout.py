@@ -132,7 +132,7 @@ def test_the_command(saved: Path, model, tmp_path: Path) -> None:
     assert "whole model, sparse part alone, low-rank part alone" in " ".join(result.stdout.split())
     with Image.open(out) as picture:
         assert picture.width > picture.height > 300
-    assert "exists; choose another" in fails("rollout", saved, *files, "--out", out)
+    assert "is there already; give another name" in fails("rollout", saved, *files, "--out", out)
     assert run("rollout", saved, files[0], "--out", out, "--overwrite").exit_code == 0
     assert "no config.json" in fails("rollout", tmp_path, *files, "--out", tmp_path / "x.png")
     assert "cannot read the image" in fails(
