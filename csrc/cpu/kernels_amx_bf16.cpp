@@ -33,62 +33,63 @@ void restore(const TileState& before) {
   }
 }
 
-// Sums are tiles 0 to 3: of 2 row tiles x 2 strips, or 1 x 1 to 4. Four of them, so that a product need not
-// wait for the one before it (52 cycles).
+// Sums are tiles 0 to 3: of 1 row tile x 1 to 4 strips, or 2 x 1 to 2. Four of them, so that a product need
+// not wait for the one before it (52 cycles).
 template <int RowTiles, int Strips>
-void load_sums(const float* sums, int rows, int64_t stride) {
-  static_assert(RowTiles == 1 ? Strips <= 4 : RowTiles == 2 && Strips <= 2);
-  const int64_t bytes = stride * 4;
-  _tile_loadd(0, sums, bytes);
-  if constexpr (Strips >= 2) _tile_loadd(1, sums + 16, bytes);
-  if constexpr (Strips >= 3) _tile_loadd(2, sums + 32, bytes);
-  if constexpr (Strips >= 4) _tile_loadd(3, sums + 48, bytes);
-  if constexpr (RowTiles == 2) _tile_loadd(2, sums + rows * stride, bytes);
-  if constexpr (RowTiles == 2 && Strips == 2) _tile_loadd(3, sums + rows * stride + 16, bytes);
-}
+struct Sums {
+  static_assert(RowTiles <= 2 && RowTiles * Strips <= 4);
 
-template <int RowTiles, int Strips>
-void store_sums(float* sums, int rows, int64_t stride) {
-  const int64_t bytes = stride * 4;
-  _tile_stored(0, sums, bytes);
-  if constexpr (Strips >= 2) _tile_stored(1, sums + 16, bytes);
-  if constexpr (Strips >= 3) _tile_stored(2, sums + 32, bytes);
-  if constexpr (Strips >= 4) _tile_stored(3, sums + 48, bytes);
-  if constexpr (RowTiles == 2) _tile_stored(2, sums + rows * stride, bytes);
-  if constexpr (RowTiles == 2 && Strips == 2) _tile_stored(3, sums + rows * stride + 16, bytes);
-}
+  static constexpr int row_tile(int tile) { return RowTiles == 1 ? 0 : tile / 2; }
+  static constexpr int strip(int tile) { return RowTiles == 1 ? tile : tile % 2; }
+  static constexpr bool has(int tile) { return row_tile(tile) < RowTiles && strip(tile) < Strips; }
 
-// Sums += a tile of groups times one of inputs, or two.
-template <int RowTiles, int Strips>
-[[gnu::always_inline]] inline void multiply_tile(const uint32_t* cells, int64_t stride,
-                                                 const uint32_t* inputs, const uint32_t* more_inputs) {
-  const int64_t bytes = stride * 4;
-  _tile_loadd(4, inputs, kRowBytes);
-  if constexpr (RowTiles == 2) _tile_loadd(5, more_inputs, kRowBytes);
-  _tile_loadd(6, cells, bytes);
-  _tile_dpbf16ps(0, 4, 6);
-  if constexpr (RowTiles == 2) _tile_dpbf16ps(2, 5, 6);
-  if constexpr (Strips >= 2) {
-    _tile_loadd(7, cells + 16, bytes);
-    _tile_dpbf16ps(1, 4, 7);
-    if constexpr (RowTiles == 2) _tile_dpbf16ps(3, 5, 7);
+  static void load(const float* sums, int rows, int64_t stride) {
+    const auto at = [&](int tile) { return sums + row_tile(tile) * rows * stride + strip(tile) * 16; };
+    _tile_loadd(0, at(0), stride * 4);
+    if constexpr (has(1)) _tile_loadd(1, at(1), stride * 4);
+    if constexpr (has(2)) _tile_loadd(2, at(2), stride * 4);
+    if constexpr (has(3)) _tile_loadd(3, at(3), stride * 4);
   }
-  if constexpr (Strips >= 3) {
-    _tile_loadd(6, cells + 32, bytes);
-    _tile_dpbf16ps(2, 4, 6);
+
+  static void store(float* sums, int rows, int64_t stride) {
+    const auto at = [&](int tile) { return sums + row_tile(tile) * rows * stride + strip(tile) * 16; };
+    _tile_stored(0, at(0), stride * 4);
+    if constexpr (has(1)) _tile_stored(1, at(1), stride * 4);
+    if constexpr (has(2)) _tile_stored(2, at(2), stride * 4);
+    if constexpr (has(3)) _tile_stored(3, at(3), stride * 4);
   }
-  if constexpr (Strips >= 4) {
-    _tile_loadd(7, cells + 48, bytes);
-    _tile_dpbf16ps(3, 4, 7);
+
+  // Sums += a tile of groups times a tile of inputs for each row tile, which are `next` units apart.
+  [[gnu::always_inline]] static void add(const uint32_t* cells, int64_t stride, const uint32_t* inputs,
+                                         int64_t next) {
+    const int64_t bytes = stride * 4;
+    _tile_loadd(4, inputs, kRowBytes);
+    if constexpr (RowTiles == 2) _tile_loadd(5, inputs + next, kRowBytes);
+    _tile_loadd(6, cells, bytes);
+    _tile_dpbf16ps(0, 4, 6);
+    if constexpr (RowTiles == 2) _tile_dpbf16ps(2, 5, 6);
+    if constexpr (Strips >= 2) {
+      _tile_loadd(7, cells + 16, bytes);
+      _tile_dpbf16ps(1, 4, 7);
+      if constexpr (RowTiles == 2) _tile_dpbf16ps(3, 5, 7);
+    }
+    if constexpr (Strips >= 3) {
+      _tile_loadd(6, cells + 32, bytes);
+      _tile_dpbf16ps(2, 4, 6);
+    }
+    if constexpr (Strips >= 4) {
+      _tile_loadd(7, cells + 48, bytes);
+      _tile_dpbf16ps(3, 4, 7);
+    }
   }
-}
+};
 
 template <int RowTiles, int Strips>
 void multiply_part(const uint32_t* cells, int64_t stride, int64_t tiles, const uint32_t* inputs, int rows,
                    bool accumulate, float* sums) {
   const int64_t input_tile = rows * kTileGroups;
   if (accumulate) {
-    load_sums<RowTiles, Strips>(sums, rows, stride);
+    Sums<RowTiles, Strips>::load(sums, rows, stride);
   } else {
     _tile_zero(0);
     _tile_zero(1);
@@ -96,10 +97,10 @@ void multiply_part(const uint32_t* cells, int64_t stride, int64_t tiles, const u
     _tile_zero(3);
   }
   for (int64_t t = 0; t < tiles; ++t) {
-    multiply_tile<RowTiles, Strips>(cells + t * kTileGroups * stride, stride, inputs + t * input_tile,
-                                    inputs + (tiles + t) * input_tile);
+    Sums<RowTiles, Strips>::add(cells + t * kTileGroups * stride, stride, inputs + t * input_tile,
+                                tiles * input_tile);
   }
-  store_sums<RowTiles, Strips>(sums, rows, stride);
+  Sums<RowTiles, Strips>::store(sums, rows, stride);
 }
 
 void multiply(const uint32_t* cells, int strips, int64_t tiles, const uint32_t* inputs, int64_t row_tiles,
@@ -151,29 +152,82 @@ struct TileLoops {
     return values.index();
   }
 
+  // Row tiles that expand_and_multiply() takes.
+  static constexpr int kFewRowTiles = Strips::kCodes ? 1 : 2;
+
   // Cells are multiplied as soon as there is a tile of them: the products of one run beside the expansion of
   // the next.
-  static void expand_and_multiply(const PackedHeader* weight, int64_t block, const uint32_t* inputs, int rows,
-                                  float* sums) {
+  static void expand_and_multiply(const PackedHeader* weight, int64_t block, const uint32_t* inputs,
+                                  int64_t row_tiles, int rows, float* sums) {
+    if constexpr (kFewRowTiles > 1) {
+      if (row_tiles == 2) return by_pairs(weight, block, inputs, rows, sums);
+    }
     Strips::with_strips(strips_of_block(weight->strips, block), [&](auto strips) {
       constexpr int kStrips = decltype(strips)::value;
       alignas(64) uint32_t cells[2][kTileGroups * kStrips * kLanes];
       const auto* mask = Strips::masks(weight, block);
       typename Strips::Values values(weight, block, 0);
-      load_sums<1, kStrips>(sums, rows, kStrips * kLanes);
+      Sums<1, kStrips>::load(sums, rows, kStrips * kLanes);
       for (int64_t g = 0, t = 0; g < weight->groups; g += kTileGroups, ++t, inputs += rows * kTileGroups) {
         const int64_t groups = std::min(weight->groups - g, kTileGroups);
         uint32_t* const tile = cells[t % 2];
         Columns::gather_cells(weight, block, g, groups, mask, values, tile);
         mask += groups * kStrips;
-        if (groups < kTileGroups)
-          std::fill(tile + groups * kStrips * kLanes, tile + kTileGroups * kStrips * kLanes, 0u);
-        // The tiles are loaded behind the compiler's back.
-        asm volatile("" : : "r"(tile) : "memory");
-        multiply_tile<1, kStrips>(tile, kStrips * kLanes, inputs, nullptr);
+        finish_tile(tile, groups, kStrips);
+        Sums<1, kStrips>::add(tile, kStrips * kLanes, inputs, 0);
       }
-      store_sums<1, kStrips>(sums, rows, kStrips * kLanes);
+      Sums<1, kStrips>::store(sums, rows, kStrips * kLanes);
     });
+  }
+
+  // The same for two row tiles, whose sums leave room for two strips: as many passes over the block as it has
+  // pairs of strips.
+  static void by_pairs(const PackedHeader* weight, int64_t block, const uint32_t* inputs, int rows,
+                       float* sums) {
+    const int strips = strips_of_block(weight->strips, block);
+    for (int first = 0; first < strips; first += 2) {
+      if (first + 1 < strips) {
+        some_strips<2>(weight, block, strips, first, inputs, rows, sums);
+      } else {
+        some_strips<1>(weight, block, strips, first, inputs, rows, sums);
+      }
+    }
+  }
+
+  template <int Width>
+  static void some_strips(const PackedHeader* weight, int64_t block, int strips, int first,
+                          const uint32_t* inputs, int rows, float* sums) {
+    alignas(64) uint32_t cells[2][kTileGroups * Width * kLanes];
+    const auto* mask = Strips::masks(weight, block);
+    const auto* values = typename Strips::Values(weight, block, 0).source(mask, 0, nullptr).values;
+    const int64_t tiles = divide_up(weight->groups, kTileGroups), tile_units = rows * kTileGroups;
+    Sums<2, Width>::load(sums + first * kLanes, rows, strips * kLanes);
+    for (int64_t t = 0; t < tiles; ++t) {
+      const int64_t groups = std::min(weight->groups - t * kTileGroups, kTileGroups);
+      uint32_t* const tile = cells[t % 2];
+      uint32_t* next = tile;
+      for (int64_t g = 0; g < groups; ++g) {
+        for (int s = 0; s < strips; ++s) {
+          const auto m = *mask++;
+          if (s >= first && s < first + Width) {
+            Avx512Bf16::store_units(next, Avx512Bf16::expand(values, m));
+            __builtin_prefetch(reinterpret_cast<const char*>(values) + kPrefetchBytes);
+            next += kLanes;
+          }
+          values += __builtin_popcount(m);
+        }
+      }
+      finish_tile(tile, groups, Width);
+      const int64_t range = t / kRangeTiles * kRangeTiles, in_range = std::min(kRangeTiles, tiles - range);
+      Sums<2, Width>::add(tile, Width * kLanes, inputs + (range + t) * tile_units, in_range * tile_units);
+    }
+    Sums<2, Width>::store(sums + first * kLanes, rows, strips * kLanes);
+  }
+
+  // Zeros up to a whole tile. Tiles are loaded behind the compiler's back.
+  static void finish_tile(uint32_t* tile, int64_t groups, int strips) {
+    std::fill(tile + groups * strips * kLanes, tile + kTileGroups * strips * kLanes, 0u);
+    asm volatile("" : : "r"(tile) : "memory");
   }
 
   static const uint32_t* factor(const FactorBlock& factor, int64_t begin, int64_t end, uint32_t* room) {
@@ -199,8 +253,8 @@ struct TileLoops {
   }
 
   static const TileKernels& table(int64_t min_batch) {
-    static const TileKernels kernels{min_batch,           configure, restore,  expand,
-                                     expand_and_multiply, factor,    multiply, sums_to_inputs};
+    static const TileKernels kernels{min_batch,           kFewRowTiles, configure, restore,       expand,
+                                     expand_and_multiply, factor,       multiply,  sums_to_inputs};
     return kernels;
   }
 };

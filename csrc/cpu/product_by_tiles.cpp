@@ -22,8 +22,6 @@ namespace {
 // Rows of x that go together; cells are expanded again for the next ones.
 constexpr int64_t kPanelRows = 512;
 
-constexpr int64_t kRangeTiles = 16;
-
 // Blocks whose sums wait in L2: 512 KB for a whole panel.
 constexpr int64_t kTogether = 4;
 
@@ -169,8 +167,10 @@ struct Panel {
         std::fill_n(sums(b), block_sums(), 0.f);
       }
     }
-    if (row_tiles == 1) {
-      for (int64_t b = begin; b < end; ++b) values.expand_and_multiply(weight, b, inputs, tile_rows, sums(b));
+    if (row_tiles <= values.few_row_tiles) {
+      for (int64_t b = begin; b < end; ++b) {
+        values.expand_and_multiply(weight, b, inputs, row_tiles, tile_rows, sums(b));
+      }
     } else {
       int64_t next_value[kTogether] = {};
       for_ranges(w->groups, [&](int64_t g, int64_t range_end) {

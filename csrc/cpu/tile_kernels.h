@@ -6,8 +6,8 @@
 // they lie.
 //
 // `inputs` are tiles of x, or of V x: [row tile][tile of the range][rows of a tile][16 units of two bf16],
-// where a range is the tiles that one multiply() takes. Sums are [row of the batch][strip of the
-// block][lanes].
+// range after range of kRangeTiles; multiply() takes one range at a time. Sums are [row of the batch][strip
+// of the block][lanes].
 #pragma once
 
 #include <cstdint>
@@ -18,6 +18,7 @@ namespace oats {
 
 constexpr int64_t kTileRows = 16;    // at most
 constexpr int64_t kTileGroups = 16;  // groups of cells, or units of a row of x
+constexpr int64_t kRangeTiles = 16;
 
 // The tile registers' state, as the instructions read and write it.
 struct alignas(64) TileState {
@@ -25,7 +26,8 @@ struct alignas(64) TileState {
 };
 
 struct TileKernels {
-  int64_t min_batch;  // fewer rows are faster by strips
+  int64_t min_batch;      // fewer rows are faster by strips
+  int64_t few_row_tiles;  // up to which expand_and_multiply() takes a block
 
   // Makes tiles of `rows` rows usable in this thread; returns what was set before, for restore().
   TileState (*configure)(int rows);
@@ -37,9 +39,9 @@ struct TileKernels {
   int64_t (*expand)(const PackedHeader* weight, int64_t block, int64_t begin, int64_t end, int64_t value,
                     uint32_t* cells);
 
-  // sums += S x of one block, for one row tile.
-  void (*expand_and_multiply)(const PackedHeader* weight, int64_t block, const uint32_t* inputs, int rows,
-                              float* sums);
+  // sums += S x of one block, for at most few_row_tiles.
+  void (*expand_and_multiply)(const PackedHeader* weight, int64_t block, const uint32_t* inputs,
+                              int64_t row_tiles, int rows, float* sums);
 
   // The cells of groups [begin, end) of a factor, in the same form: those of the
   // factor itself where it has them as they must be, else `room`, filled.
