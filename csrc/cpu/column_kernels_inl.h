@@ -256,22 +256,30 @@ struct ColumnLoops {
     with_vectors(vectors, Sparse{masks, next, rows, activations, sums});
   }
 
+  // What the codes of one strip of a factor stand for: the cells of groups [begin, end), `stride` units
+  // apart. `begin` is a multiple of the groups that share a scale.
+  static void exact_cells(const FactorBlock& factor, int strip, int64_t begin, int64_t end, uint32_t* out,
+                          int64_t stride) {
+    const auto* codes = static_cast<const typename Stored::Value*>(factor.cells) + strip * StoredLoops::kCell;
+    for (int64_t g = begin; g < end; g += StoredLoops::kScaledGroups) {
+      const auto scale = Stored::cell_scales(
+          factor.scales + (g * kGroup / factor.scale_columns * factor.strips + strip) * kLanes);
+      for (int64_t i = g; i < std::min(g + StoredLoops::kScaledGroups, end); ++i) {
+        Traits::store_units(
+            out + (i - begin) * stride,
+            Stored::exact(Stored::weights(codes + i * factor.strips * StoredLoops::kCell), scale));
+      }
+    }
+  }
+
   static void dense(const FactorBlock& factor, int strip, int64_t begin, int64_t end,
                     const uint32_t* activations, int vectors, float* sums) {
-    const auto* cells = static_cast<const typename Stored::Value*>(factor.cells) + strip * StoredLoops::kCell;
     if constexpr (StoredLoops::kCodes) {
       alignas(64) uint32_t exact[kGroupsPerWord * kLanes];
-      for (int64_t g = begin; g < end; g += StoredLoops::kScaledGroups) {
-        const auto scale = Stored::cell_scales(
-            factor.scales + (g * kGroup / factor.scale_columns * factor.strips + strip) * kLanes);
-        for (int64_t i = g; i < std::min(g + StoredLoops::kScaledGroups, end); ++i) {
-          Traits::store_units(
-              exact + (i - begin) * kLanes,
-              Stored::exact(Stored::weights(cells + i * factor.strips * StoredLoops::kCell), scale));
-        }
-      }
+      exact_cells(factor, strip, begin, end, exact, kLanes);
       with_vectors(vectors, Dense<uint32_t>{exact, 1, 0, end - begin, activations, sums});
     } else {
+      const auto* cells = static_cast<const Value*>(factor.cells) + strip * StoredLoops::kCell;
       with_vectors(vectors, Dense<Value>{cells, factor.strips, begin, end, activations, sums});
     }
   }
@@ -285,8 +293,7 @@ struct ColumnLoops {
         std::memcpy(out, row, columns * sizeof(float));
       } else {
         for (int c = 0; c < columns; ++c) {
-          out[c] = Traits::from_float(row[c]) | static_cast<uint32_t>(Traits::from_float(row[columns + c]))
-                                                    << 16;
+          out[c] = Traits::pair(row[c], row[columns + c]);
         }
       }
     }

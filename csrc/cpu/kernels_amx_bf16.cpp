@@ -125,8 +125,7 @@ void sums_to_inputs(const float* sums, int64_t stride, int rows, uint32_t* input
   for (int row = 0; row < rows; ++row) {
     for (int i = 0; i < 8; ++i) {
       const float* pair = sums + row * stride + 2 * i;
-      inputs[row * kTileGroups + i] =
-          Avx512Bf16::from_float(pair[0]) | static_cast<uint32_t>(Avx512Bf16::from_float(pair[1])) << 16;
+      inputs[row * kTileGroups + i] = Avx512Bf16::pair(pair[0], pair[1]);
     }
   }
 }
@@ -146,7 +145,7 @@ struct TileLoops {
       const int64_t groups = std::min(end - g, kTileGroups);
       Columns::gather_cells(weight, block, g, groups, mask, values, cells);
       mask += groups * strips;
-      std::fill_n(cells + groups * strips * kLanes, (kTileGroups - groups) * strips * kLanes, 0u);
+      finish_tile(cells, groups, strips);
       cells += kTileGroups * strips * kLanes;
     }
     return values.index();
@@ -231,24 +230,17 @@ struct TileLoops {
   }
 
   static const uint32_t* factor(const FactorBlock& factor, int64_t begin, int64_t end, uint32_t* room) {
-    const auto* stored =
-        static_cast<const typename Strips::Value*>(factor.cells) + begin * factor.strips * Strips::kCell;
-    const int64_t cells = (end - begin) * factor.strips, padded = (end - begin + 15) / 16 * 16;
+    const int64_t units = factor.strips * kLanes;  // of a group
     if constexpr (Strips::kCodes) {
-      for (int64_t g = begin; g < end; ++g) {
-        for (int s = 0; s < factor.strips; ++s) {
-          const auto scale = Stored::cell_scales(factor.scales +
-                                                 (g * 2 / factor.scale_columns * factor.strips + s) * kLanes);
-          const int64_t cell = (g - begin) * factor.strips + s;
-          Avx512Bf16::store_units(room + cell * kLanes,
-                                  Stored::exact(Stored::weights(stored + cell * Strips::kCell), scale));
-        }
-      }
+      for (int s = 0; s < factor.strips; ++s)
+        Columns::exact_cells(factor, s, begin, end, room + s * kLanes, units);
     } else {
-      if (padded == end - begin) return reinterpret_cast<const uint32_t*>(stored);
-      std::memcpy(room, stored, cells * kRowBytes);
+      const uint32_t* stored = static_cast<const uint32_t*>(factor.cells) + begin * units;
+      if ((end - begin) % kTileGroups == 0) return stored;
+      std::copy_n(stored, (end - begin) * units, room);
     }
-    std::fill_n(room + cells * kLanes, (padded - (end - begin)) * factor.strips * kLanes, 0u);
+    const int64_t padded = divide_up(end - begin, kTileGroups) * kTileGroups;
+    std::fill(room + (end - begin) * units, room + padded * units, 0u);
     return room;
   }
 

@@ -7,8 +7,6 @@
 // The activations of a word of groups stay in L1 while all rows pass; units and sums stay in L2. What comes
 // from further away is the activations once for `kBlockRows` rows and the sums once for `kRangeGroups`
 // groups.
-#include <omp.h>
-
 #include <algorithm>
 
 #include "column_kernels.h"
@@ -202,22 +200,15 @@ struct Panel {
     const Scratch mine = cut_scratch(memory);
     prepare(w->groups * part / parts, w->groups * (part + 1) / parts);
     wait_for_all(parts);
-    const int64_t rank_blocks = call.rank_blocks();
-    if (rank_blocks) {
-      call.split_rank(rank_blocks * part / parts, rank_blocks * (part + 1) / parts,
-                      [&](int i, int64_t begin, int64_t end) {
-                        for (int64_t b = begin; b < end; ++b) low_rank_inputs(i, b, mine);
-                      });
+    if (call.rank_blocks()) {
+      call.for_rank_blocks(part, parts, [&](int i, int64_t block) { low_rank_inputs(i, block, mine); });
       wait_for_all(parts);
     }
     call.split(block_boundary(call, part, parts, false), block_boundary(call, part + 1, parts, false),
                [&](int i, int64_t begin, int64_t end) {
                  const int64_t rows = (end - begin) * kStripsPerBlock * lanes;
-                 const int64_t steps = divide_up(rows, block_rows);
-                 for (int64_t step = 0; step < steps; ++step) {
-                   outputs(i, begin + (end - begin) * step / steps,
-                           begin + (end - begin) * (step + 1) / steps, mine);
-                 }
+                 in_steps(begin, end, divide_up(rows, block_rows),
+                          [&](int64_t first_block, int64_t last) { outputs(i, first_block, last, mine); });
                });
   }
 };
@@ -227,12 +218,7 @@ struct Panel {
 void product_by_columns(const Call& call, Workspace& workspace) {
   for (int64_t first = 0; first < call.batch; first += kPanelColumns) {
     const Panel panel(call, first, workspace);
-    if (call.team == 1) {
-      panel.run_part(0, 1);
-    } else {
-#pragma omp parallel num_threads(call.team)
-      panel.run_part(omp_get_thread_num(), omp_get_num_threads());
-    }
+    in_team(call, [&](int part, int parts) { panel.run_part(part, parts); });
   }
 }
 

@@ -1,8 +1,6 @@
 //   every thread:  its share of V x, then S x for its strips
 //   one barrier:   U needs all of V x; S x before it hides that the shares of V x are uneven
 //   every thread:  U (V x) and the bias for its strips, then the outputs
-#include <omp.h>
-
 #include <algorithm>
 
 #include "products.h"
@@ -123,17 +121,14 @@ struct Tile {
     const auto finish_blocks = [&](int i, int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) finish(i, b);
     };
-    const int64_t rank_blocks = call.rank_blocks(), blocks = call.blocks();
+    const int64_t blocks = call.blocks();
     const int64_t begin = block_boundary(call, part, parts, true),
                   end = block_boundary(call, part + 1, parts, true);
-    call.split_rank(rank_blocks * part / parts, rank_blocks * (part + 1) / parts,
-                    [&](int i, int64_t first_block, int64_t last) {
-                      for (int64_t b = first_block; b < last; ++b) low_rank_inputs(i, b);
-                    });
+    call.for_rank_blocks(part, parts, [&](int i, int64_t block) { low_rank_inputs(i, block); });
     call.split(begin, end, [&](int i, int64_t first_block, int64_t last) {
       for (int64_t b = first_block; b < last; ++b) sparse(i, b);
     });
-    if (rank_blocks == 0) {
+    if (call.rank_blocks() == 0) {
       call.split(begin, end, finish_blocks);
       return;
     }
@@ -147,12 +142,7 @@ struct Tile {
 void product_by_strips(const Call& call, Workspace& workspace) {
   for (int64_t first = 0; first < call.batch; first += kTileColumns) {
     const Tile tile(call, first, workspace);
-    if (call.team == 1) {
-      tile.run_part(0, 1);
-    } else {
-#pragma omp parallel num_threads(call.team)
-      tile.run_part(omp_get_thread_num(), omp_get_num_threads());
-    }
+    in_team(call, [&](int part, int parts) { tile.run_part(part, parts); });
   }
 }
 

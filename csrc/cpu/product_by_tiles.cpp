@@ -6,8 +6,6 @@
 //
 // The cells of a range (64 KB), its tiles of inputs and the sums of the blocks stay in L2. Up to one row
 // tile, each tile of cells is multiplied as soon as it is expanded.
-#include <omp.h>
-
 #include <algorithm>
 #include <cstring>
 
@@ -197,21 +195,14 @@ struct Panel {
     const int64_t tiles = divide_up(w->groups, kTileGroups);
     prepare(tiles * part / parts, tiles * (part + 1) / parts);
     wait_for_all(parts);
-    const int64_t rank_blocks = call.rank_blocks();
-    if (rank_blocks) {
-      call.split_rank(rank_blocks * part / parts, rank_blocks * (part + 1) / parts,
-                      [&](int i, int64_t begin, int64_t end) {
-                        for (int64_t b = begin; b < end; ++b) low_rank_inputs(i, b, mine);
-                      });
+    if (call.rank_blocks()) {
+      call.for_rank_blocks(part, parts, [&](int i, int64_t block) { low_rank_inputs(i, block, mine); });
       wait_for_all(parts);
     }
     call.split(block_boundary(call, part, parts, false), block_boundary(call, part + 1, parts, false),
                [&](int i, int64_t begin, int64_t end) {
-                 const int64_t steps = divide_up(end - begin, kTogether);
-                 for (int64_t step = 0; step < steps; ++step) {
-                   outputs(i, begin + (end - begin) * step / steps,
-                           begin + (end - begin) * (step + 1) / steps, mine);
-                 }
+                 in_steps(begin, end, divide_up(end - begin, kTogether),
+                          [&](int64_t first_block, int64_t last) { outputs(i, first_block, last, mine); });
                });
     values.restore(before);
   }
@@ -220,17 +211,10 @@ struct Panel {
 }  // namespace
 
 void product_by_tiles(const Call& call, Workspace& workspace) {
-  const int64_t panels = divide_up(call.batch, kPanelRows);
-  for (int64_t i = 0; i < panels; ++i) {
-    const int64_t first = call.batch * i / panels;
-    const Panel panel(call, first, call.batch * (i + 1) / panels - first, workspace);
-    if (call.team == 1) {
-      panel.run_part(0, 1);
-    } else {
-#pragma omp parallel num_threads(call.team)
-      panel.run_part(omp_get_thread_num(), omp_get_num_threads());
-    }
-  }
+  in_steps(0, call.batch, divide_up(call.batch, kPanelRows), [&](int64_t first, int64_t end) {
+    const Panel panel(call, first, end - first, workspace);
+    in_team(call, [&](int part, int parts) { panel.run_part(part, parts); });
+  });
 }
 
 }  // namespace oats

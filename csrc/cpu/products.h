@@ -1,6 +1,8 @@
 // The orders in which sparse_low_rank_linear() can work, and what they share.
 #pragma once
 
+#include <omp.h>
+
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
@@ -51,6 +53,14 @@ struct Call {
   template <class Visit>
   void split_rank(int64_t begin, int64_t end, const Visit& visit) const {
     split(begin, end, [](const PackedHeader* w) { return w->rank_blocks(); }, visit);
+  }
+  // visit(projection, block) for a part's share of the blocks of V.
+  template <class Visit>
+  void for_rank_blocks(int part, int parts, const Visit& visit) const {
+    split_rank(rank_blocks() * part / parts, rank_blocks() * (part + 1) / parts,
+               [&](int i, int64_t begin, int64_t end) {
+                 for (int64_t b = begin; b < end; ++b) visit(i, b);
+               });
   }
 
  private:
@@ -126,6 +136,24 @@ class Cutter {
   char* memory_;
   size_t used_ = 0;
 };
+
+// visit(begin, end) for each of `steps` pieces of [begin, end), as even as can be.
+template <class Visit>
+void in_steps(int64_t begin, int64_t end, int64_t steps, const Visit& visit) {
+  for (int64_t i = 0; i < steps; ++i)
+    visit(begin + (end - begin) * i / steps, begin + (end - begin) * (i + 1) / steps);
+}
+
+// run(part, parts) on each thread of a call.
+template <class Run>
+void in_team(const Call& call, const Run& run) {
+  if (call.team == 1) {
+    run(0, 1);
+  } else {
+#pragma omp parallel num_threads(call.team)
+    run(omp_get_thread_num(), omp_get_num_threads());
+  }
+}
 
 // A barrier for the parts of one call. A call with one part may stand inside a parallel region of its caller,
 // whose threads must not be waited for.

@@ -454,8 +454,7 @@ struct StripLoops {
           if constexpr (kGroup == 1) {
             std::memcpy(out.units + g * columns + c, lane, 4);
           } else {
-            out.units[g * columns + c] =
-                Traits::from_float(lane[0]) | static_cast<uint32_t>(Traits::from_float(lane[1])) << 16;
+            out.units[g * columns + c] = Traits::pair(lane[0], lane[1]);
           }
         }
       }
@@ -504,6 +503,10 @@ struct Bf16Element {
     std::memcpy(&bits, &v, 4);
     const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     return static_cast<uint16_t>(v != v ? 0x7fc0 : rounded);
+  }
+  // A unit of two.
+  static uint32_t pair(float first, float second) {
+    return from_float(first) | static_cast<uint32_t>(from_float(second)) << 16;
   }
 };
 

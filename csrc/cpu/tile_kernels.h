@@ -43,8 +43,8 @@ struct TileKernels {
   void (*expand_and_multiply)(const PackedHeader* weight, int64_t block, const uint32_t* inputs,
                               int64_t row_tiles, int rows, float* sums);
 
-  // The cells of groups [begin, end) of a factor, in the same form: those of the
-  // factor itself where it has them as they must be, else `room`, filled.
+  // The cells of groups [begin, end) of a factor, in the same form: those of the factor itself where it has
+  // them as they must be, else `room`, filled.
   const uint32_t* (*factor)(const FactorBlock& factor, int64_t begin, int64_t end, uint32_t* room);
 
   // sums (+)= cells times inputs, for `tiles` tiles of groups and all row tiles.
