@@ -86,8 +86,8 @@ def compress_(
     Blocks are compressed in order, each on what the compressed blocks before it make of the calibration
     data; inside a block the moments are those of its dense weights (arXiv 2409.13652, section 2.3). With
     ``OatsConfig.moments="dense"`` it is what the dense blocks make of it. Only one block's hidden states are
-    held beyond the model. Embeddings and the head stay as they are. A layer
-    that the model has in several places stays one layer, fitted to the first block that it is in.
+    held beyond the model. Embeddings and the head stay as they are. A layer that the model has in several
+    places stays one layer, fitted to the first block that it is in.
 
     With `OatsConfig.block_matching`, each block is then tuned to return, on what the compressed blocks before
     it return, what the dense block returns in the dense model; twice the hidden states are held.
