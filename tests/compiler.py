@@ -1,4 +1,4 @@
-"""Whether torch.compile's default backend works here: it compiles C++."""
+"""The C++ compiler of tests that need one."""
 
 from __future__ import annotations
 

@@ -6,7 +6,6 @@ What is asked of every target (products, selection) is in test_kernels.py.
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import mmap
 import os
 import shutil
@@ -27,8 +26,10 @@ from oats.quantization import quantize_layer_
 from oats.selection import keep_largest, split_largest
 from oats.semi_structured import SemiStructuredLinear, fits, use_semi_structured_
 from oats.storage import Storage
+from tests.compiler import COMPILER
 from tests.conftest import random_layer
-from tests.cuda.emulation import COMPILER, ROOT, SOURCES, emulated, emulated_kernels
+from tests.cuda.emulation import ROOT, SOURCES, emulated, emulated_kernels
+from tests.scripts import load_script
 from tests.targets import EMULATED, TARGETS, Target, needs_cuda
 from tests.test_kernels import assert_close
 
@@ -400,11 +401,7 @@ def benchmark():
     path = ROOT / "benchmarks" / "gpu.py"
     if not path.exists():
         pytest.skip(f"{path} is not there")
-    spec = importlib.util.spec_from_file_location("gpu_benchmark", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("benchmarks/gpu.py")
 
 
 class InTiles:

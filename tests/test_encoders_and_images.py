@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 import sys
@@ -23,6 +22,7 @@ from oats.integrations.companions import copy_companions
 from oats.integrations.vision import CALIBRATION_IMAGES, calibration_images, read_images
 from oats.nn import SparseLowRankLinear
 from tests import test_cli
+from tests.scripts import load_script
 from tests.test_cli import entries, fails, run
 
 dense_llama, text = test_cli.dense, test_cli.text  # fixtures
@@ -204,11 +204,7 @@ def test_companions_of_a_damaged_directory(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def example() -> ModuleType:
-    path = Path(__file__).parent.parent / "examples" / "encoder.py"
-    spec = importlib.util.spec_from_file_location("encoder", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("examples/encoder.py")
 
 
 def test_pairs_of_the_encoder_example(example, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

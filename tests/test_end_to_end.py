@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import subprocess
@@ -21,6 +20,7 @@ from oats import budget
 from oats.evaluate.generation import bytes_per_token, decode_time
 from oats.evaluate.random_model import random_model
 from oats.nn import SparseLowRankLinear
+from tests.scripts import load_script
 
 SIZES: dict[str, Any] = dict(
     vocab_size=61, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
@@ -122,16 +122,9 @@ print(status("VmHWM") - before, bytes_per_token(model))
     assert peak < 1.6 * packed
 
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))  # of what the benchmark imports
-
-
 @pytest.fixture(scope="module")
 def benchmark() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("end_to_end", BENCHMARKS / "end_to_end.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("benchmarks/end_to_end.py")
 
 
 def test_the_benchmark(benchmark, monkeypatch, capsys) -> None:
@@ -194,7 +187,7 @@ LARGER: dict[str, Any] = SIZES | dict(vocab_size=300, hidden_size=512, intermedi
 @pytest.mark.parametrize("kind", [LlamaConfig, Phi3Config])
 def test_files_of_random_weights(kind, tmp_path) -> None:
     gguf = pytest.importorskip("gguf", reason="gguf is not installed")
-    import llama_files
+    llama_files = load_script("benchmarks/llama_files.py")
 
     def quantize(source: Path, file: Path) -> None:
         """What llama.cpp does, but for what it makes of which tensor."""
@@ -231,7 +224,7 @@ def test_files_of_random_weights(kind, tmp_path) -> None:
 
 
 def test_llama_cpp_generates_from_such_a_file(benchmark, monkeypatch, capsys) -> None:
-    import llama_files
+    llama_files = load_script("benchmarks/llama_files.py")
 
     if not (llama_files.BENCH / "version").exists():
         pytest.skip("llama.cpp is not built; benchmarks/install_peers.sh builds it")

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 from transformers import LlamaConfig
 
 from oats.evaluate.comparison import Cell, Cells
-
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))  # of what the benchmark imports
+from tests.scripts import load_script
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -22,10 +18,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(scope="module")
 def benchmark() -> ModuleType:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-    spec = importlib.util.spec_from_file_location("formats", BENCHMARKS / "formats.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("benchmarks/formats.py")
 
 
 def cell(method: str, compression: float, perplexity: float) -> Cell:

@@ -15,12 +15,12 @@ from oats.evaluate.contenders import compressed
 from oats.evaluate.latency import layer_rows
 from oats.evaluate.layer import RandomWeight, Reference, random_input
 from oats.evaluate.shapes import LayerShape
+from tests.scripts import BENCHMARKS
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
-from process import PeerError, PeerProcess  # noqa: E402
-from run import main, peer_kinds, start_peers  # noqa: E402
+from process import PeerError, PeerProcess
+from run import main, peer_kinds, start_peers
 
 ENVIRONMENTS = BENCHMARKS.parent / ".bench"
 KINDS = peer_kinds(ENVIRONMENTS, os.environ.get("SPARAMX"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +12,8 @@ import pytest
 import torch
 from transformers import Dinov2ForImageClassification
 
+from tests.scripts import load_script
+
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -20,11 +21,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def example() -> ModuleType:
-    path = Path(__file__).parent.parent / "examples" / "vision.py"
-    spec = importlib.util.spec_from_file_location("vision", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("examples/vision.py")
 
 
 def write_idx(file: Path, array: np.ndarray) -> None:

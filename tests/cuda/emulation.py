@@ -18,10 +18,10 @@ import pytest
 import torch
 
 from oats import cuda
+from tests.compiler import COMPILER
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "csrc" / "cuda"
-COMPILER = os.environ.get("CXX", "g++")
 
 
 @functools.cache
