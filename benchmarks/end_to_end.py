@@ -40,6 +40,7 @@ from oats.evaluate.contenders import read_time
 from oats.evaluate.generation import bytes_per_token, decode_time, generation_speed
 from oats.evaluate.random_model import random_model
 from oats.evaluate.spread import Spread
+from oats.head import quantize_head_
 from oats.integrations.stored_model import directory_bytes
 from oats.nn import SparseLowRankLinear
 from oats.quantization import quantize_
@@ -74,6 +75,7 @@ def main() -> None:
     parser.add_argument(
         "--forms", nargs="+", choices=FORMS, default=["oats", "dense"], help="default: oats dense"
     )
+    parser.add_argument("--head", choices=["int8"], help="store the output head of ours as codes")
     parser.add_argument("--prompt", type=int, default=128, help="tokens of the prompt (default 128)")
     parser.add_argument("--new-tokens", type=int, default=32, help="generated tokens (default 32)")
     parser.add_argument("--repetitions", type=int, default=5, help="timed runs of each form (default 5)")
@@ -115,7 +117,8 @@ def in_processes(model: str, options: argparse.Namespace) -> list[dict[str, Any]
             )
             continue
         numbers = ("compression", "prompt", "new_tokens", "repetitions")
-        flags = [f"--{name.replace('_', '-')}={getattr(options, name)}" for name in numbers]
+        flags = [f"--head={options.head}"] if options.head else []
+        flags += [f"--{name.replace('_', '-')}={getattr(options, name)}" for name in numbers]
         command = [
             sys.executable,
             __file__,
@@ -159,6 +162,8 @@ def measure(model: str, forms: Sequence[str], options: argparse.Namespace) -> li
             networks[form], sizes[form] = make_llama(model, form, options)
         else:
             networks[form] = make(model, form, options)
+            if options.head and form != "dense":
+                quantize_head_(networks[form])
         # Of a form that is made second the peak cannot be told.
         made[form] = memory("VmHWM") - before if len(networks) == 1 and form in OURS else 0
     vocabulary = architecture(model, options).vocab_size
@@ -181,11 +186,14 @@ def measure(model: str, forms: Sequence[str], options: argparse.Namespace) -> li
             network.close()
         else:
             per_token = bytes_per_token(network)
-            in_blocks = per_token - network.get_output_embeddings().weight.nbytes
+            head = network.get_output_embeddings()
+            coded = isinstance(head, SparseLowRankLinear)
+            in_blocks = per_token - (head.packed.nbytes if coded else head.weight.nbytes)
         rows.append(
             {
                 "model": model,
                 "form": form,
+                "head": options.head if form in OURS and form != "dense" else None,
                 "weights": "real" if model in REAL else "random",
                 "compression": compression_of(network, options) if form in OURS else None,
                 "decode_tokens_per_s": asdict(decode),
@@ -291,6 +299,8 @@ def show(rows: Sequence[Mapping[str, Any]], options: argparse.Namespace) -> None
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         form = named(row["form"], row["compression"])
+        if row["head"]:
+            form += f", head {row['head']}"
         speeds = [
             f"{s['median']:.{d}f} ({s['p10']:.{d}f}–{s['p90']:.{d}f})"
             for s, d in ((row["decode_tokens_per_s"], 1), (row["prefill_tokens_per_s"], 0))

@@ -128,6 +128,14 @@ PYBIND11_MODULE(_core, m) {
       py::arg("packed"), py::arg("tensors"), py::arg("threads"));
 
   m.def(
+      "read_sparse_rows",
+      [](uintptr_t packed, uintptr_t rows, int64_t count, uintptr_t out, int threads) {
+        oats::read_sparse_rows(pointer<const void>(packed), pointer<const int64_t>(rows), count, pointer(out),
+                               threads);
+      },
+      py::call_guard<py::gil_scoped_release>());
+
+  m.def(
       "sparse_low_rank_linear",
       [](uintptr_t packed, uintptr_t x, int64_t batch, int64_t x_stride, uintptr_t bias, uintptr_t y,
          int64_t y_stride, int threads) {

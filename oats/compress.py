@@ -18,11 +18,12 @@ from oats.distributed import Ranks
 from oats.errors import ConfigError, UnsupportedModelError
 from oats.format import DTYPES, storage_dtype
 from oats.gated_mlp import merge_gated_mlps_
+from oats.head import quantize_head_
 from oats.matching import TOKENS_PER_STEP, match_block
 from oats.methods import decompose_by_method, hessian_of, input_statistics, second_moments_of
 from oats.models import find_blocks
 from oats.models.experts import split_all_
-from oats.models.linear import FUSED
+from oats.models.linear import FUSED, replace_
 from oats.nn import SparseLowRankLinear, SplitLinear
 from oats.quantization import quantize_layer_
 from oats.storage import EXACT, Storage
@@ -97,6 +98,8 @@ def compress_(
     The model is converted to the dtype in which its layers are stored (`OatsConfig.dtype`; by default its
     own, and bf16 for fp16).
 
+    With `OatsConfig.head`, the output head becomes codes first (:func:`oats.head.quantize_head_`).
+
     Args:
         model: with a list of transformer blocks.
         calibration: token ids (sequences, length), or an iterable of batches: tensors, or dicts of keyword
@@ -136,6 +139,9 @@ def compress_(
         stored = DTYPES[config.dtype] if config.dtype else storage_dtype(dtype)
         convert(model, stored)
         batches = [convert_batch(batch, dtype, stored) for batch in batches]
+        if config.head:
+            attach_(model, config)
+            quantize_head_(model, config.scale_columns)
         compressions: dict[str, float] = {}
         if config.budget != "uniform":
             dense, measures = BlockRunner(model, list(block_list), batches), []
@@ -277,7 +283,7 @@ class Walk:
     def restore(self) -> None:
         """Put the dense layers of the last block back; what was made of them is forgotten."""
         for linear, layer in self._replaced:
-            _replace(self._model, layer, linear)
+            replace_(self._model, layer, linear)
         self._replaced = []
 
     def conclude(self) -> None:
@@ -412,13 +418,9 @@ class Walk:
         return EXACT if self._config.block_matching else self._config.storage
 
     def _put(self, target: Target, layer: nn.Module) -> None:
-        if not self.report.layers and hasattr(self._model, "save_pretrained"):
-            from oats.integrations.transformers import attach
-
-            # Before the first layer is replaced: saved without it, a checkpoint would load random
-            # weights, and from here on the walk may be interrupted.
-            attach(self._model, self._config)
-        _replace(self._model, target.module, layer)
+        if not self.report.layers:
+            attach_(self._model, self._config)
+        replace_(self._model, target.module, layer)
         self._replaced.append((target.module, layer))
 
     def _match(self, index: int, layers: list[SparseLowRankLinear]) -> None:
@@ -442,11 +444,16 @@ def _cost(matrix: _Matrix) -> float:
     return products + d_in**3 if matrix.statistic.dim() == 2 else products
 
 
-def _replace(model: nn.Module, linear: nn.Module, layer: nn.Module) -> None:
-    """Put `layer` wherever the model has `linear`, which may be under several names."""
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        if module is linear:
-            model.set_submodule(name, layer)
+def attach_(model: nn.Module, config: OatsConfig) -> None:
+    """Let ``save_pretrained`` of a model of transformers know of its compressed layers.
+
+    Before the first of them is there: saved without it, a checkpoint would load random weights, and a
+    compression may be interrupted.
+    """
+    if hasattr(model, "save_pretrained"):
+        from oats.integrations.transformers import attach
+
+        attach(model, config)
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:

@@ -22,7 +22,10 @@ METHODS = ("oats", "oats-hessian", *PRUNING)
 BUDGETS = ("uniform", "owl", "error")
 MOMENTS = ("sequential", "dense")
 OPTIONAL = frozenset(
-    {"method", "moments", "block_matching", "budget", "rank_ratios", "values", "low_rank", "scale_columns"}
+    (
+        *("method", "moments", "block_matching", "budget", "rank_ratios"),
+        *("values", "low_rank", "scale_columns", "head"),
+    )
 )
 """Settings beyond the published method: a checkpoint made without them does not name them."""
 
@@ -84,6 +87,8 @@ class OatsConfig:
         low_rank: how the factors are stored: ``"int8"``, ``"bf16"`` or ``"fp32"``; None means as the values,
             int8 beside int4.
         scale_columns: columns of a row whose codes share a scale, 64 or 128.
+        head: ``"int8"`` stores the output head as codes, and with it an input embedding that is tied to it;
+            nothing of it is removed. None leaves both as they are, as published.
 
     Raises:
         ConfigError: a setting is out of its range.
@@ -113,6 +118,7 @@ class OatsConfig:
     values: Literal["int8", "int4", "bf16", "fp32"] | None = None
     low_rank: Literal["int8", "bf16", "fp32"] | None = None
     scale_columns: int = 128
+    head: Literal["int8"] | None = None
     # transformers reads it from whatever is passed as `quantization_config`.
     quant_method: ClassVar[str] = "oats"
 
@@ -209,6 +215,7 @@ class OatsConfig:
             "scale_columns must be 64 or 128",
             self.scale_columns,
         )
+        _require(self.head in (None, "int8"), 'head must be "int8" or None', self.head)
         named = {d for d in (self.dtype, self.values, self.low_rank) if d in ("bf16", "fp32")}
         _require(
             len(named) < 2,

@@ -29,6 +29,12 @@ FORMAT_VERSION = 1
 CODES_VERSION = 2
 """Version of the format of a model in which a layer has codes."""
 
+HEAD_VERSION = 3
+"""Version of the format of a model whose output head has codes."""
+
+VERSIONS = (FORMAT_VERSION, CODES_VERSION, HEAD_VERSION)
+"""What this release reads."""
+
 TENSORS = ("mask", "values", "low_rank_u", "low_rank_v")
 """Names of the tensors that every layer has, in the order in which functions take them."""
 

@@ -267,6 +267,47 @@ def _(packed: Tensor, d_out: int, d_in: int, dtype: torch.dtype) -> Tensor:
     return packed.new_empty((d_out, d_in), dtype=dtype)
 
 
+@torch.library.custom_op("oats::read_rows", mutates_args=(), device_types="cpu")
+def read_rows(packed: Tensor, rows: Tensor, d_in: int, dtype: torch.dtype) -> Tensor:
+    """Some rows of a packed weight without a low-rank part, as an embedding reads them.
+
+    Args:
+        packed: from :func:`pack`, of rank 0.
+        rows: int32 or int64, of any shape, each at least 0 and below d_out.
+        d_in: number of inputs.
+        dtype: of the packed weight.
+
+    Returns:
+        (*rows.shape, d_in), in `dtype`.
+
+    Raises:
+        FormatError: `packed` was not made by :func:`pack`, or for another kind of CPU.
+        IndexError: there is no such row.
+        ValueError: `d_in` or `dtype` is not that of the weight, or it has a low-rank part.
+    """
+    h = _header(packed)
+    if (h.d_in, h.dtype, h.rank) != (d_in, dtype, 0):
+        raise ValueError(
+            f"the packed weight is {h.dtype} with {h.d_in} inputs and rank {h.rank}, expected {dtype} with "
+            f"{d_in} and rank 0"
+        )
+    indices = rows.long().contiguous()
+    if indices.numel() and (int(indices.min()) < 0 or int(indices.max()) >= h.d_out):
+        raise IndexError(
+            f"rows are {int(indices.min())} to {int(indices.max())}, but the packed weight has {h.d_out}"
+        )
+    out = torch.empty((*rows.shape, d_in), dtype=dtype)
+    _core.read_sparse_rows(
+        packed.data_ptr(), indices.data_ptr(), indices.numel(), out.data_ptr(), torch.get_num_threads()
+    )
+    return out
+
+
+@read_rows.register_fake
+def _(packed: Tensor, rows: Tensor, d_in: int, dtype: torch.dtype) -> Tensor:
+    return packed.new_empty((*rows.shape, d_in), dtype=dtype)
+
+
 def keep_largest_in_rows(rows: Tensor, count: int, out: Tensor | None = None) -> Tensor:
     """Zero all but the `count` entries of largest magnitude in each row.
 

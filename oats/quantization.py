@@ -100,7 +100,7 @@ def quantize_tensors(
         if storage.low_rank == "exact":
             result[name] = tensors[name]
         else:
-            result[name], result[f"{name}_scale"] = _round_to_int8(
+            result[name], result[f"{name}_scale"] = round_to_int8(
                 tensors[name].float(), storage.scale_columns
             )
     names = storage.tensors(0, 0, 0, 0, torch.float32)
@@ -212,7 +212,7 @@ def _input_exponent(sparse: Tensor, kept: Tensor) -> Tensor:
 def _int8(
     sparse: Tensor, kept: Tensor, storage: Storage, hessian: Tensor | None, target: Tensor
 ) -> dict[str, Tensor]:
-    codes, scale = _round_to_int8(sparse, storage.scale_columns)
+    codes, scale = round_to_int8(sparse, storage.scale_columns)
     if hessian is not None:
         settled = _with_feedback(target, kept, scale, storage.scale_columns, hessian, _nearest_int8)
         codes = settled.to(torch.int8)
@@ -248,8 +248,16 @@ def _with_feedback(
     return shares
 
 
-def _round_to_int8(matrix: Tensor, scale_columns: int) -> tuple[Tensor, Tensor]:
-    """Codes, int8, and scales, (rows, scales) bf16."""
+def round_to_int8(matrix: Tensor, scale_columns: int) -> tuple[Tensor, Tensor]:
+    """The nearest codes of a matrix.
+
+    Args:
+        matrix: float32.
+        scale_columns: columns of a row that share a scale.
+
+    Returns:
+        Codes, int8, of the shape of the matrix, and scales, (rows, scales) bf16.
+    """
     rows, columns = matrix.shape
     padded = nn.functional.pad(matrix, (0, -columns % scale_columns))
     largest = padded.view(rows, padded.shape[1] // scale_columns, scale_columns).abs().amax(-1)

@@ -95,8 +95,9 @@ def in_memory(source: Path, out: Path, config: oats.OatsConfig) -> dict[str, byt
         oats.OatsConfig(iterations=2, moments="dense"),
         oats.OatsConfig(iterations=2, budget="owl", rank_ratios=(0.1, 0.4)),
         oats.OatsConfig(iterations=2, budget="error"),
+        oats.OatsConfig(iterations=2, dtype="bf16", values="int8", head="int8"),
     ],
-    ids=["published", "bf16", "hessian, matched", "dense moments", "owl", "error"],
+    ids=["published", "bf16", "hessian, matched", "dense moments", "owl", "error", "head"],
 )
 def test_the_same_files_as_in_memory(dense, tmp_path, config) -> None:
     streamed, expected = stream(dense, tmp_path / "a", config), in_memory(dense, tmp_path / "b", config)

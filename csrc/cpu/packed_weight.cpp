@@ -393,4 +393,79 @@ void unpack(const void* packed, const UnpackedWeight& out, int threads) {
   }
 }
 
+namespace {
+
+float float_of(uint16_t bf16) {
+  const uint32_t bits = static_cast<uint32_t>(bf16) << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+float float_of(float value) {
+  return value;
+}
+void set_float(float* out, float value) {
+  *out = value;
+}
+// To nearest, ties to even. What is stored is finite, but a code times its scale may not be.
+void set_float(uint16_t* out, float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  *out = static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+template <class Element>
+void read_row(const PackedHeader& h, const char* base, int64_t row, Element* out) {
+  const int64_t strip = row / h.layout.lanes, lane = row % h.layout.lanes, block = strip / kStripsPerBlock;
+  const int64_t in_block = strip % kStripsPerBlock, strips = strips_of_block(h.strips, block);
+  const int64_t word_bytes = h.layout.lanes * h.layout.group / 8, shift = lane * h.layout.group;
+  const auto* inputs = h.inputs_at ? reinterpret_cast<const Element*>(base + h.inputs_at) : nullptr;
+  const auto* scales = reinterpret_cast<const uint16_t*>(base + h.values_scale_at) +
+                       (block * kStripsPerBlock * h.scale_groups + in_block) * h.layout.lanes + lane;
+  const char* values = base + h.values_at;
+  const auto value_at = [&](int64_t i, int64_t column) {
+    if (h.shape.values == Storage::exact) return float_of(reinterpret_cast<const Element*>(values)[i]);
+    const float scale = float_of(scales[column / h.shape.scale_columns * strips * h.layout.lanes]);
+    if (h.shape.values == Storage::int8) return scale * reinterpret_cast<const int8_t*>(values)[i];
+    const PackedNibbles codes{reinterpret_cast<uint8_t*>(const_cast<char*>(values))};
+    return scale * h.codebook[codes.get(i)];
+  };
+  std::fill_n(out, h.shape.d_in, Element{});
+  const char* mask = base + h.masks_at + block * kStripsPerBlock * h.groups * word_bytes;
+  int64_t next = reinterpret_cast<const int64_t*>(base + h.starts_at)[block];
+  for (int64_t group = 0; group < h.groups; ++group) {
+    for (int64_t s = 0; s < strips; ++s, mask += word_bytes) {
+      uint32_t word = 0;
+      std::memcpy(&word, mask, word_bytes);
+      if (s == in_block) {
+        int64_t i = next + __builtin_popcount(word & ((1u << shift) - 1));
+        over_places(word >> shift & ((1u << h.layout.group) - 1), [&](int place) {
+          const int64_t column = group * h.layout.group + place;
+          const float value = value_at(i++, column);
+          set_float(out + column, inputs ? value * float_of(inputs[column]) : value);
+        });
+      }
+      next += __builtin_popcount(word);
+    }
+  }
+}
+
+}  // namespace
+
+void read_sparse_rows(const void* packed, const int64_t* rows, int64_t count, void* out, int threads) {
+  PackedHeader h;
+  std::memcpy(&h, packed, sizeof h);
+  const auto* base = static_cast<const char*>(packed);
+  const auto read = [&](auto* first) {
+  // A row is some microseconds, less than it takes to wake threads.
+#pragma omp parallel for schedule(static) num_threads(threads) if (count > 8)
+    for (int64_t i = 0; i < count; ++i) read_row(h, base, rows[i], first + i * h.shape.d_in);
+  };
+  if (h.shape.dtype == Dtype::fp32) {
+    read(static_cast<float*>(out));
+  } else {
+    read(static_cast<uint16_t*>(out));
+  }
+}
+
 }  // namespace oats

@@ -13,6 +13,7 @@ import typer
 from oats.cli.options import (
     CalibrationText,
     DenseModel,
+    Head,
     Json,
     Length,
     OutModel,
@@ -116,6 +117,7 @@ def compress(
         ),
     ] = None,
     scale_columns: ScaleColumns = OatsConfig.scale_columns,
+    head: Head = None,
     memory_limit: Annotated[
         str | None,
         typer.Option(
@@ -147,6 +149,7 @@ def compress(
         values=values,  # type: ignore[arg-type]
         low_rank=low_rank,  # type: ignore[arg-type]
         scale_columns=scale_columns,
+        head=head,  # type: ignore[arg-type]
     )
 
     from oats.distributed import joined

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from oats.integrations.record import Record
-    from oats.integrations.stored_model import StoredModel
+    from oats.integrations.stored_model import StoredLayer, StoredModel
 
 MOST_ERRORS = 5
 BAR_WIDTH = 32
@@ -97,6 +97,7 @@ def _model(directory: Path, as_json: bool) -> None:
                     }
                     for layer in model.layers
                 ],
+                "head": model.head and asdict(model.head),
                 "layer_bytes": stored,
                 "layer_dense_bf16_bytes": dense,
                 "share_of_dense_bf16": stored / dense if dense else None,
@@ -159,12 +160,19 @@ def _model(directory: Path, as_json: bool) -> None:
                     if dense
                     else {}
                 ),
+                **({"output head": _head(model.head)} if model.head else {}),
                 "other tensors": f"{human_bytes(model.bytes_elsewhere)}, "
                 f"{model.parameters_elsewhere:,} elements",
                 "on disk": f"{human_bytes(model.disk_bytes)}, all files",
             }
         )
     )
+
+
+def _head(head: StoredLayer) -> str:
+    from oats.cli.console import human_bytes
+
+    return f"{human_bytes(head.stored_bytes)}, {head.share_of_dense_bf16:.3f} of dense bf16, {head.dtype}"
 
 
 def _latest_perplexity(record: Record) -> dict[str, str]:
@@ -186,7 +194,8 @@ def _bytes_by_kind(model: StoredModel) -> dict[str, float]:
         kind = block_and_kind(layer.name)[1]
         sizes[kind] = sizes.get(kind, 0) + layer.stored_bytes
     largest_first = dict(sorted(sizes.items(), key=lambda item: -item[1]))
-    return {**largest_first, "everything else": model.bytes_elsewhere}
+    head = {"output head": float(model.head.stored_bytes)} if model.head else {}
+    return {**largest_first, **head, "everything else": model.bytes_elsewhere}
 
 
 def print_bars(

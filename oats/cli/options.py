@@ -30,6 +30,13 @@ RankRatio = Annotated[
 Pattern = Annotated[str, typer.Option(help="Where non-zeros may sit: row, layer, or N:M such as 2:4.")]
 Seed = Annotated[int, typer.Option(help="Seed of the fast low-rank step.")]
 ScaleColumns = Annotated[int, typer.Option(help="Columns of a row whose codes share a scale: 64 or 128.")]
+Head = Annotated[
+    str | None,
+    typer.Option(
+        help="Store the output head, and an embedding tied to it, as int8 codes; none of it is removed.",
+        show_default="as it is",
+    ),
+]
 
 CalibrationText = Annotated[
     Path | None,

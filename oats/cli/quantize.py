@@ -9,6 +9,7 @@ import typer
 from oats.cli.options import (
     CalibrationText,
     CompressedModel,
+    Head,
     Json,
     Length,
     OutModel,
@@ -29,6 +30,7 @@ def quantize(
         str, typer.Option(help="The same for the low-rank factors: int8, or exact.")
     ] = "int8",
     scale_columns: ScaleColumns = 128,
+    head: Head = None,
     calibrate: Annotated[
         bool,
         typer.Option(
@@ -47,18 +49,23 @@ def quantize(
     by the values after it, and later blocks are fitted to what the coded ones before them return.
     """
     from oats.cli.console import human_bytes, print_json, progress_bar, results, settings_table
+    from oats.config import OatsConfig
     from oats.evaluate.text import builtin_text, calibration_sequences, read_text
+    from oats.head import quantize_head_
     from oats.integrations.checkpoint import check_output, load_model, save_model
     from oats.integrations.stored_model import read_stored_model
     from oats.quantization import quantize_
     from oats.storage import Storage
 
+    OatsConfig(head=head)  # type: ignore[arg-type]  # checks it
     storage = Storage.of(values, low_rank, scale_columns)  # type: ignore[arg-type]  # checks them
     check_output(out, overwrite=overwrite, source=directory)
     before = read_stored_model(directory)
     if not before.layers:
         raise ConfigError(f"{directory} has no layer that oats compressed; run `oats compress` first")
     model, tokenizer = load_model(directory, as_saved=True)
+    if head:
+        quantize_head_(model, scale_columns)
     windows = None
     if calibrate or calibration is not None:
         if tokenizer is None:

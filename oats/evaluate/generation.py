@@ -90,7 +90,7 @@ def bytes_per_token(model: Any) -> int:
     """
     embedding = model.get_input_embeddings().weight
     head = model.get_output_embeddings()
-    tied = head is not None and head.weight is embedding
+    tied = isinstance(head, nn.Linear) and head.weight is embedding
     packed = [
         m.packed.nbytes
         for m in model.modules()

@@ -163,6 +163,11 @@ def _summary(model: StoredModel, record: Record, errors: dict[str, float]) -> li
     dense = sum(layer.dense_bf16_bytes for layer in model.layers)
     rows = [
         ("linear layers", f"{len(model.layers)}, {stored / 1e6:,.1f} MB, {stored / dense:.3f} of dense bf16"),
+        *(
+            [("output head", f"{model.head.stored_bytes / 1e6:,.1f} MB, {model.head.dtype}")]
+            if model.head
+            else []
+        ),
         ("everything else", f"{model.bytes_elsewhere / 1e6:,.1f} MB"),
         (
             "settings",

@@ -136,7 +136,11 @@ def _sizes(stored: StoredModel) -> str:
     rows = [("everything else", _megabytes(rest), "")]
     if dense:
         rows.insert(0, (f"{len(stored.layers)} linear layers", _megabytes(layers), f"{layers / dense:.3f}"))
-    rows.append(("all weights", _megabytes(layers + rest), ""))
+    if stored.head:
+        share = f"{stored.head.share_of_dense_bf16:.3f}"
+        rows.insert(-1, (f"output head, {stored.head.dtype}", _megabytes(stored.head.stored_bytes), share))
+    head = stored.head.stored_bytes if stored.head else 0
+    rows.append(("all weights", _megabytes(layers + head + rest), ""))
     return _table(("", "stored", "of dense bf16"), rows)
 
 

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from oats import __version__
 from oats.config import OPTIONAL, OatsConfig
 from oats.errors import CheckpointError, ConfigError, FormatError
-from oats.format import CODES_VERSION, FORMAT_VERSION
+from oats.format import CODES_VERSION, HEAD_VERSION, VERSIONS
 from oats.storage import EXACT, Storage
 
 _SETTINGS = frozenset(field.name for field in fields(OatsConfig))
@@ -28,6 +28,9 @@ _DTYPE_NAMES = {
 _STORED_AS = {"BF16": "bf16", "F32": "fp32"}
 _SIZES = {"rank", "nnz"}
 _STORAGE = {"values", "low_rank", "scale_columns"}
+EMBEDDING = "embedding"
+"""Key that the entry of the output head alone has: name of the embedding that reads its rows, or null."""
+
 RETRY = "download the checkpoint or compress the model again"
 """How every error about a damaged checkpoint ends."""
 
@@ -65,7 +68,7 @@ def parse_quantization_config(
 
     Returns:
         The settings, and name of each compressed layer → its ``rank`` and ``nnz``, and where it has codes
-        the fields of its :class:`~oats.storage.Storage`.
+        the fields of its :class:`~oats.storage.Storage`; of the output head also `EMBEDDING`.
 
     Raises:
         FormatError: another format version, a key that is unknown or missing, or a bad value.
@@ -74,10 +77,10 @@ def parse_quantization_config(
     given = dict(quantization)
     given.pop("quant_method", None)
     version = given.pop("format_version", None)
-    if type(version) is not int or version not in (FORMAT_VERSION, CODES_VERSION):
+    if type(version) is not int or version not in VERSIONS:
         raise FormatError(
             f"{origin}.format_version is {_shortened(version)}, but oats-torch {__version__} reads versions "
-            f"{FORMAT_VERSION} and {CODES_VERSION} only; for a newer version upgrade with "
+            f"{VERSIONS[0]} to {VERSIONS[-1]} only; for a newer version upgrade with "
             "`pip install -U oats-torch`"
         )
     expected = _SETTINGS | {"layers"}
@@ -93,11 +96,16 @@ def parse_quantization_config(
     if not isinstance(layers, dict):
         raise FormatError(f"{origin}.layers is {_shortened(layers)}, expected an object; {RETRY}")
     for name, sizes in layers.items():
-        allowed = (_SIZES,) if version == FORMAT_VERSION else (_SIZES, _SIZES | _STORAGE)
+        allowed = [_SIZES]
+        if version >= CODES_VERSION:
+            allowed.append(_SIZES | _STORAGE)
+        if version >= HEAD_VERSION:
+            allowed.append(_SIZES | _STORAGE | {EMBEDDING})
         if (
             not isinstance(sizes, dict)
             or sizes.keys() not in allowed
             or any(type(sizes[size]) is not int or sizes[size] < 0 for size in _SIZES)
+            or not isinstance(sizes.get(EMBEDDING), str | None)
         ):
             raise FormatError(
                 f"{origin}.layers[{name!r}] is {_shortened(sizes)}, expected "
@@ -255,7 +263,8 @@ class StoredModel:
     model_type: str
     config: dict[str, Any] | None  # quantization_config, None where the model is not an oats one
     layers: tuple[StoredLayer, ...]
-    parameters_elsewhere: int  # elements of the tensors that belong to no compressed layer
+    head: StoredLayer | None  # the output head, where it has codes
+    parameters_elsewhere: int  # elements of the tensors that belong to none of these
     bytes_elsewhere: int
     disk_bytes: int  # all files of the directory
 
@@ -280,20 +289,22 @@ def read_stored_model(directory: str | Path) -> StoredModel:
 
     quantization = config.get("quantization_config") or {}
     is_oats = quantization.get("quant_method") == "oats"
-    layers = []
+    layers: list[StoredLayer] = []
+    heads: list[StoredLayer] = []
     if is_oats:
         _, table = parse_quantization_config(quantization, str(config_file))
         spellings: dict[str, str] = {}
         if any(_stored_name(name, table, tensors) is None for name in table):
             spellings = _spellings(directory, tensors)
-        layers = [
-            _stored_layer(directory, name, table, tensors, spellings) for name in sorted(table, key=_natural)
-        ]
+        for name in sorted(table, key=_natural):
+            layer = _stored_layer(directory, name, table, tensors, spellings)
+            (heads if EMBEDDING in table[name] else layers).append(layer)
     return StoredModel(
         directory=str(directory),
         model_type=str(config.get("model_type", "unknown")),
         config=quantization if is_oats else None,
         layers=tuple(layers),
+        head=next(iter(heads), None),
         parameters_elsewhere=sum(math.prod(tensor.shape) for tensor in tensors.values()),
         bytes_elsewhere=sum(tensor.nbytes for tensor in tensors.values()),
         disk_bytes=directory_bytes(directory),

@@ -28,6 +28,7 @@ from oats.compress import (
 from oats.config import OatsConfig
 from oats.distributed import Ranks
 from oats.errors import DistributedError, UnsupportedModelError
+from oats.head import quantize_head_
 from oats.integrations.checkpoint import check_output
 from oats.integrations.companions import copy_companions
 from oats.integrations.dense_source import DenseSource
@@ -147,6 +148,8 @@ def _compress(
     run = _Run(source, staging, targets, batches, config, dtype, ranks, limit, progress)
     with evaluating(source.model):
         convert(source.model, dtype)
+        if config.head:
+            quantize_head_(source.model, config.scale_columns)
         if ranks.rank == 0:
             plan = _plan(source, calibration, config, dtype, split, tokens)
             if staging.is_delivered() and staging.differences(plan):
@@ -353,11 +356,13 @@ class _Run:
     def complete(self, state: dict[str, Any], tokenizer: Any) -> None:
         """Write what belongs to the model beside its blocks, the index and the configuration last."""
         model, staging = self.source.model, self.staging
+        # Outside the blocks, that is the head.
+        head, coded = compressed_layers(model)
         single = staging.model / "model.safetensors"
         if not single.is_file():
             for number, names in enumerate(self._rest()):
-                tensors = model.state_dict()
-                rest = _as_saved(model, {name: tensors[name] for name in names})
+                tensors = storable(model, model.state_dict(), coded)
+                rest = _as_saved(model, {name: tensors[name] for name in names if name in tensors})
                 self._write(self._shard(len(self.source.blocks) + number), rest)
             self._index_or_join(single)
         if single.is_file():
@@ -365,7 +370,9 @@ class _Run:
                 shard.unlink()
         model.config.dtype = str(self.dtype).removeprefix("torch.")
         model.config.architectures = [type(model).__name__]
-        model.config.quantization_config = OatsQuantizationConfig(settings=self.config, layers=state["table"])
+        model.config.quantization_config = OatsQuantizationConfig(
+            settings=self.config, layers={**state["table"], **head}
+        )
         with staging.writing():
             if tokenizer is not None:
                 tokenizer.save_pretrained(staging.model)

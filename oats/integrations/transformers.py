@@ -41,7 +41,9 @@ from oats import format as fmt
 from oats.config import OatsConfig
 from oats.errors import CalibrationError, ConfigError, FormatError
 from oats.gated_mlp import merge_gated_mlps_
+from oats.head import RowsOfHead, head_of, own_rows, rows_of_head, untie_
 from oats.integrations.stored_model import (
+    EMBEDDING,
     RETRY,
     StoredTensor,
     check_sizes,
@@ -70,7 +72,7 @@ class OatsQuantizationConfig(QuantizationConfigMixin):
     Args:
         settings: of the compression run.
         layers: name of each compressed layer → its ``rank`` and ``nnz``, and where it has codes the fields of
-            its :class:`~oats.storage.Storage`.
+            its :class:`~oats.storage.Storage`; of the output head also its ``embedding``.
         calibration: of a dense model: the path of a UTF-8 text, or token ids (sequences, length); None means
             the first half of ``pydoc_data.topics``. It is not stored.
         samples: sequences cut from a calibration text.
@@ -118,6 +120,8 @@ class OatsQuantizationConfig(QuantizationConfigMixin):
     @property
     def format_version(self) -> int:
         """Of the tensors on disk: the lowest that can say what the layers are."""
+        if any(EMBEDDING in sizes for sizes in self.layers.values()):
+            return fmt.HEAD_VERSION
         has_codes = any("scale_columns" in sizes for sizes in self.layers.values())
         return fmt.CODES_VERSION if has_codes else fmt.FORMAT_VERSION
 
@@ -190,7 +194,11 @@ class OatsQuantizer(HfQuantizer):
         split_all_(model, lambda name: any(saved.startswith(f"{name}.") for saved in saved_names))
         places: dict[str, dict[str, dict[str, Any]]] = {}
         markers = set()
+        left_out = set()
         for saved_name, sizes in self.quantization_config.layers.items():
+            if EMBEDDING in sizes and sizes[EMBEDDING] is None and model.get_output_embeddings() is None:
+                left_out.add(saved_name)  # a base model has no head
+                continue
             name, part = _find_linear(model, saved_name)
             places.setdefault(name, {})[part] = sizes
             for place in (saved_name, f"{name}.{part}".rstrip(".")):
@@ -204,12 +212,33 @@ class OatsQuantizer(HfQuantizer):
                 made[linear] = _unfilled(model, name, places[name])
         for name, linear in linears.items():
             model.set_submodule(name, made[linear])
+        self._read_rows_of_head(model)
         layers = _layers(model)
         ignored = model._keys_to_ignore_on_load_unexpected
         # A list in transformers 5.0, which adds lists of its own; a set in later releases.
         kind = set if isinstance(ignored, set) else list
         model._keys_to_ignore_on_load_unexpected = kind([*(ignored or ()), *markers])
-        self._origin = _check_headers(model, layers, checkpoint_files)
+        self._origin = _check_headers(model, layers, checkpoint_files, left_out)
+
+    def _read_rows_of_head(self, model: PreTrainedModel) -> None:
+        """Replace the embedding that has no weight of its own."""
+        for saved_name, sizes in self.quantization_config.layers.items():
+            saved_embedding = sizes.get(EMBEDDING)
+            if saved_embedding is None:
+                continue
+            modules = dict(model.named_modules(remove_duplicate=False))
+            names = [name for name in _aliases(model, saved_embedding) if name in modules]
+            head, embedding = model.get_output_embeddings(), modules.get(names[0]) if names else None
+            assert isinstance(head, SparseLowRankLinear)
+            shape = (head.out_features, head.in_features)
+            if not isinstance(embedding, nn.Embedding) or embedding.weight.shape != shape:
+                raise FormatError(
+                    f"config.json: quantization_config.layers[{saved_name!r}] has the embedding "
+                    f"{saved_embedding!r}, which is none of {shape[0]} rows and {shape[1]} columns in "
+                    f"{type(model).__name__}; {RETRY}"
+                )
+            model.set_submodule(names[0], rows_of_head(embedding, head))
+            untie_(model)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if not self.pre_quantized:
@@ -259,6 +288,11 @@ class OatsQuantizer(HfQuantizer):
             for parameter, weight in fused_weights(module).items():
                 fused[name].register_parameter(parameter, nn.Parameter(weight.to(wanted)))
             model.set_submodule(name, fused[name])
+        for name, module in list(model.named_modules()):
+            if isinstance(module, RowsOfHead):
+                model.set_submodule(name, own_rows(module, model.get_output_embeddings().weight))
+                model.config.tie_word_embeddings = True
+                model.tie_weights()
         return model
 
     def get_state_dict_and_metadata(
@@ -377,8 +411,10 @@ def _layers(model: nn.Module) -> dict[str, SparseLowRankLinear]:
 
 
 def _layer_table(model: nn.Module) -> dict[str, dict[str, Any]]:
+    head, embedding = head_of(model)
     return {
         name: {"rank": layer.rank, "nnz": layer.nnz, **layer.storage.to_dict()}
+        | ({EMBEDDING: embedding} if layer is head else {})
         for name, layer in _layers(model).items()
     }
 
@@ -458,7 +494,10 @@ def _unfilled(model: nn.Module, name: str, parts: dict[str, dict[str, Any]]) -> 
 
 
 def _check_headers(
-    model: PreTrainedModel, layers: Mapping[str, SparseLowRankLinear], checkpoint_files: list[str] | None
+    model: PreTrainedModel,
+    layers: Mapping[str, SparseLowRankLinear],
+    checkpoint_files: list[str] | None,
+    left_out: Collection[str],
 ) -> dict[str, str]:
     """Check names, shapes and dtypes of every layer's tensors; returns layer name → file.
 
@@ -472,7 +511,7 @@ def _check_headers(
     stored = _stored_tensors(model, checkpoint_files)
     for key, tensor in stored.items():
         name, _, tensor_name = key.rpartition(".")
-        if tensor_name in ("low_rank_u", "low_rank_v") and name not in layers:
+        if tensor_name in ("low_rank_u", "low_rank_v") and name not in layers and name not in left_out:
             raise FormatError(
                 f"{tensor.path}: {key} belongs to a layer that config.json (quantization_config.layers) does "
                 f"not list for {type(model).__name__}; the files do not belong together, {RETRY}"

@@ -50,6 +50,13 @@ def like_linear(linear: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Mo
     return made
 
 
+def replace_(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put `new` wherever the model has `old`, which may be under several names."""
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if module is old:
+            model.set_submodule(name, new)
+
+
 def fused_outputs(owner: nn.Module | None, name: str) -> dict[str, int]:
     """The projections that one linear layer computes together.
 

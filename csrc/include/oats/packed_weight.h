@@ -136,4 +136,7 @@ struct UnpackedWeight {
 // The inverse of pack().
 void unpack(const void* packed, const UnpackedWeight& out, int threads);
 
+// Rows of S as numbers of the weight's dtype: `out` is count x d_in, and `rows` are below d_out.
+void read_sparse_rows(const void* packed, const int64_t* rows, int64_t count, void* out, int threads);
+
 }  // namespace oats
