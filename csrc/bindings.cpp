@@ -9,6 +9,7 @@
 #include "oats/isa.h"
 #include "oats/keep_largest.h"
 #include "oats/packed_weight.h"
+#include "oats/rms_norm.h"
 #include "oats/sparse_low_rank_linear.h"
 #include "oats/threads.h"
 
@@ -157,6 +158,16 @@ PYBIND11_MODULE(_core, m) {
     oats::sparse_low_rank_linear(projections.data(), static_cast<int>(projections.size()),
                                  pointer<const void>(x), batch, x_stride, threads);
   });
+
+  m.def(
+      "rms_norm",
+      [](uintptr_t x, int64_t rows, int64_t columns, uintptr_t weight, float eps, bool one_plus,
+         int value_bytes, uintptr_t y, int threads) {
+        oats::rms_norm(pointer<const void>(x), rows, columns, pointer<const void>(weight), eps,
+                       one_plus ? oats::RmsNorm::scale_by_one_plus : oats::RmsNorm::round_then_scale,
+                       value_bytes == 4 ? oats::Dtype::fp32 : oats::Dtype::bf16, pointer(y), threads);
+      },
+      py::call_guard<py::gil_scoped_release>());
 
   m.def(
       "keep_largest_in_rows",

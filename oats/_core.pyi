@@ -14,6 +14,18 @@ def sparse_low_rank_linear(
 def sparse_low_rank_linears(
     projections: tuple[int, ...], x: int, batch: int, x_stride: int, threads: int, /
 ) -> None: ...
+def rms_norm(
+    x: int,
+    rows: int,
+    columns: int,
+    weight: int,
+    eps: float,
+    one_plus: bool,
+    value_bytes: int,
+    y: int,
+    threads: int,
+    /,
+) -> None: ...
 def keep_largest_in_rows(
     rows: int, number: int, columns: int, count: int, value_bytes: int, out: int, threads: int, /
 ) -> None: ...

@@ -17,7 +17,7 @@ from oats.decomposition import Decomposition, decompose_batch
 from oats.distributed import Ranks
 from oats.errors import ConfigError, UnsupportedModelError
 from oats.format import DTYPES, storage_dtype
-from oats.gated_mlp import merge_gated_mlps_
+from oats.fusion import fuse_
 from oats.head import quantize_head_
 from oats.matching import TOKENS_PER_STEP, match_block
 from oats.methods import decompose_by_method, hessian_of, input_statistics, second_moments_of
@@ -156,7 +156,7 @@ def compress_(
             walk.compress_block(index)
             if index + 1 < len(block_list):
                 walk.advance(index)
-    merge_gated_mlps_(model)
+    fuse_(model)
     walk.conclude()
     return walk.report
 

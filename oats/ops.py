@@ -308,6 +308,31 @@ def _(packed: Tensor, rows: Tensor, d_in: int, dtype: torch.dtype) -> Tensor:
     return packed.new_empty((*rows.shape, d_in), dtype=dtype)
 
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, one_plus: bool) -> Tensor:
+    """``x / sqrt(mean(x²) + eps)`` of each row, times a weight, without checks or autograd.
+
+    Args:
+        x: (…, n), contiguous, float32 or bfloat16, on the CPU.
+        weight: (n,), of the same dtype.
+        eps: added to the mean of the squares.
+        one_plus: one plus the weight multiplies, before the result is rounded to the dtype; else the weight,
+            after it.
+
+    Returns:
+        The shape and dtype of `x`.
+
+    >>> rms_norm(torch.tensor([[3.0, 4.0]]), torch.ones(2), 0.0, one_plus=False)
+    tensor([[0.8485, 1.1314]])
+    """
+    y = torch.empty_like(x)
+    columns = x.shape[-1]
+    _core.rms_norm(
+        x.data_ptr(), x.numel() // columns if columns else 0, columns, weight.data_ptr(), eps, one_plus,
+        x.element_size(), y.data_ptr(), _threads(),
+    )  # fmt: skip
+    return y
+
+
 def keep_largest_in_rows(rows: Tensor, count: int, out: Tensor | None = None) -> Tensor:
     """Zero all but the `count` entries of largest magnitude in each row.
 

@@ -10,6 +10,7 @@
 #include <sys/mman.h>
 #endif
 
+#include "bf16.h"
 #include "strip_kernels.h"
 
 namespace oats {
@@ -396,10 +397,7 @@ void unpack(const void* packed, const UnpackedWeight& out, int threads) {
 namespace {
 
 float float_of(uint16_t bf16) {
-  const uint32_t bits = static_cast<uint32_t>(bf16) << 16;
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
+  return float_from_bf16(bf16);
 }
 float float_of(float value) {
   return value;
@@ -407,11 +405,8 @@ float float_of(float value) {
 void set_float(float* out, float value) {
   *out = value;
 }
-// To nearest, ties to even. What is stored is finite, but a code times its scale may not be.
 void set_float(uint16_t* out, float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  *out = static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+  *out = bf16_from_float(value);
 }
 
 template <class Element>

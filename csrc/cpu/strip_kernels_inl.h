@@ -28,6 +28,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "bf16.h"
 #include "strip_kernels.h"
 
 namespace oats {
@@ -491,19 +492,8 @@ struct Fp32Element {
 struct Bf16Element {
   using Element = uint16_t;
   static constexpr bool scaled_activations = false;
-  static float to_float(uint16_t v) {
-    const uint32_t bits = static_cast<uint32_t>(v) << 16;
-    float out;
-    std::memcpy(&out, &bits, 4);
-    return out;
-  }
-  // Round to nearest, ties to even; NaN stays NaN.
-  static uint16_t from_float(float v) {
-    uint32_t bits;
-    std::memcpy(&bits, &v, 4);
-    const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    return static_cast<uint16_t>(v != v ? 0x7fc0 : rounded);
-  }
+  static float to_float(uint16_t v) { return float_from_bf16(v); }
+  static uint16_t from_float(float v) { return bf16_from_float(v); }
   // A unit of two.
   static uint32_t pair(float first, float second) {
     return from_float(first) | static_cast<uint32_t>(from_float(second)) << 16;

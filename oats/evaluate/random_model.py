@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from oats import budget, ops
 from oats.bitmask import encode
 from oats.config import OatsConfig, parse_n_m
-from oats.gated_mlp import merge_gated_mlps_
+from oats.fusion import fuse_
 from oats.models import find_blocks
 from oats.models.linear import weight_of
 from oats.nn import SparseLowRankLinear, SplitLinear
@@ -81,7 +81,7 @@ def random_model(
         model.tie_weights()
         for module in others:
             _fill(model, module)
-    merge_gated_mlps_(model)
+    fuse_(model)
     return model.eval()
 
 

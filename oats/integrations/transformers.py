@@ -40,7 +40,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from oats import format as fmt
 from oats.config import OatsConfig
 from oats.errors import CalibrationError, ConfigError, FormatError
-from oats.gated_mlp import merge_gated_mlps_
+from oats.fusion import fuse_
 from oats.head import RowsOfHead, head_of, own_rows, rows_of_head, untie_
 from oats.integrations.stored_model import (
     EMBEDDING,
@@ -249,7 +249,7 @@ class OatsQuantizer(HfQuantizer):
             if layer.bias is not None:
                 layer.bias.requires_grad_(False)  # transformers turns it on
         self.quantization_config.follow(model)
-        merge_gated_mlps_(model)
+        fuse_(model)
         return model
 
     def _compress(self, model: PreTrainedModel) -> None:

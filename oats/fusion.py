@@ -1,0 +1,14 @@
+"""What a compressed model computes in one call of the core instead of several of torch."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from oats.gated_mlp import merge_gated_mlps_
+from oats.rms_norm import fuse_norms_
+
+
+def fuse_(model: nn.Module) -> None:
+    """Give the known modules of a compressed model their faster forms, in place."""
+    merge_gated_mlps_(model)
+    fuse_norms_(model)
