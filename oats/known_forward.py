@@ -39,6 +39,12 @@ def set_forward_(module: nn.Module, forward: Forward) -> None:
     module.__class__ = _with_forward(type(module), forward)  # type: ignore[arg-type]
 
 
+def restore_forward_(module: nn.Module) -> None:
+    """Undo :func:`set_forward_`; a module that has its own ``forward`` stays as it is."""
+    if getattr(type(module), "_replaced_forward", False):
+        module.__class__ = known_class(module)
+
+
 def known_class(module: nn.Module) -> Any:
     """The class that a module had before :func:`set_forward_`."""
     return type(module).__mro__[1]
@@ -51,7 +57,8 @@ def _with_forward(kind: type[nn.Module], forward: Forward) -> type[nn.Module]:
         return (_restore, (kind, forward), *kind.__reduce_ex__(self, protocol)[2:])
 
     body = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__reduce_ex__": reduce}
-    return type(kind.__name__, (kind,), {**body, "forward": _as(forward, kind)})
+    replaced = {"forward": _as(forward, kind), "_replaced_forward": True}
+    return type(kind.__name__, (kind,), body | replaced)
 
 
 def _as(forward: Forward, kind: type[nn.Module]) -> Forward:

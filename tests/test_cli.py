@@ -620,7 +620,7 @@ def sizes(name, **values):
         (lambda config: config | {"quantization_config": "x"}, r"config is 'x', expected a JSON object"),
         (setting(layers=None), r"layers is None, expected an object"),
         (setting(layers={UP: {"rank": 5}}), r"is \{'rank': 5\}, expected \{\"rank\": a whole number"),
-        (setting(format_version=3), r"format_version is 3, but oats-torch .*`pip install -U oats-torch`"),
+        (setting(format_version=4), r"format_version is 4, but oats-torch .*`pip install -U oats-torch`"),
         (setting(svd=[]), r"quantization_config: "),
         (setting(blocks=1), r"unknown keys \['blocks'\]"),
         (sizes("extra"), r": extra: mask is missing"),

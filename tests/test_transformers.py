@@ -34,6 +34,7 @@ except ImportError:  # an earlier 5.x
     GgufConfig = None
 
 from oats import ConfigError, FormatError, OatsConfig, SparseLowRankLinear, compress_, quantize_
+from oats.fusion import fuse_
 from oats.integrations.stored_model import read_stored_model
 from oats.integrations.transformers import OatsQuantizationConfig, OatsQuantizer, attach
 
@@ -48,6 +49,7 @@ def replace_layers(model: PreTrainedModel, within: str = "layers.") -> PreTraine
         if isinstance(linear, nn.Linear) and within in name:
             moments = torch.ones(linear.in_features)
             model.set_submodule(name, SparseLowRankLinear.from_linear(linear, moments, SETTINGS))
+    fuse_(model)
     return model
 
 
@@ -138,7 +140,8 @@ for directory in sys.argv[1:]:
     model = AutoModelForCausalLM.from_pretrained(directory)
     logits, tokens = torch.load(f"{directory}/expected.pt")
     ids = tokens[:, :5]
-    assert torch.equal(model(ids).logits, logits)
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, logits)
     assert torch.equal(model.generate(ids, max_new_tokens=12, do_sample=False), tokens)
     print(sum(type(m).__name__ == "SparseLowRankLinear" for m in model.modules()), model.dtype)
 """
@@ -614,8 +617,8 @@ DAMAGE: dict[str, tuple[Callable[[Tensors, dict[str, Any]], None], str]] = {
         rf"{FILE}{LAYER}: low_rank_v has shape \(92, 4\), but config.json says \(4, 92\)",
     ),
     "newer version": (
-        set_config(format_version=3),
-        r"format_version is 3, but .* versions 1 and 2 only; .*pip install -U",
+        set_config(format_version=4),
+        r"format_version is 4, but .* versions 1 to 3 only; .*pip install -U",
     ),
     "no version": (lambda tensors, config: config.pop("format_version"), "format_version is None"),
     "unknown key": (set_config(blocks=4), r"unknown keys \['blocks'\]"),

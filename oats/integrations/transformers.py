@@ -40,7 +40,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from oats import format as fmt
 from oats.config import OatsConfig
 from oats.errors import CalibrationError, ConfigError, FormatError
-from oats.fusion import fuse_
+from oats.fusion import fuse_, unfuse_
 from oats.head import RowsOfHead, head_of, own_rows, rows_of_head, untie_
 from oats.integrations.stored_model import (
     EMBEDDING,
@@ -293,6 +293,7 @@ class OatsQuantizer(HfQuantizer):
                 model.set_submodule(name, own_rows(module, model.get_output_embeddings().weight))
                 model.config.tie_word_embeddings = True
                 model.tie_weights()
+        unfuse_(model)
         return model
 
     def get_state_dict_and_metadata(
