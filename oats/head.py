@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from oats import ops
 from oats.config import OatsConfig
 from oats.errors import UnsupportedModelError, WeightError
-from oats.models.linear import replace_
+from oats.models.linear import output_head, replace_
 from oats.nn import SparseLowRankLinear
 from oats.quantization import round_to_int8
 from oats.storage import Storage
@@ -39,7 +39,7 @@ def quantize_head_(model: nn.Module, scale_columns: int = OatsConfig.scale_colum
         ConfigError: there is no such `scale_columns`.
     """
     storage = Storage("int8", "int8", scale_columns)
-    head = _output_embeddings(model)
+    head = output_head(model)
     if isinstance(head, SparseLowRankLinear):
         return
     if not isinstance(head, nn.Linear):
@@ -190,13 +190,9 @@ def untie_(model: nn.Module) -> None:
 
 def head_of(model: nn.Module) -> tuple[SparseLowRankLinear | None, str | None]:
     """The head, if it has codes; and the name of the embedding that reads its rows, if one does."""
-    head = _output_embeddings(model)
+    head = output_head(model)
     if not isinstance(head, SparseLowRankLinear):
         return None, None
     names = (name for name, module in model.named_modules() if isinstance(module, RowsOfHead))
     return head, next(names, None)
 
-
-def _output_embeddings(model: nn.Module) -> nn.Module | None:
-    get = getattr(model, "get_output_embeddings", None)
-    return None if get is None else get()

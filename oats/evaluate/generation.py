@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -155,11 +156,14 @@ def _timed_generate(
 ) -> tuple[float, list[float]]:
     """When the call started, and when each new token came."""
     clock = clock or _Clock()
+    # No token ends the text: to enforce a least number of new ones takes a pass over the vocabulary for each.
+    settings = copy.deepcopy(model.generation_config)
+    settings.eos_token_id = None
     start = time.perf_counter()
     model.generate(
         prompt[None],
         attention_mask=torch.ones_like(prompt)[None],
-        min_new_tokens=new_tokens,
+        generation_config=settings,
         max_new_tokens=new_tokens,
         do_sample=False,
         use_cache=True,

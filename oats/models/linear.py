@@ -50,6 +50,13 @@ def like_linear(linear: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Mo
     return made
 
 
+def output_head(model: nn.Module) -> nn.Module | None:
+    """The output embeddings of a language model of transformers; None where a model has none."""
+    get = getattr(model, "get_output_embeddings", None)
+    head: nn.Module | None = None if get is None else get()
+    return head
+
+
 def replace_(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Put `new` wherever the model has `old`, which may be under several names."""
     for name, module in list(model.named_modules(remove_duplicate=False)):
