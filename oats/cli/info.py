@@ -105,6 +105,7 @@ def _model(directory: Path, as_json: bool) -> None:
                 "disk_bytes": model.disk_bytes,
                 "source": record.source,
                 "evaluations": record.evaluations,
+                "quantizations": record.quantizations,
             }
         )
         return
@@ -140,10 +141,11 @@ def _model(directory: Path, as_json: bool) -> None:
         console.print(table)
         print_bars(console, "Where the bytes are", _bytes_by_kind(model), human_bytes)
         if errors:
+            taken = record.errors_were_taken(any(layer.storage.has_codes for layer in model.layers))
             worst = sorted(errors, key=errors.__getitem__, reverse=True)[:MOST_ERRORS]
             print_bars(
                 console,
-                "Largest errors of layers, relative, on the calibration data",
+                "Largest errors of layers, relative, on the calibration data" + taken,
                 {name.removeprefix(shared): errors[name] for name in worst},
                 lambda error: f"{error:.3f}",
             )
@@ -154,6 +156,7 @@ def _model(directory: Path, as_json: bool) -> None:
                 "model": model.model_type + ("" if model.config else ", not compressed by oats"),
                 **_shown(settings),
                 **_latest_perplexity(record),
+                **({"quantised": record.quantizations_in_words()[-1]} if record.quantizations else {}),
                 **(
                     {"linear layers": f"{human_bytes(stored)}, {stored / dense:.3f} of dense bf16"}
                     if dense
