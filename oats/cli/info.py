@@ -71,7 +71,7 @@ def _installation(as_json: bool) -> None:
 
 def _model(directory: Path, as_json: bool) -> None:
     from oats.cli.console import human_bytes, print_json, results, settings_table
-    from oats.integrations.record import Record
+    from oats.integrations.record import Record, in_words
     from oats.integrations.stored_model import read_stored_model
 
     model = read_stored_model(directory)
@@ -154,7 +154,9 @@ def _model(directory: Path, as_json: bool) -> None:
             {
                 "directory": model.directory,
                 "model": model.model_type + ("" if model.config else ", not compressed by oats"),
+                **({"compressed from": record.source} if record.source else {}),
                 **_shown(settings),
+                **({"calibration": in_words(record.calibration)} if record.calibration else {}),
                 **_latest_perplexity(record),
                 **({"quantised": record.quantizations_in_words()[-1]} if record.quantizations else {}),
                 **(

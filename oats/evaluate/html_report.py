@@ -13,7 +13,7 @@ from oats import __version__
 from oats.config import OatsConfig
 from oats.errors import ConfigError
 from oats.evaluate.anatomy import Anatomy, anatomies, pictures
-from oats.integrations.record import Record
+from oats.integrations.record import Record, in_words
 from oats.integrations.stored_model import StoredModel, parse_quantization_config
 
 if TYPE_CHECKING:
@@ -181,9 +181,7 @@ def _summary(model: StoredModel, record: Record, errors: dict[str, float]) -> li
         ),
     ]
     if record.calibration:
-        rows.append(
-            ("calibration", ", ".join(f"{name} {value}" for name, value in record.calibration.items()))
-        )
+        rows.append(("calibration", in_words(record.calibration)))
     rows += [("quantised", words) for words in record.quantizations_in_words()]
     if errors:
         worst = max(errors, key=errors.__getitem__)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from oats import __version__
 from oats.atomic_file import write_text
 from oats.config import OatsConfig
-from oats.integrations.record import Record, in_words
+from oats.integrations.record import Record, in_words, storage_in_words
 from oats.integrations.stored_model import StoredModel, parse_quantization_config, read_stored_model
 
 if TYPE_CHECKING:
@@ -172,13 +172,13 @@ def _settings(settings: OatsConfig, record: Record) -> str:
     if settings.block_matching:
         shown["block matching"] = f"{settings.block_matching} passes"
     if settings.storage.has_codes:
-        shown["codes"] = in_words(settings.storage)
+        shown["codes"] = storage_in_words(settings.storage)
     if record.calibration:
-        shown["calibration"] = ", ".join(f"{name} {value}" for name, value in record.calibration.items())
+        shown["calibration"] = in_words(record.calibration)
     if record.seconds is not None:
         shown["time"] = f"{record.seconds:.0f} s"
     if record.software:
-        shown["software"] = ", ".join(f"{name} {version}" for name, version in record.software.items())
+        shown["software"] = in_words(record.software)
     rows = [(name, str(value)) for name, value in shown.items()]
     rows += [("quantised", words) for words in record.quantizations_in_words()]
     return _table(("setting", "value"), rows)

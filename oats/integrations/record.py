@@ -162,8 +162,8 @@ class Record:
         """How each ``oats quantize`` stored the numbers, and what it fitted them on."""
         words = []
         for step in self.quantizations:
-            text = ", ".join(f"{name} {value}" for name, value in step["calibration"].items())
-            words.append(f"{in_words(Storage(**step['storage']))}; {text or 'no calibration'}")
+            stored = storage_in_words(Storage(**step["storage"]))
+            words.append(f"{stored}; {in_words(step['calibration']) or 'no calibration'}")
         return words
 
     def add_evaluation(self, result: Mapping[str, Any]) -> None:
@@ -177,10 +177,19 @@ class Record:
         self.evaluations = [*others, dict(result)]
 
 
-def in_words(storage: Storage) -> str:
+def in_words(settings: Mapping[str, Any]) -> str:
+    """Names and values on one line.
+
+    >>> in_words({"samples": 64, "length": 512})
+    'samples 64, length 512'
+    """
+    return ", ".join(f"{name} {value}" for name, value in settings.items())
+
+
+def storage_in_words(storage: Storage) -> str:
     """How the numbers of a layer are stored, for people.
 
-    >>> in_words(Storage("int4", "int8", 128))
+    >>> storage_in_words(Storage("int4", "int8", 128))
     'kept values int4, low-rank factors int8, a scale for 128 columns of a row'
     """
     if not storage.has_codes:
