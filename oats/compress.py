@@ -60,6 +60,8 @@ class CompressionReport:
     """Weights of transformer blocks that were not compressed → why."""
     matched: dict[str, tuple[float, float]] = field(default_factory=dict)
     """Block → the loss of :func:`oats.matching.match_block` before and after; where blocks were matched."""
+    seconds_before: float = field(default=0.0, compare=False)
+    """What stopped runs that this one went on from had spent on the blocks that they finished."""
 
     @property
     def parameters_before(self) -> int:

@@ -195,4 +195,3 @@ def head_of(model: nn.Module) -> tuple[SparseLowRankLinear | None, str | None]:
         return None, None
     names = (name for name, module in model.named_modules() if isinstance(module, RowsOfHead))
     return head, next(names, None)
-

@@ -6,6 +6,7 @@ fitted to the magnitudes that a layer has.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ from oats.calibrate import BlockRunner, Calibration, as_batches, evaluating, hes
 from oats.error_feedback import inverse_factor, settle_columns
 from oats.errors import WeightError
 from oats.models import find_blocks
+from oats.models.linear import output_head
 from oats.storage import CODEBOOK, LowRank, Storage, Values, pack_nibbles
 
 if TYPE_CHECKING:
@@ -116,12 +118,12 @@ def quantize_(
     calibration: Calibration | None = None,
     blocks: str | None = None,
     progress: Callable[[int, int, str], None] | None = None,
-) -> int:
+) -> dict[str, float | None]:
     """Store every compressed layer of a model as codes, in place.
 
     Layers that hold codes already are fitted anew from the numbers for which these stand. With calibration
     data, the error of each code is made good by the values after it (:func:`quantize_tensors`), block by
-    block, each on what the coded blocks before it return.
+    block, each on what the coded blocks before it return. An output head that has codes keeps them.
 
     Args:
         model: with `SparseLowRankLinear` layers; or such a layer.
@@ -133,7 +135,8 @@ def quantize_(
         progress: called after each layer with: layers done, layers in all, the layer's name.
 
     Returns:
-        The number of layers.
+        Name of each layer → how far its output moved, relative, on the calibration data that it saw; None
+        where it saw none.
 
     Raises:
         ConfigError: there is no such storage.
@@ -143,19 +146,41 @@ def quantize_(
     from oats.nn import SparseLowRankLinear
 
     storage = Storage.of(values, low_rank, scale_columns)
-    modules = model.named_modules()
-    layers = {name: module for name, module in modules if isinstance(module, SparseLowRankLinear)}
+    head = output_head(model)
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, SparseLowRankLinear) and module is not head
+    }
     left = dict(layers)
     known = () if calibration is None else _hessians(model, layers, calibration, blocks)
     unknown = ((name, None) for name in layers if name in left)
+    moved: dict[str, float | None] = {}
     for name, hessian in chain(known, unknown):
+        layer = left.pop(name)
+        before = _exact_weight(layer) if hessian is not None else None
         try:
-            quantize_layer_(left.pop(name), storage, hessian)
+            quantize_layer_(layer, storage, hessian)
         except WeightError as error:
             raise WeightError(f"{name}: {error}") from error
+        moved[name] = None
+        if hessian is not None and before is not None:
+            moved[name] = _output_error(_exact_weight(layer), before, hessian)
         if progress is not None:
             progress(len(layers) - len(left), len(layers), name)
-    return len(layers)
+    return moved
+
+
+def _exact_weight(layer: SparseLowRankLinear) -> Tensor:
+    """S + U V in float32, whatever the layer's dtype."""
+    sparse, u, v = layer.storage.exact_parts(layer.canonical(), layer.in_features)
+    return sparse.addmm_(u, v)
+
+
+def _output_error(weight: Tensor, reference: Tensor, hessian: Tensor) -> float:
+    """``‖(weight − reference) X‖ / ‖reference X‖`` with ``X Xᵀ`` given."""
+    squares = [float(((m @ hessian) * m).sum().clamp_min(0)) for m in (weight - reference, reference)]
+    return math.sqrt(squares[0] / squares[1]) if squares[1] else 0.0
 
 
 def _hessians(

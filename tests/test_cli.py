@@ -688,6 +688,14 @@ def test_quantize(compressed, tmp_path, values):
     assert json.loads((again / "config.json").read_text())["quantization_config"]["format_version"] == 1
 
 
+def test_quantize_tells_a_log_how_far_it_is(compressed, tmp_path, monkeypatch):
+    assert "Quantising" not in run("quantize", compressed, tmp_path / "quiet").stderr
+    monkeypatch.setattr("oats.cli.console.LOG_SECONDS", 0)
+    lines = run("quantize", compressed, tmp_path / "codes").stderr.splitlines()
+    assert len(lines) == 14
+    assert re.fullmatch(r"Quantising: 7 of 14 model\.layers\.0\.\S+, \d+ s, about \d+ s left", lines[6])
+
+
 def test_quantize_with_calibration(compressed, text, tmp_path):
     plain, fitted = tmp_path / "plain", tmp_path / "fitted"
     run("quantize", compressed, plain, "--values", "int4")

@@ -22,6 +22,7 @@ from oats import (
     WeightError,
     compress_,
     ops,
+    quantize_,
 )
 from oats.bitmask import decode
 from oats.head import RowsOfHead, quantize_head_
@@ -224,6 +225,14 @@ def test_dequantised_it_is_dense_and_tied_again(configuration, tmp_path: Path) -
     model.save_pretrained(tmp_path)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(logits(again), logits(model))
+
+
+def test_codes_of_the_blocks_leave_the_head_alone() -> None:
+    model = compressed(TIED)
+    before = model.lm_head.canonical()
+    assert len(quantize_(model, "int4", "exact")) == 7
+    assert model.lm_head.storage == Storage("int8", "int8", 128)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.lm_head.canonical().items())
 
 
 def test_on_the_fly(tmp_path: Path) -> None:

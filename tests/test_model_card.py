@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from html.parser import HTMLParser
@@ -103,6 +104,62 @@ def test_eval_adds_its_result_once(compressed: Path, text: Path) -> None:
     assert "perplexity" in run("info", compressed)
 
 
+def test_quantize_keeps_what_is_known(compressed: Path, text: Path, tmp_path: Path) -> None:
+    evaluate = ("--text", text, "--context", 64, "--max-tokens", 100, "--save")
+    run("eval", compressed, *evaluate)
+    before = Record.read(compressed)
+    run("quantize", compressed, tmp_path / "int8")
+    record = Record.read(tmp_path / "int8")
+    for kept in ("source", "calibration", "seconds", "errors", "left_dense", "software"):
+        assert getattr(record, kept) == getattr(before, kept)
+    assert before.evaluations and not record.evaluations, "a perplexity of other weights"
+    storage = {"values": "int8", "low_rank": "int8", "scale_columns": 128}
+    assert record.quantizations == [{"storage": storage, "calibration": {}, "errors": {}}]
+    card = (tmp_path / "int8" / "README.md").read_text()
+    for expected in (
+        "`tiny-llama` with 50%",
+        "| calibration | text fox.txt",
+        "numbers became codes: median",
+        "kept values int8, low-rank factors int8, a scale for 128 columns of a row; no calibration |",
+    ):
+        assert expected in card, expected
+    assert "How far codes moved" not in card
+
+    fitted = ("--calibration", text, "--samples", 4, "--length", 32)
+    run("quantize", tmp_path / "int8", tmp_path / "int4", "--values", "int4", *fitted)
+    first, second = Record.read(tmp_path / "int4").quantizations
+    assert first == record.quantizations[0] and second["calibration"] == before.calibration
+    assert second["errors"].keys() == before.errors.keys()
+    card = (tmp_path / "int4" / "README.md").read_text()
+    worst = max(second["errors"], key=second["errors"].__getitem__)
+    assert f"at most {second['errors'][worst]:.3f} in `{worst}`" in card
+    output = run("info", tmp_path / "int4")
+    assert "on the calibration data, before numbers became codes" in output
+    assert re.search(r"^compressed from +tiny-llama", output, re.MULTILINE)
+    assert re.search(r"^calibration +text fox\.txt", output, re.MULTILINE)
+    assert re.search(r"^quantised +kept values int4, .*; text fox\.txt", output, re.MULTILINE)
+    assert json.loads(run("info", tmp_path / "int4", "--json"))["quantizations"] == [first, second]
+    if importlib.util.find_spec("matplotlib"):
+        run("report", tmp_path / "int4", "--out", tmp_path / "report.html")
+        page = (tmp_path / "report.html").read_text()
+        assert "before numbers became codes" in page and "<td>quantised</td><td>kept values int4" in page
+
+
+def test_quantize_without_a_record(compressed: Path, tmp_path: Path) -> None:
+    (compressed / "oats_report.json").unlink()
+    run("quantize", compressed, tmp_path / "int8")
+    assert "| quantised | kept values int8" in (tmp_path / "int8" / "README.md").read_text()
+    assert Record.read(tmp_path / "int8").errors == {}
+
+
+def test_codes_of_a_compression_are_in_its_card(dense: Path, text: Path, tmp_path: Path) -> None:
+    settings = ("--calibration", text, "--samples", 4, "--length", 32, "--iterations", 3)
+    run("compress", dense, tmp_path / "small", "--values", "int4", *settings)
+    card = (tmp_path / "small" / "README.md").read_text()
+    assert "| codes | kept values int4, low-rank factors int8, a scale for 128 columns of a row |" in card
+    assert "on the calibration data, before numbers became codes: median" in card
+
+
 def test_a_card_of_somebody_else_is_left_alone(compressed: Path, text: Path) -> None:
     (compressed / "README.md").write_text("# mine")
     assert oats.write_model_card(compressed) is None
@@ -137,8 +194,10 @@ def test_a_dense_model_gets_no_result(dense: Path, text: Path) -> None:
 
 @pytest.mark.parametrize(
     "damage",
-    ["{", "[]", '{"version": 2}', '{"version": 1, "extra": 0}', '{"version": 1, "errors": {"a": NaN}}'],
-)
+    ["{", "[]", '{"version": 2}', '{"version": 1, "extra": 0}', '{"version": 1, "errors": {"a": NaN}}',
+     '{"version": 1, "quantizations": [{"storage": {"values": "int3"}, "calibration": {}, "errors": {}}]}',
+     '{"version": 1, "quantizations": [{"storage": {}, "calibration": {}, "errors": {"a": NaN}}]}'],
+)  # fmt: skip
 def test_a_damaged_record_is_an_error_that_says_it_can_be_deleted(compressed: Path, damage: str) -> None:
     (compressed / "oats_report.json").write_text(damage)
     with pytest.raises(FormatError, match=r"oats_report.json cannot be read .* it can be deleted"):
@@ -251,6 +310,17 @@ def test_the_report_is_one_file_with_everything_in_it(compressed: Path, tmp_path
     for layer in read_stored_model(compressed).layers:
         assert f"<td>{layer.name}</td>" in text and f"<td>{errors[layer.name]:.4f}</td>" in text
     assert "is there already" in run("report", compressed, "--out", out, code=1)
+
+
+def test_the_speed_of_a_model_with_codes_is_that_of_codes(
+    compressed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'oats-torch[plot]'")
+    monkeypatch.setattr("oats.cli.report.BATCHES", (1,))
+    run("quantize", compressed, tmp_path / "int4", "--values", "int4")
+    run("report", tmp_path / "int4", "--speed", "--out", tmp_path / "report.html")
+    speed = (tmp_path / "report.html").read_text().partition("<h2>Speed</h2>")[2]
+    assert "<th>oats int4 " in speed and "<th>torch bf16 dense</th>" in speed
 
 
 def test_the_report_refuses(dense: Path, tmp_path: Path) -> None:

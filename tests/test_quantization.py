@@ -219,14 +219,31 @@ def test_codes_of_a_model_are_fitted_by_calibration() -> None:
     for calibration in (None, tokens):
         coded = copy.deepcopy(model)
         done: list[str] = []
-        count = quantize_(
+        moved = quantize_(
             coded, "int4", calibration=calibration, progress=lambda *args, names=done: names.append(args[2])
         )
-        assert count == len({*done}) == len(done) == 14
+        assert list(moved) == done and len(moved) == 14
+        if calibration is None:
+            assert set(moved.values()) == {None}
         with torch.inference_mode():
             lost.append(float((coded(tokens).logits - exact).norm()))
         assert coded.config.use_cache and not coded.training
     assert lost[1] < 0.95 * lost[0]
+
+
+def test_how_far_codes_moved_a_layer_is_that_of_its_output() -> None:
+    model, _ = compressed_llama(dtype="fp32")
+    layer = model.model.layers[0].self_attn.q_proj
+    tokens = torch.randint(0, 97, (4, 32), generator=torch.Generator().manual_seed(0))
+    seen: list[torch.Tensor] = []
+    hook = layer.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    with torch.no_grad():
+        model(tokens)
+        hook.remove()
+        before = layer(seen[0])
+        moved = quantize_(model, "int4", calibration=tokens)["model.layers.0.self_attn.q_proj"]
+        expected = float((layer(seen[0]) - before).norm() / before.norm())
+    assert moved == pytest.approx(expected, rel=1e-3) and 0 < expected < 0.5
 
 
 def test_a_layer_of_two_blocks_is_fitted_once() -> None:
@@ -234,7 +251,7 @@ def test_a_layer_of_two_blocks_is_fitted_once() -> None:
     first, second = model.model.layers
     second.self_attn.q_proj = first.self_attn.q_proj
     tokens = torch.randint(0, 97, (4, 32), generator=torch.Generator().manual_seed(0))
-    assert quantize_(model, "int4", calibration=tokens) == 13
+    assert len(quantize_(model, "int4", calibration=tokens)) == 13
     assert second.self_attn.q_proj is first.self_attn.q_proj
     assert first.self_attn.q_proj.storage.values == "int4"
 
@@ -264,7 +281,7 @@ def test_a_layer_of_codes_is_a_layer(storage: Storage) -> None:
         random_layer(40, 70, 6, 0.4, torch.bfloat16), 70, torch.randn(40).bfloat16()
     )
     before = layer.to_dense().float()
-    assert quantize_(layer, storage.values, storage.low_rank, storage.scale_columns) == 1
+    assert quantize_(layer, storage.values, storage.low_rank, storage.scale_columns) == {"": None}
     assert layer.storage == storage and layer.dtype == torch.bfloat16 and layer.nnz > 0
     assert (layer.to_dense().float() - before).norm() < 0.15 * before.norm()
     x = torch.randn(3, 70).bfloat16()

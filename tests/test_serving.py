@@ -276,6 +276,11 @@ def test_bad_json(served: Served, body: bytes, message: str) -> None:
 
 def test_other_paths_and_methods(served: Served) -> None:
     assert post(served, "/v1/embeddings", b"{}")[0] == 404
+    other = 'oats_requests_total{endpoint="other",status="404"}'
+    before = served.metric(other)
+    assert post(served, "/v1/audio", b"{}")[0] == 404
+    assert post(served, "/v1/completions", b'{"model": "gpt-5", "prompt": "a"}')[0] == 404
+    assert served.metric(other) == before + 1, "a model that is not here is no other path"
     status, answer = post(served, "/v1/models", b"{}")
     assert status == 405 and "POST /v1/models" in answer["error"]["message"]
 

@@ -385,6 +385,16 @@ def stopped(dense: Path, out: Path, config: oats.OatsConfig = FAST, **options) -
         stream(dense, out, config, progress=stop, **options)
 
 
+def test_the_time_of_a_run_that_was_stopped_counts(dense, tmp_path) -> None:
+    out = tmp_path / "out"
+    stopped(dense, out)
+    spent = Staging(out).progress()["seconds"]
+    assert spent > 0
+    opened, tokenizer, dtype = load_dense_source(dense)
+    report = compress_directory(opened, tokenizer, TOKENS, out, FAST, dtype=dtype)
+    assert report.seconds_before == spent
+
+
 def test_another_run_does_not_go_on_from_it(dense, tmp_path) -> None:
     out = tmp_path / "out"
     stopped(dense, out)

@@ -231,7 +231,7 @@ def _run(
             )
         else:
             made = compress_(network, data, config, blocks=blocks, split=split, progress=progress)
-    seconds = time.perf_counter() - started
+    seconds = made.seconds_before + time.perf_counter() - started
     known: dict[str, Any] = {
         "source": model,
         "seconds": seconds,

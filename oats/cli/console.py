@@ -47,20 +47,31 @@ def print_json(value: Mapping[str, Any]) -> None:
 
 
 class Bar:
-    """A progress bar of one task."""
+    """A progress bar of one task; in a log, a line a minute."""
 
-    def __init__(self, progress: Progress, task: TaskID) -> None:
-        """Wrap one task of a rich display."""
-        self._progress, self._task = progress, task
+    def __init__(self, progress: Progress, task: TaskID, log: Callable[[str], None] | None = None) -> None:
+        """Wrap one task of a rich display; `log` takes the lines, None where there are none."""
+        self._progress, self._task, self._log = progress, task, log
+        self._started = self._written = time.monotonic()
 
     def update(self, done: int, total: int, note: str = "") -> None:
         """Show that `done` of `total` are done."""
         self._progress.update(self._task, completed=done, total=total, note=note)
+        now = time.monotonic()
+        if self._log is not None and done and now - self._written >= LOG_SECONDS:
+            self._written = now
+            taken = now - self._started
+            left = human_time(taken / done * (total - done))
+            self._log(f"{done} of {total} {note}, {human_time(taken)}, about {left} left")
 
 
 @contextmanager
-def progress_bar(description: str) -> Iterator[Bar]:
-    """A bar with count, note, elapsed time and time left; nothing where stderr is not a terminal.
+def progress_bar(description: str, *, log: bool = True) -> Iterator[Bar]:
+    """A bar with count, note, elapsed time and time left; a line a minute where stderr is not a terminal.
+
+    Args:
+        description: what is going on.
+        log: whether there are such lines.
 
     >>> with progress_bar("Compressing") as bar:
     ...     bar.update(1, 2, "error 0.1")
@@ -75,11 +86,16 @@ def progress_bar(description: str) -> Iterator[Bar]:
         TimeRemainingColumn(),
     )
     console = notes()
+
+    def write(line: str) -> None:
+        console.print(f"{description}: {line}", soft_wrap=True, markup=False)
+
     # The time left from the last hour: a layer can take minutes.
     with Progress(
         *columns, console=console, disable=not console.is_terminal, speed_estimate_period=3600
     ) as progress:
-        yield Bar(progress, progress.add_task(description, total=None, note=""))
+        task = progress.add_task(description, total=None, note="")
+        yield Bar(progress, task, write if log and not console.is_terminal else None)
 
 
 @contextmanager
@@ -96,7 +112,7 @@ def layers_progress() -> Iterator[Callable[[int, int, str, float], None]]:
     first_done, first_at = 0, 0.0
     errors: list[float] = []
     console = notes()
-    with progress_bar("Compressing") as bar:
+    with progress_bar("Compressing", log=False) as bar:
 
         def progress(done: int, total: int, name: str, error: float) -> None:
             nonlocal written, first_done, first_at

@@ -71,7 +71,7 @@ def _installation(as_json: bool) -> None:
 
 def _model(directory: Path, as_json: bool) -> None:
     from oats.cli.console import human_bytes, print_json, results, settings_table
-    from oats.integrations.record import Record
+    from oats.integrations.record import Record, in_words
     from oats.integrations.stored_model import read_stored_model
 
     model = read_stored_model(directory)
@@ -106,6 +106,7 @@ def _model(directory: Path, as_json: bool) -> None:
                 "disk_bytes": model.disk_bytes,
                 "source": record.source,
                 "evaluations": record.evaluations,
+                "quantizations": record.quantizations,
             }
         )
         return
@@ -141,10 +142,11 @@ def _model(directory: Path, as_json: bool) -> None:
         console.print(table)
         print_bars(console, "Where the bytes are", _bytes_by_kind(model), human_bytes)
         if errors:
+            taken = record.errors_were_taken(any(layer.storage.has_codes for layer in model.layers))
             worst = sorted(errors, key=errors.__getitem__, reverse=True)[:MOST_ERRORS]
             print_bars(
                 console,
-                "Largest errors of layers, relative, on the calibration data",
+                "Largest errors of layers, relative, on the calibration data" + taken,
                 {name.removeprefix(shared): errors[name] for name in worst},
                 lambda error: f"{error:.3f}",
             )
@@ -153,8 +155,11 @@ def _model(directory: Path, as_json: bool) -> None:
             {
                 "directory": model.directory,
                 "model": model.model_type + ("" if model.config else ", not compressed by oats"),
+                **({"compressed from": record.source} if record.source else {}),
                 **_shown(settings),
+                **({"calibration": in_words(record.calibration)} if record.calibration else {}),
                 **_latest_perplexity(record),
+                **({"quantised": record.quantizations_in_words()[-1]} if record.quantizations else {}),
                 **(
                     {"linear layers": f"{human_bytes(stored)}, {stored / dense:.3f} of dense bf16"}
                     if dense

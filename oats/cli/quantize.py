@@ -48,11 +48,12 @@ def quantize(
     No calibration is needed. With --calibrate, or a --calibration text, the error of each code is made good
     by the values after it, and later blocks are fitted to what the coded ones before them return.
     """
-    from oats.cli.console import human_bytes, print_json, progress_bar, results, settings_table
+    from oats.cli.console import human_bytes, print_json, progress_bar, results, settings_table, status
     from oats.config import OatsConfig
     from oats.evaluate.text import builtin_text, calibration_sequences, read_text
     from oats.head import quantize_head_
     from oats.integrations.checkpoint import check_output, load_model, save_model
+    from oats.integrations.record import Record
     from oats.integrations.stored_model import read_stored_model
     from oats.quantization import quantize_
     from oats.storage import Storage
@@ -63,22 +64,28 @@ def quantize(
     before = read_stored_model(directory)
     if not before.layers:
         raise ConfigError(f"{directory} has no layer that oats compressed; run `oats compress` first")
-    model, tokenizer = load_model(directory, as_saved=True)
+    record = Record.read(directory) or Record()
+    with status(f"Loading {directory}"):
+        model, tokenizer = load_model(directory, as_saved=True)
     if head:
         quantize_head_(model, scale_columns)
-    windows = None
+    windows, calibrated_on = None, {}
     if calibrate or calibration is not None:
         if tokenizer is None:
             raise ConfigError(f"{directory} takes images; leave the calibration text out")
         text = builtin_text("first") if calibration is None else read_text(calibration)
         vocabulary = model.get_input_embeddings().num_embeddings
         windows = calibration_sequences(tokenizer, text, vocabulary, samples, length)
+        calibrated_on = {**text.identity(), "samples": samples, "length": length}
     with progress_bar("Quantising") as bar:
-        quantize_(
+        moved = quantize_(
             model, storage.values, storage.low_rank, storage.scale_columns,
             calibration=windows, progress=bar.update,
         )  # fmt: skip
-    save_model(model, tokenizer, out, overwrite=overwrite, source=str(directory))
+    errors = {name: error for name, error in moved.items() if error is not None}
+    record = record.quantized(storage, errors, calibrated_on)
+    with status(f"Saving {out}"):
+        save_model(model, tokenizer, out, overwrite=overwrite, record=record, source=str(directory))
     after = read_stored_model(out)
     sizes = [sum(layer.stored_bytes for layer in stored.layers) for stored in (before, after)]
     dense = sum(layer.dense_bf16_bytes for layer in before.layers)

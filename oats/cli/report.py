@@ -75,12 +75,13 @@ def _time(model: StoredModel) -> list[Row]:
     from oats.evaluate.shapes import LayerShape
     from oats.integrations.stored_model import parse_quantization_config
 
-    if model.config is None:
+    if model.config is None or not model.layers:
         return []
     config = parse_quantization_config(model.config)[0]
     kinds: dict[tuple[int, int], dict[str, None]] = {}
     for layer in model.layers:
         kinds.setdefault((layer.d_out, layer.d_in), {})[block_and_kind(layer.name)[1]] = None
+    storage = model.layers[0].storage
     dtype: Dtype = "fp32" if model.layers[0].dtype == "fp32" else "bf16"
     rows: list[Row] = []
     with progress_bar("Timing") as bar:
@@ -90,7 +91,6 @@ def _time(model: StoredModel) -> list[Row]:
                 bar.update(done, len(kinds), note)
 
             shape = LayerShape(", ".join(names), d_out, d_in)
-            rows += layer_rows(
-                shape, BATCHES, config, [compressed(dtype)], [torch_dense(dtype)], progress=progress
-            )
+            ours = [compressed(dtype, storage=storage)]
+            rows += layer_rows(shape, BATCHES, config, ours, [torch_dense(dtype)], progress=progress)
     return rows

@@ -13,7 +13,7 @@ from oats import __version__
 from oats.config import OatsConfig
 from oats.errors import ConfigError
 from oats.evaluate.anatomy import Anatomy, anatomies, pictures
-from oats.integrations.record import Record
+from oats.integrations.record import Record, in_words
 from oats.integrations.stored_model import StoredModel, parse_quantization_config
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def html_report(
         "<h2>Where the bytes are</h2>",
         _svg(_bytes_figure(layers, model.bytes_elsewhere), "bytes by kind of layer"),
         "<h2>Errors of the layers</h2>",
-        _svg(_errors_figure(layers, errors), "relative error by block") if errors else _NO_ERRORS,
+        *_errors_section(model, record, layers, errors),
         "<h2>Spectra of the low-rank parts</h2>",
         "<p class=note>Singular values of U V by kind of layer, each divided by its largest; from the first "
         "block (dark) to the last (light). A curve that is still high at its end would have used more "
@@ -112,6 +112,16 @@ _NO_ERRORS = (
     "<p class=note>The errors of this model's layers were not kept. <code>oats compress</code> and "
     "<code>oats.write_model_card(directory, report)</code> keep them.</p>"
 )
+
+
+def _errors_section(
+    model: StoredModel, record: Record, layers: Sequence[Anatomy], errors: dict[str, float]
+) -> list[str]:
+    if not errors:
+        return [_NO_ERRORS]
+    taken = record.errors_were_taken(any(layer.storage.has_codes for layer in model.layers))
+    note = f"<p class=note>Of a layer's output, relative, on the calibration data{taken}.</p>"
+    return [note, _svg(_errors_figure(layers, errors), "relative error by block")]
 
 
 def _layers_to_picture(layers: Sequence[Anatomy], errors: dict[str, float]) -> list[str]:
@@ -176,9 +186,8 @@ def _summary(model: StoredModel, record: Record, errors: dict[str, float]) -> li
         ),
     ]
     if record.calibration:
-        rows.append(
-            ("calibration", ", ".join(f"{name} {value}" for name, value in record.calibration.items()))
-        )
+        rows.append(("calibration", in_words(record.calibration)))
+    rows += [("quantised", words) for words in record.quantizations_in_words()]
     if errors:
         worst = max(errors, key=errors.__getitem__)
         rows.append(

@@ -42,6 +42,10 @@ class Text:
             "sha256": self.sha256,
         }
 
+    def identity(self) -> dict[str, Any]:
+        """The same as it is kept beside a model: without the path on this machine."""
+        return {"text": Path(self.name).name, "split": self.split, "sha256": self.sha256}
+
 
 def builtin_text(half: Literal["first", "second"]) -> Text:
     """Half of ``pydoc_data.topics``: English prose about Python, in every CPython.

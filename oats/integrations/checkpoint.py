@@ -15,10 +15,9 @@ from oats.errors import CheckpointError, ConfigError, FormatError, OatsError, Ou
 if TYPE_CHECKING:
     import torch
 
-    from oats.integrations.dense_source import DenseSource
-
-if TYPE_CHECKING:
     from oats.compress import CompressionReport
+    from oats.integrations.dense_source import DenseSource
+    from oats.integrations.record import Record
 
 
 def load_model(model: str | Path, dtype: str | None = None, *, as_saved: bool = False) -> tuple[Any, Any]:
@@ -243,6 +242,7 @@ def save_model(
     *,
     overwrite: bool = False,
     report: CompressionReport | None = None,
+    record: Record | None = None,
     **known: Any,
 ) -> Path:
     """Save a model and its tokenizer as a Hugging Face directory, with a model card, all or nothing.
@@ -255,6 +255,7 @@ def save_model(
     Args:
         overwrite: replace a model that is already at `out`.
         report: of the compression, whose errors are kept beside the weights.
+        record: what is known without a report, of a model that was compressed before.
         known: what else the model card says, see :func:`oats.integrations.model_card.write_model_card`. From
             a local directory `source`, files for image processors and sentence-transformers are copied.
 
@@ -276,6 +277,8 @@ def save_model(
             if "source" in known:
                 copy_companions(known["source"], partial)
             if report is not None or getattr(model, "quantization_method", None) == "oats":
+                if record is not None:
+                    record.write(partial)
                 # Where a class that transformers does not have gives layers other names in files, headers
                 # do not tell which tensors are whose, and the card is left out.
                 with contextlib.suppress(FormatError):

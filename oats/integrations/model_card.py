@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from oats import __version__
 from oats.atomic_file import write_text
 from oats.config import OatsConfig
-from oats.integrations.record import Record
+from oats.integrations.record import Record, in_words, storage_in_words
 from oats.integrations.stored_model import StoredModel, parse_quantization_config, read_stored_model
 
 if TYPE_CHECKING:
@@ -81,7 +81,8 @@ def _render(stored: StoredModel, record: Record, name: str) -> str:
     if settings is not None:
         sections.append("## How it was made\n\n" + _settings(settings, record))
     if record.errors:
-        sections.append("## Error of the layers\n\n" + _errors(record.errors))
+        has_codes = any(layer.storage.has_codes for layer in stored.layers)
+        sections.append("## Error of the layers\n\n" + _errors(record, has_codes))
     return "\n\n".join(sections) + "\n"
 
 
@@ -174,22 +175,34 @@ def _settings(settings: OatsConfig, record: Record) -> str:
         shown["moments"] = f"of the {settings.moments} model"
     if settings.block_matching:
         shown["block matching"] = f"{settings.block_matching} passes"
+    if settings.storage.has_codes:
+        shown["codes"] = storage_in_words(settings.storage)
     if record.calibration:
-        shown["calibration"] = ", ".join(f"{name} {value}" for name, value in record.calibration.items())
+        shown["calibration"] = in_words(record.calibration)
     if record.seconds is not None:
         shown["time"] = f"{record.seconds:.0f} s"
     if record.software:
-        shown["software"] = ", ".join(f"{name} {version}" for name, version in record.software.items())
-    return _table(("setting", "value"), [(name, str(value)) for name, value in shown.items()])
+        shown["software"] = in_words(record.software)
+    rows = [(name, str(value)) for name, value in shown.items()]
+    rows += [("quantised", words) for words in record.quantizations_in_words()]
+    return _table(("setting", "value"), rows)
 
 
-def _errors(errors: dict[str, float]) -> str:
-    worst = sorted(errors, key=errors.__getitem__, reverse=True)[:5]
-    return (
-        f"Relative error of a layer's output on the calibration data: "
-        f"median {statistics.median(errors.values()):.3f}. The largest:\n\n"
-        + _table(("layer", "error"), [(f"`{name}`", f"{errors[name]:.3f}") for name in worst])
-    )
+def _errors(record: Record, has_codes: bool) -> str:
+    worst = sorted(record.errors, key=record.errors.__getitem__, reverse=True)[:5]
+    parts = [
+        f"Relative error of a layer's output on the calibration data{record.errors_were_taken(has_codes)}: "
+        f"median {statistics.median(record.errors.values()):.3f}. The largest:",
+        _table(("layer", "error"), [(f"`{name}`", f"{record.errors[name]:.3f}") for name in worst]),
+    ]
+    moved = record.quantizations[-1]["errors"] if record.quantizations else {}
+    if moved:
+        most = max(moved, key=moved.__getitem__)
+        parts.append(
+            "How far codes moved a layer's output, relative, on the text that they were fitted on: "
+            f"median {statistics.median(moved.values()):.3f}, at most {moved[most]:.3f} in `{most}`."
+        )
+    return "\n\n".join(parts)
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,8 @@ import torch
 
 from oats import __version__
 from oats.atomic_file import write_text
-from oats.errors import FormatError
+from oats.errors import ConfigError, FormatError
+from oats.storage import Storage
 
 if TYPE_CHECKING:
     from oats.compress import CompressionReport
@@ -30,10 +31,12 @@ class Record:
         source: the dense model: a hub name, or the last part of a path.
         calibration: what identifies the calibration data, for people; {} where it is not known.
         seconds: that the compression took; None where it is not known.
-        errors: layer → relative error of its output on the calibration data, in the metric of the method.
+        errors: layer → relative error of its output on the calibration data, in the metric of the method,
+            before its numbers became codes.
         left_dense: weight of a transformer block that was not compressed → why.
         matched: block → loss before and after it was matched (:mod:`oats.matching`).
         evaluations: results of ``oats eval --save``, each with its settings.
+        quantizations: what ``oats quantize`` did since, in turn; see :meth:`quantized`.
         software: name → version of what computed it.
     """
 
@@ -44,6 +47,7 @@ class Record:
     left_dense: dict[str, str] = field(default_factory=dict)
     matched: dict[str, list[float]] = field(default_factory=dict)
     evaluations: list[dict[str, Any]] = field(default_factory=list)
+    quantizations: list[dict[str, Any]] = field(default_factory=list)
     software: dict[str, str] = field(default_factory=dict)
 
     @classmethod
@@ -94,8 +98,13 @@ class Record:
                 raise ValueError("an error is not a finite number")
             for name in ("calibration", "errors", "left_dense", "matched", "software"):
                 dict(getattr(record, name))
+            for quantization in record.quantizations:
+                Storage(**quantization["storage"])
+                dict(quantization["calibration"])
+                if not all(math.isfinite(error) for error in quantization["errors"].values()):
+                    raise ValueError("an error of codes is not a finite number")
             return record
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, ConfigError) as error:
             raise FormatError(
                 f"{file} cannot be read ({error}); it is not needed to use the model, so it can be deleted"
             ) from error
@@ -123,6 +132,40 @@ class Record:
                 errors[name] = error
         return errors
 
+    def quantized(
+        self, storage: Storage, errors: Mapping[str, float], calibration: Mapping[str, Any] | None = None
+    ) -> Record:
+        """The record of what :func:`oats.quantize_` makes of this model; it loses this one's evaluations.
+
+        Args:
+            storage: how its numbers are stored now.
+            errors: layer → how far that moved its output on the calibration data, for those that are known.
+            calibration: what identifies that data; None where there was none.
+        """
+        step = {"storage": asdict(storage), "calibration": dict(calibration or {}), "errors": dict(errors)}
+        return replace(self, evaluations=[], quantizations=[*self.quantizations, step])
+
+    def errors_were_taken(self, has_codes: bool) -> str:
+        """What happened to the model since its errors were known, to be said behind them; "" for nothing.
+
+        Args:
+            has_codes: whether numbers of it are stored as codes.
+
+        >>> Record(matched={"layers.0": [0.2, 0.1]}).errors_were_taken(has_codes=True)
+        ', before blocks were matched and numbers became codes'
+        """
+        since = ["blocks were matched"] * bool(self.matched)
+        since += ["numbers became codes"] * (has_codes or bool(self.quantizations))
+        return ", before " + " and ".join(since) if since else ""
+
+    def quantizations_in_words(self) -> list[str]:
+        """How each ``oats quantize`` stored the numbers, and what it fitted them on."""
+        words = []
+        for step in self.quantizations:
+            stored = storage_in_words(Storage(**step["storage"]))
+            words.append(f"{stored}; {in_words(step['calibration']) or 'no calibration'}")
+        return words
+
     def add_evaluation(self, result: Mapping[str, Any]) -> None:
         """Add a perplexity with its settings, in the place of an earlier one with the same settings."""
         measured = {"perplexity", "nll", "accuracy", "seconds", "threads"}
@@ -132,3 +175,26 @@ class Record:
 
         others = [entry for entry in self.evaluations if settings(entry) != settings(result)]
         self.evaluations = [*others, dict(result)]
+
+
+def in_words(settings: Mapping[str, Any]) -> str:
+    """Names and values on one line.
+
+    >>> in_words({"samples": 64, "length": 512})
+    'samples 64, length 512'
+    """
+    return ", ".join(f"{name} {value}" for name, value in settings.items())
+
+
+def storage_in_words(storage: Storage) -> str:
+    """How the numbers of a layer are stored, for people.
+
+    >>> storage_in_words(Storage("int4", "int8", 128))
+    'kept values int4, low-rank factors int8, a scale for 128 columns of a row'
+    """
+    if not storage.has_codes:
+        return "all exact"
+    return (
+        f"kept values {storage.values}, low-rank factors {storage.low_rank}, "
+        f"a scale for {storage.scale_columns} columns of a row"
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -162,6 +163,7 @@ def _compress(
                 f"rank {ranks.rank} does not see {staging.directory}, which rank 0 made; all ranks need the "
                 "same file system"
             )
+        before = _seconds(state)
         try:
             state = run.walk(state)
         except BaseException as error:
@@ -177,7 +179,7 @@ def _compress(
             staging.deliver(overwrite=overwrite)
         staging.remove()
     ranks.barrier()
-    return _report(config, state)
+    return _report(config, state, before)
 
 
 def _tokens_per_batch(
@@ -275,6 +277,7 @@ class _Run:
             What it took in the end.
         """
         source, staging, ranks = self.source, self.staging, self.ranks
+        before, started = _seconds(state), time.perf_counter()
         compressions = self._compressions()
         first, last, count = state["blocks"], len(source.blocks) - 1, len(self.batches)
         walk = Walk(
@@ -310,6 +313,7 @@ class _Run:
                 "left_dense": walk.report.left_dense,
                 "matched": walk.report.matched,
                 "table": table,
+                "seconds": before + time.perf_counter() - started,
             }
             if ranks.rank == 0:
                 staging.commit(state)
@@ -433,10 +437,15 @@ def _as_saved(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.contiguous() for name, tensor in revert_weight_conversion(model, tensors).items()}
 
 
-def _report(config: OatsConfig, state: dict[str, Any]) -> CompressionReport:
+def _seconds(state: dict[str, Any]) -> float:
+    return float(state.get("seconds", 0.0))
+
+
+def _report(config: OatsConfig, state: dict[str, Any], seconds_before: float = 0.0) -> CompressionReport:
     return CompressionReport(
         config,
         [LayerReport(**layer) for layer in state["layers"]],
         dict(state["left_dense"]),
         {block: (before, after) for block, (before, after) in state["matched"].items()},
+        seconds_before,
     )

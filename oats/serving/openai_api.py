@@ -225,7 +225,8 @@ def build_app(engine: Engine, name: str) -> FastAPI:
     card = {"id": name, "object": "model", "created": created, "owned_by": "oats"}
 
     def answer(request: Request, status: int, body: Mapping[str, Any]) -> JSONResponse:
-        metrics.requests.labels(request.url.path if status != 404 else "other", status).inc()
+        known = any(getattr(route, "path", None) == request.url.path for route in app.routes)
+        metrics.requests.labels(request.url.path if known else "other", status).inc()
         headers = {"Retry-After": "1"} if status == 503 else None
         return JSONResponse(dict(body), status, headers)
 
