@@ -25,6 +25,7 @@ from oats import (
     quantize_,
 )
 from oats.bitmask import decode
+from oats.evaluate.generation import bytes_per_token
 from oats.head import RowsOfHead, quantize_head_
 from oats.quantization import quantize_tensors
 from oats.storage import EXACT, Storage
@@ -187,6 +188,17 @@ def test_a_wrong_name_of_the_embedding_is_an_error(embedding, tmp_path: Path) ->
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(FormatError, match=r"layers\['lm_head'\]"):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("configuration", [LLAMA, TIED], ids=["untied", "tied"])
+def test_what_a_token_reads(configuration) -> None:
+    """Every packed layer and the norms; of an embedding, tied or not, one row that does not count."""
+    model = compressed(configuration)
+    layers = [m for m in model.modules() if isinstance(m, SparseLowRankLinear)]
+    norms = [p for name, p in model.named_parameters() if "norm" in name]
+    assert len(layers) == 8 and len(norms) == 3
+    expected = sum(layer.packed.nbytes for layer in layers) + sum(norm.nbytes for norm in norms)
+    assert bytes_per_token(model) == expected
 
 
 def test_copies_and_pickles_read_their_own_head() -> None:

@@ -21,6 +21,7 @@
 #include "oats/isa.h"
 #include "oats/keep_largest.h"
 #include "oats/packed_weight.h"
+#include "oats/rms_norm.h"
 #include "oats/sparse_low_rank_linear.h"
 
 namespace {
@@ -155,6 +156,7 @@ struct Case {
   Buffer<uint8_t> mask;
   Matrix<Value> values, u, v;  // of int4 the codes are two in a byte
   Buffer<int8_t> codebook, exponents;
+  std::vector<double> sparse;  // S, for inputs that are multiplied by 2 to the exponents
   Buffer<Value> bias, x;
   Buffer<double> y;  // S x + U (V x), in float64
   // |S| |x| + |U| (|V| |x|); of codes, with the largest of 64 inputs for each |x| and |V| |x|: that is what
@@ -199,6 +201,7 @@ struct Case {
         v(factor(s.rank, s.d_in)),
         codebook(kinds.values == Storage::int4 ? 16 : 0),
         exponents(kinds.scale_columns ? s.d_in : 0),
+        sparse(s.d_out * s.d_in, 0.0),
         bias(s.d_out),
         x(kMaxBatch * s.d_in),
         y(kMaxBatch * s.d_out),
@@ -218,7 +221,6 @@ struct Case {
     };
     std::vector<Value> kept;
     std::vector<int8_t> kept_codes;
-    std::vector<double> sparse(s.d_out * s.d_in, 0.0);
     std::bernoulli_distribution keep(s.density);
     std::fill_n(mask.data(), mask.size(), uint8_t{0});
     fill_scales(values.scales, 1);
@@ -356,6 +358,28 @@ void check_unpack(const Case<Value>& c, Isa isa, const Packed& packed) {
   check(v == c.v, "%s: unpacked V", name);
 }
 
+// In an order that is none, and some twice.
+template <class Value>
+void check_rows(const Case<Value>& c, Isa isa, const Packed& packed, int threads) {
+  if (c.shape.d_out == 0) return;
+  const char* name = name_of(c, isa);
+  for (const int64_t count : {int64_t{0}, int64_t{1}, int64_t{20}}) {
+    Buffer<int64_t> rows(count);
+    for (int64_t i = 0; i < count; ++i) rows[i] = (i * 37 + 5) % c.shape.d_out;
+    Buffer<Value> out(count * c.shape.d_in);
+    oats::read_sparse_rows(packed.data(), rows.data(), count, out.data(), threads);
+    bool right = true;
+    for (int64_t i = 0; i < out.size(); ++i) {
+      const int64_t row = rows[i / c.shape.d_in], column = i % c.shape.d_in;
+      double expected = c.sparse[row * c.shape.d_in + column];
+      if (c.exponents.size()) expected = std::ldexp(expected, c.exponents[column]);
+      const double unit = std::ldexp(std::abs(expected), c.dtype == Dtype::fp32 ? -23 : -8);
+      right &= std::abs(to_float(out[i]) - expected) <= (c.kinds.scale_columns ? unit : 0);
+    }
+    check(right, "%s: %lld rows, %d threads", name, static_cast<long long>(count), threads);
+  }
+}
+
 // Rows at an odd distance, and at `odd_address` one element behind an aligned one.
 template <class Value>
 void check_product(const Case<Value>& c, Isa isa, const Packed& packed, int64_t batch, int threads,
@@ -466,6 +490,45 @@ void check_keep_largest() {
   }
 }
 
+template <class Value>
+void check_rms_norm() {
+  std::mt19937 random(2);
+  std::normal_distribution<float> normal;
+  for (const int64_t rows : {0, 1, 3, 70}) {
+    for (const int64_t columns : {1, 7, 16, 33, 1000}) {
+      Buffer<Value> x(rows * columns), weight(columns);
+      for (int64_t i = 0; i < x.size(); ++i) x[i] = from_float<Value>(normal(random));
+      for (int64_t i = 0; i < columns; ++i) weight[i] = from_float<Value>(normal(random));
+      for (const auto kind : {oats::RmsNorm::round_then_scale, oats::RmsNorm::scale_by_one_plus}) {
+        const double plus = kind == oats::RmsNorm::scale_by_one_plus;
+        for (const int threads : kThreads) {
+          Buffer<Value> y(x.size());
+          const bool in_place = threads == 2;
+          if (in_place) std::copy_n(x.data(), x.size(), y.data());
+          oats::rms_norm(in_place ? y.data() : x.data(), rows, columns, weight.data(), 1e-6f, kind,
+                         Case<Value>::dtype, y.data(), threads);
+          bool right = true;
+          for (int64_t i = 0; i < x.size(); ++i) {
+            double squares = 0;
+            for (int64_t j = 0; j < columns; ++j)
+              squares += std::pow(to_float(x[i / columns * columns + j]), 2);
+            const double normed =
+                to_float(x[i]) / std::sqrt(squares / static_cast<double>(columns) + double{1e-6f});
+            const double factor = plus + to_float(weight[i % columns]);
+            const double size = std::abs(normed) * (plus + std::abs(to_float(weight[i % columns])));
+            const double c = std::ldexp(8 + static_cast<double>(columns) / 16, -24) +
+                             (sizeof(Value) == 2 ? std::ldexp(1 + std::ldexp(1, -8), -7) : 0);
+            right &= std::abs(to_float(y[i]) - normed * factor) <= c * size;
+          }
+          check(right, "rms_norm: %zu bytes, %lld x %lld, kind %d, %d threads%s", sizeof(Value),
+                static_cast<long long>(rows), static_cast<long long>(columns), static_cast<int>(kind),
+                threads, in_place ? ", in place" : "");
+        }
+      }
+    }
+  }
+}
+
 // Tiles are emulated here.
 Isa last_isa() {
   return oats::best_isa() == Isa::avx512_bf16 ? Isa::amx_bf16 : oats::best_isa();
@@ -483,6 +546,7 @@ void check_layers() {
         for (const int threads : kThreads) {
           const Packed packed = pack(c, isa, threads);
           check_unpack(c, isa, packed);
+          check_rows(c, isa, packed, threads);
           for (const int64_t batch : kBatches) {
             check_product(c, isa, packed, batch, threads, threads % 2);
           }
@@ -501,6 +565,8 @@ void check_layers() {
 int main() {
   check_keep_largest<float>();
   check_keep_largest<double>();
+  check_rms_norm<float>();
+  check_rms_norm<uint16_t>();
   check_layers<float>();
   check_layers<uint16_t>();
   std::printf("%s: %d of %d checks failed\n", oats::isa_name(oats::best_isa()), failures, checks);
