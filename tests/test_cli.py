@@ -693,7 +693,9 @@ def test_quantize_tells_a_log_how_far_it_is(compressed, tmp_path, monkeypatch):
     monkeypatch.setattr("oats.cli.console.LOG_SECONDS", 0)
     lines = run("quantize", compressed, tmp_path / "codes").stderr.splitlines()
     assert len(lines) == 14
-    assert re.fullmatch(r"Quantising: 7 of 14 model\.layers\.0\.\S+, \d+ s, about \d+ s left", lines[6])
+    assert re.fullmatch(
+        r"Quantising: 7 of 14 layers  model\.layers\.0\.\S+, \d+ s, about \d+ s left", lines[6]
+    )
 
 
 def test_quantize_with_calibration(compressed, text, tmp_path):

@@ -366,6 +366,9 @@ def test_the_port_is_taken_before_the_model_is_loaded() -> None:
 
     with _listen("127.0.0.1", 0) as listening, pytest.raises(ConfigError, match="Address already in use"):
         _listen("127.0.0.1", listening.getsockname()[1])
+    for port in (-1, 65536):
+        with pytest.raises(ConfigError, match="port must be 0 to 65535"):
+            _listen("127.0.0.1", port)
 
 
 def _answers(client: Any) -> bool:

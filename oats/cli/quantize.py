@@ -80,7 +80,8 @@ def quantize(
     with progress_bar("Quantising") as bar:
         moved = quantize_(
             model, storage.values, storage.low_rank, storage.scale_columns,
-            calibration=windows, progress=bar.update,
+            calibration=windows,
+            progress=lambda done, total, name: bar.update(done, total, f"layers  {name}"),
         )  # fmt: skip
     errors = {name: error for name, error in moved.items() if error is not None}
     record = record.quantized(storage, errors, calibrated_on)

@@ -73,6 +73,8 @@ def serve(
 
 
 def _listen(host: str, port: int) -> socket.socket:
+    if not 0 <= port <= 65535:  # getaddrinfo takes it modulo 65536
+        raise ConfigError(f"port must be 0 to 65535, got {port}")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listening = socket.socket(family, kind, protocol)
@@ -80,8 +82,8 @@ def _listen(host: str, port: int) -> socket.socket:
         listening.bind(address)
         # Only this keeps others from the port; who asks while the model is loaded is answered after that.
         listening.listen(128)
-    except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
+    except OSError as error:
+        reason = error.strerror or error
         raise ConfigError(
             f"cannot listen at {host}, port {port}: {reason}; choose another with --host or --port"
         ) from None

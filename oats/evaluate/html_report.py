@@ -39,6 +39,7 @@ th, td { padding: .15rem .8rem .15rem 0; text-align: right; border-bottom: 1px s
   white-space: nowrap }
 th:first-child, td:first-child { text-align: left } .scroll { max-height: 30rem; overflow: auto }
 .wide { overflow-x: auto } p.note { color: #555 } code { font-size: .9em } table.about td { text-align: left }
+table.about td:last-child { white-space: normal }
 """
 
 
