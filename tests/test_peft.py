@@ -183,3 +183,35 @@ def test_the_trainer_of_transformers(saved: Path, tmp_path: Path) -> None:
     trained = [p for name, p in model.named_parameters() if "lora_B" in name]
     assert all(p.abs().sum() > 0 for p in trained)
     assert all(torch.equal(*pair) for pair in zip(packed(model), weights, strict=True))
+
+
+def test_a_head_of_codes_stays_as_it_is(tmp_path: Path) -> None:
+    """Gradients pass through it, and the embedding that reads its rows has none."""
+    configuration = Phi3Config(
+        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, pad_token_id=0, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = Phi3ForCausalLM(configuration).eval()
+    oats.compress_(model, IDS.repeat(2, 2), oats.OatsConfig(iterations=2, head="int8"))
+    model.save_pretrained(tmp_path)
+    adapted_model = adapted(tmp_path, target_modules=["o_proj", "down_proj"])
+    adapted_model.enable_input_require_grads()
+    adapted_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    adapted_model.train()
+    before, codes = logits(adapted_model), packed(adapted_model)
+    optimizer = torch.optim.AdamW([p for p in adapted_model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(8):
+        loss = adapted_model(input_ids=IDS, labels=IDS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.05 and not torch.equal(logits(adapted_model), before)
+    assert len(codes) == 6 + 1
+    assert all(torch.equal(*pair) for pair in zip(packed(adapted_model), codes, strict=True))
+    adapted_model.save_pretrained(tmp_path / "adapter")
+    again = peft.PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tmp_path), tmp_path / "adapter"
+    )
+    torch.testing.assert_close(logits(again), logits(adapted_model.eval()))
