@@ -137,11 +137,13 @@ def test_files_of_another_dtype_than_the_result(dense, tmp_path) -> None:
     assert json.loads(streamed["config.json"])["dtype"] == "bfloat16"
 
 
-def test_a_large_model_stays_in_files_of_one_block(dense, tmp_path, monkeypatch) -> None:
-    expected = stream(dense, tmp_path / "one")
+@pytest.mark.parametrize("head", [None, "int8"])
+def test_a_large_model_stays_in_files_of_one_block(dense, tmp_path, monkeypatch, head) -> None:
+    config = oats.OatsConfig(iterations=2, head=head)
+    expected = stream(dense, tmp_path / "one", config)
     monkeypatch.setattr("oats.integrations.streaming.JOINED_BYTES", 0)
     monkeypatch.setattr("oats.integrations.streaming.SHARD_BYTES", 12_000)
-    files = stream(dense, tmp_path / "many")
+    files = stream(dense, tmp_path / "many", config)
     # Embedding, head and norm beside four blocks.
     shards = [f"model-{i + 1:05}-of-00006.safetensors" for i in range(6)]
     assert sorted(name for name in files if name.endswith(".safetensors")) == shards
@@ -158,9 +160,11 @@ def test_a_large_model_stays_in_files_of_one_block(dense, tmp_path, monkeypatch)
     torch.testing.assert_close(*[model(TOKENS).logits for model in models], rtol=0, atol=0)
 
 
-def test_tied_embeddings_are_stored_once(tmp_path) -> None:
+@pytest.mark.parametrize("head", [None, "int8"])
+def test_tied_embeddings_are_stored_once(tmp_path, head) -> None:
     tied = make(tmp_path / "tied", tie_word_embeddings=True)
-    assert stream(tied, tmp_path / "a") == in_memory(tied, tmp_path / "b", FAST)
+    config = oats.OatsConfig(iterations=2, head=head)
+    assert stream(tied, tmp_path / "a", config) == in_memory(tied, tmp_path / "b", config)
 
 
 @pytest.mark.parametrize(
