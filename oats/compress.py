@@ -18,7 +18,7 @@ from oats.distributed import Ranks
 from oats.errors import ConfigError, UnsupportedModelError
 from oats.format import DTYPES, storage_dtype
 from oats.fusion import fuse_
-from oats.head import quantize_head_
+from oats.head import store_head_as_codes_
 from oats.matching import TOKENS_PER_STEP, match_block
 from oats.methods import decompose_by_method, hessian_of, input_statistics, second_moments_of
 from oats.models import find_blocks
@@ -143,7 +143,7 @@ def compress_(
         batches = [convert_batch(batch, dtype, stored) for batch in batches]
         if config.head:
             attach_(model, config)
-            quantize_head_(model, config.scale_columns)
+            store_head_as_codes_(model, config.scale_columns)
         compressions: dict[str, float] = {}
         if config.budget != "uniform":
             dense, measures = BlockRunner(model, list(block_list), batches), []

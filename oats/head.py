@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -10,8 +11,8 @@ from torch import Tensor, nn
 
 from oats import ops
 from oats.config import OatsConfig
-from oats.errors import UnsupportedModelError, WeightError
-from oats.models.linear import output_head, replace_
+from oats.errors import DeviceError, UnsupportedModelError, WeightError
+from oats.models.linear import is_linear, output_head, replace_
 from oats.nn import SparseLowRankLinear
 from oats.quantization import round_to_int8
 from oats.storage import Storage
@@ -26,37 +27,63 @@ def quantize_head_(model: nn.Module, scale_columns: int = OatsConfig.scale_colum
 
     Decoding reads the whole head for each token: in a small model, or one with a large vocabulary, as much as
     all blocks. The head becomes a `SparseLowRankLinear` of rank 0 that keeps every weight. An input embedding
-    that is tied to it reads its rows from there (:class:`RowsOfHead`), so that the weights are held once.
+    that is tied to it reads its rows from there (:class:`RowsOfHead`), so that the weights are held once. The
+    model's configuration then says that nothing is tied, so that no other model may share it. To resize the
+    embeddings, do so before, or dequantise the model.
 
     Args:
         model: of transformers; a head that has codes already stays as it is.
         scale_columns: columns of a row that share a scale, 64 or 128.
 
     Raises:
-        UnsupportedModelError: there is no linear output head, or the embedding tied to it computes in a way
-            of its own.
+        UnsupportedModelError: there is no linear output head, or what is tied to it is not just an input
+            embedding that reads its rows.
         WeightError: a weight is not finite.
-        ConfigError: there is no such `scale_columns`.
+        DeviceError: the head is not on the CPU.
+        ConfigError: there is no such `scale_columns`; or the head is neither float32 nor bfloat16.
     """
+    store_head_as_codes_(model, scale_columns)
+    quantization = getattr(getattr(model, "config", None), "quantization_config", None)
+    settings = getattr(quantization, "settings", None)
+    if isinstance(settings, OatsConfig):
+        cast(Any, quantization).settings = replace(settings, head="int8")
+    elif hasattr(model, "save_pretrained"):
+        from oats.integrations.transformers import attach
+
+        attach(model, OatsConfig(compression=0.0, rank_ratio=0.0, head="int8"))
+
+
+def store_head_as_codes_(model: nn.Module, scale_columns: int) -> None:
+    """Do what :func:`quantize_head_` does, but for telling ``save_pretrained`` of it."""
     storage = Storage("int8", "int8", scale_columns)
     head = output_head(model)
     if isinstance(head, SparseLowRankLinear):
         return
-    if not isinstance(head, nn.Linear):
+    if not (isinstance(head, nn.Linear) and is_linear(head)):
         raise UnsupportedModelError(
             f"{type(model).__name__} has no linear output head "
             f"({'none at all' if head is None else type(head).__name__}); leave the head as it is"
         )
-    embedding = cast(Any, model).get_input_embeddings()
-    tied = embedding is not None and getattr(embedding, "weight", None) is head.weight
+    if not head.weight.is_cpu:
+        raise DeviceError(f"the output head is on {head.weight.device}; move the model to the CPU first")
+    tied = [m for m in model.modules() if m is not head and m._parameters.get("weight") is head.weight]
+    if tied and (len(tied) > 1 or tied[0] is not cast(Any, model).get_input_embeddings()):
+        names = sorted({type(module).__name__ for module in tied})
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: {len(tied)} modules are tied to the output head ({', '.join(names)}), "
+            "not just the input embedding; leave the head as it is"
+        )
     layer = _coded(head, storage)
-    reads = rows_of_head(embedding, layer) if tied else None
-    if reads is not None:
+    reads = None
+    if tied:
+        embedding = cast(nn.Embedding, tied[0])
+        reads = rows_of_head(embedding, layer)
         _check_reads(embedding, reads)
+    names_of = dict((module, name) for name, module in model.named_modules())
     replace_(model, head, layer)
     if reads is not None:
         replace_(model, embedding, reads)
-        untie_(model)
+        untie_(model, f"{names_of[head]}.weight", f"{names_of[embedding]}.weight")
 
 
 def _coded(head: nn.Linear, storage: Storage) -> SparseLowRankLinear:
@@ -87,7 +114,7 @@ def _coded(head: nn.Linear, storage: Storage) -> SparseLowRankLinear:
 class RowsOfHead(nn.Embedding):
     """An embedding without a weight of its own: its rows are those of the head that it is tied to.
 
-    Made by :func:`rows_of_head`.
+    Made by :func:`rows_of_head`. A conversion reaches the head through the model, not through this.
     """
 
     _head: tuple[SparseLowRankLinear]
@@ -165,27 +192,28 @@ def _check_reads(embedding: nn.Embedding, reads: RowsOfHead) -> None:
     Raises:
         UnsupportedModelError: they return different things.
     """
-    ids = torch.arange(min(embedding.num_embeddings, 8))[None]
+    ids = torch.arange(0, embedding.num_embeddings, max(1, embedding.num_embeddings // 64))[None]
     try:
         expected, got = embedding(ids).float(), reads(ids).float()
         close = float((got - expected).norm()) <= 0.05 * float(expected.norm())
     except (RuntimeError, NotImplementedError):
         close = False
-    if not close:
+    if not close or embedding.max_norm is not None:
         raise UnsupportedModelError(
             f"{type(embedding).__name__} does not read its rows as nn.Embedding does, and it is tied to the "
             "head; leave the head as it is"
         )
 
 
-def untie_(model: nn.Module) -> None:
-    """Tell transformers that nothing has to be tied: there is but one weight."""
+def untie_(model: nn.Module, head: str, embedding: str) -> None:
+    """Tell transformers that the parameters of these names are not tied: there is but one weight."""
     configuration = getattr(model, "config", None)
     if configuration is not None:
         configuration.tie_word_embeddings = False
-    tied = getattr(model, "all_tied_weights_keys", None)
-    if tied:
-        tied.clear()
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
+    for target, source in list(tied.items()):
+        if {target, source} == {head, embedding}:
+            del tied[target]
 
 
 def head_of(model: nn.Module) -> tuple[SparseLowRankLinear | None, str | None]:
@@ -193,5 +221,6 @@ def head_of(model: nn.Module) -> tuple[SparseLowRankLinear | None, str | None]:
     head = output_head(model)
     if not isinstance(head, SparseLowRankLinear):
         return None, None
-    names = (name for name, module in model.named_modules() if isinstance(module, RowsOfHead))
+    modules = model.named_modules()
+    names = (name for name, m in modules if isinstance(m, RowsOfHead) and m.head is head)
     return head, next(names, None)

@@ -1,6 +1,6 @@
 """Modules of transformers that are known by the code of their ``forward``, and get a faster one.
 
-They stay what they are: names, parameters, hooks. Each gets a subclass of its class.
+Names, parameters and hooks stay what they are. Each module gets a subclass of its class.
 """
 
 from __future__ import annotations
@@ -41,13 +41,14 @@ def set_forward_(module: nn.Module, forward: Forward) -> None:
 
 def restore_forward_(module: nn.Module) -> None:
     """Undo :func:`set_forward_`; a module that has its own ``forward`` stays as it is."""
-    if getattr(type(module), "_replaced_forward", False):
+    if "_known_class" in type(module).__dict__:
         module.__class__ = known_class(module)
 
 
 def known_class(module: nn.Module) -> Any:
     """The class that a module had before :func:`set_forward_`."""
-    return type(module).__mro__[1]
+    # Not the first base: others may have made a subclass since.
+    return module._known_class
 
 
 @functools.cache
@@ -57,7 +58,7 @@ def _with_forward(kind: type[nn.Module], forward: Forward) -> type[nn.Module]:
         return (_restore, (kind, forward), *kind.__reduce_ex__(self, protocol)[2:])
 
     body = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__reduce_ex__": reduce}
-    replaced = {"forward": _as(forward, kind), "_replaced_forward": True}
+    replaced = {"forward": _as(forward, kind), "_known_class": kind}
     return type(kind.__name__, (kind,), body | replaced)
 
 

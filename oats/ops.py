@@ -25,6 +25,7 @@ _DTYPES = {bytes_: dtype for dtype, bytes_ in _VALUE_BYTES.items()}
 _is_compiling = torch.compiler.is_compiling
 _tracing_state = torch._C._get_tracing_state
 _dispatch_modes = torch._C._len_torch_dispatch_stack
+_transform = torch._C._functorch.peek_interpreter_stack
 _threads = torch.get_num_threads
 
 # The packed layout is read with aligned loads of one cache line.
@@ -145,6 +146,7 @@ def is_plain(x: Tensor) -> bool:
         and _tracing_state() is None
         and not x.is_neg()
         and _dispatch_modes() == 0
+        and _transform() is None
         and forward_ad._current_level < 0
     )
 
@@ -283,8 +285,11 @@ def read_rows(packed: Tensor, rows: Tensor, d_in: int, dtype: torch.dtype) -> Te
     Raises:
         FormatError: `packed` was not made by :func:`pack`, or for another kind of CPU.
         IndexError: there is no such row.
-        ValueError: `d_in` or `dtype` is not that of the weight, or it has a low-rank part.
+        ValueError: `d_in` or `dtype` is not that of the weight, or it has a low-rank part; or `rows` are no
+            whole numbers.
     """
+    if rows.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"rows are {rows.dtype}, expected torch.int32 or torch.int64")
     h = _header(packed)
     if (h.d_in, h.dtype, h.rank) != (d_in, dtype, 0):
         raise ValueError(

@@ -52,16 +52,16 @@ def _gemma_norm(self: Any, x: Tensor) -> Tensor:
 
 def round_then_scale(self: Any, hidden_states: Tensor) -> Tensor:
     """What Llama's becomes: the weight multiplies what was rounded."""
-    weight = self._parameters["weight"]
-    if _fusible(hidden_states, weight):
+    weight = self._parameters.get("weight")
+    if weight is not None and _fusible(hidden_states, weight):
         return ops.rms_norm(hidden_states, weight, self.variance_epsilon, one_plus=False)
     return known_class(self).forward(self, hidden_states)  # type: ignore[no-any-return]
 
 
 def scale_by_one_plus(self: Any, x: Tensor) -> Tensor:
     """What Gemma's becomes: one plus the weight multiplies, and the product is rounded."""
-    weight = self._parameters["weight"]
-    if _fusible(x, weight):
+    weight = self._parameters.get("weight")
+    if weight is not None and _fusible(x, weight):
         return ops.rms_norm(x, weight, self.eps, one_plus=True)
     return known_class(self).forward(self, x)  # type: ignore[no-any-return]
 

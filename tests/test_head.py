@@ -25,6 +25,7 @@ from oats import (
     quantize_,
 )
 from oats.bitmask import decode
+from oats.errors import DeviceError
 from oats.evaluate.generation import bytes_per_token
 from oats.head import RowsOfHead, quantize_head_
 from oats.quantization import quantize_tensors
@@ -104,6 +105,8 @@ def test_rows_that_are_not_there_are_refused() -> None:
     for rows in ([5], [0, -1]):
         with pytest.raises(IndexError, match="the packed weight has 5"):
             ops.read_rows(packed, torch.tensor(rows), 8, torch.float32)
+    with pytest.raises(ValueError, match=r"rows are torch\.float32"):
+        ops.read_rows(packed, torch.tensor([1.0]), 8, torch.float32)
     for d_in, dtype in ((9, torch.float32), (8, torch.bfloat16)):
         with pytest.raises(ValueError, match=f"expected {dtype} with {d_in} and rank 0"):
             ops.read_rows(packed, torch.tensor([1]), d_in, dtype)
@@ -180,14 +183,49 @@ def test_a_base_model_has_the_rest(tmp_path: Path) -> None:
         transformers.AutoModel.from_pretrained(tmp_path / "tied")
 
 
-@pytest.mark.parametrize("embedding", ["model.norm", "model.nothing", 3])
-def test_a_wrong_name_of_the_embedding_is_an_error(embedding, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("layer", "embedding", "message"),
+    [
+        ("lm_head", "model.norm", "has the embedding 'model.norm', which is none of 77 rows"),
+        ("lm_head", "model.nothing", "has the embedding 'model.nothing', which is none"),
+        ("lm_head", 3, r"layers\['lm_head'\] is "),
+        ("model.layers.0.mlp.up_proj", None, "only the output head has an embedding, and rank 0"),
+    ],
+)
+def test_a_wrong_entry_of_the_head_is_an_error(layer, embedding, message, tmp_path: Path) -> None:
     compressed(TIED).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    config["quantization_config"]["layers"]["lm_head"]["embedding"] = embedding
+    layers = config["quantization_config"]["layers"]
+    layers[layer] = layers["lm_head"] | layers[layer] | {"embedding": embedding}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(FormatError, match=r"layers\['lm_head'\]"):
+    with pytest.raises(FormatError, match=message):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_an_embedding_with_a_weight_does_not_read_the_head(tmp_path: Path) -> None:
+    compressed(LLAMA).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"]["layers"]["lm_head"]["embedding"] = "model.embed_tokens"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(FormatError, match=r"model.embed_tokens has a weight, but config.json says"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_dense_model_with_a_head_of_codes(tmp_path: Path) -> None:
+    model = model_of(TIED, torch.bfloat16)
+    quantize_head_(model)
+    model.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=0.02, atol=0.02)
+    quantization = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert quantization["head"] == "int8" and list(quantization["layers"]) == ["lm_head"]
+
+
+def test_the_settings_name_a_head_that_became_codes_later() -> None:
+    model = model_of(LLAMA)
+    compress_(model, IDS.repeat(4, 4), OatsConfig(iterations=2))
+    quantize_head_(model)
+    assert model.config.quantization_config.to_dict()["head"] == "int8"
 
 
 @pytest.mark.parametrize("configuration", [LLAMA, TIED], ids=["untied", "tied"])
@@ -270,7 +308,26 @@ def test_compiled_as_one_graph() -> None:
         assert torch.equal(compiled(IDS).logits.float(), expected)
 
 
-def test_what_has_no_head_is_refused() -> None:
+def test_what_has_no_such_head_is_refused() -> None:
+    class Normed(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return nn.functional.linear(input, nn.functional.normalize(self.weight))
+
+    bart = transformers.BartForConditionalGeneration(
+        transformers.BartConfig(
+            vocab_size=77, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+            decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16,
+        )
+    )  # fmt: skip
+    with pytest.raises(UnsupportedModelError, match="modules are tied to the output head"):
+        quantize_head_(bart)
+    assert type(bart.lm_head) is nn.Linear
+    normed = model_of(LLAMA)
+    normed.lm_head.__class__ = Normed
+    with pytest.raises(UnsupportedModelError, match=r"no linear output head \(Normed\)"):
+        quantize_head_(normed)
+    with pytest.raises(DeviceError, match="output head is on meta"):
+        quantize_head_(model_of(LLAMA).to("meta"))
     with pytest.raises(UnsupportedModelError, match="Linear has no linear output head"):
         quantize_head_(nn.Linear(3, 3))
     model = model_of(LLAMA)

@@ -138,3 +138,17 @@ def test_fused_once_copied_and_pickled(calls: list[Tensor]) -> None:
     module.register_forward_hook(lambda m, *_: heard.append(m))
     module(x)
     assert heard == [module]
+
+
+def test_what_others_do_to_a_class_or_a_weight() -> None:
+    module = norm(LlamaRMSNorm, 16, torch.float32)
+    x = torch.randn(3, 16)
+    expected = module(x)
+    module.__class__ = type("Sharded", (type(module),), {})
+    assert torch.equal(module(x), expected) and known_class(module) is LlamaRMSNorm
+    torch.testing.assert_close(module(x.double()), expected.double())
+    parametrized = norm(LlamaRMSNorm, 16, torch.float32)
+    parametrized.weight = module.weight
+    torch.nn.utils.parametrize.register_parametrization(parametrized, "weight", nn.Identity())
+    torch.testing.assert_close(parametrized(x), expected)
+    torch.testing.assert_close(torch.func.vmap(module)(x), expected)

@@ -95,6 +95,7 @@ def parse_quantization_config(
     layers = given.pop("layers")
     if not isinstance(layers, dict):
         raise FormatError(f"{origin}.layers is {_shortened(layers)}, expected an object; {RETRY}")
+    heads = [name for name, sizes in layers.items() if isinstance(sizes, dict) and EMBEDDING in sizes]
     for name, sizes in layers.items():
         allowed = [_SIZES]
         if version >= CODES_VERSION:
@@ -110,6 +111,11 @@ def parse_quantization_config(
             raise FormatError(
                 f"{origin}.layers[{name!r}] is {_shortened(sizes)}, expected "
                 f'{{"rank": a whole number, "nnz": a whole number}}; {RETRY}'
+            )
+        if name in heads and (sizes["rank"] > 0 or len(heads) > 1):
+            raise FormatError(
+                f"{origin}.layers[{name!r}] is {_shortened(sizes)}, but only the output head has an "
+                f"{EMBEDDING}, and rank 0; {RETRY}"
             )
         try:
             Storage.from_dict(sizes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import time
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from oats import __version__
 from oats.allocation import allocate, measure_block
@@ -29,7 +30,7 @@ from oats.compress import (
 from oats.config import OatsConfig
 from oats.distributed import Ranks
 from oats.errors import DistributedError, UnsupportedModelError
-from oats.head import quantize_head_
+from oats.head import store_head_as_codes_
 from oats.integrations.checkpoint import check_output
 from oats.integrations.companions import copy_companions
 from oats.integrations.dense_source import DenseSource
@@ -38,6 +39,7 @@ from oats.integrations.staging import DENSE, HIDDEN, MEASURED, Staging
 from oats.integrations.stored_model import read_header
 from oats.integrations.transformers import OatsQuantizationConfig, compressed_layers, storable
 from oats.memory import Limit, block_bytes, largest_need, resident_bytes, return_freed
+from oats.models.linear import output_head
 from oats.targets import SPLIT, Targets, find_targets
 
 JOINED_BYTES = 1_000_000_000
@@ -150,7 +152,7 @@ def _compress(
     with evaluating(source.model):
         convert(source.model, dtype)
         if config.head:
-            quantize_head_(source.model, config.scale_columns)
+            store_head_as_codes_(source.model, config.scale_columns)
         if ranks.rank == 0:
             plan = _plan(source, calibration, config, dtype, split, tokens)
             if staging.is_delivered() and staging.differences(plan):
@@ -196,10 +198,13 @@ def _tokens_per_batch(
         ConfigError: the limit is too low.
     """
 
+    head = output_head(source.model) if config.head else None
+
     def need(tokens: int) -> dict[str, int]:
         blocks = zip(source.blocks, targets.blocks, strict=True)
         return {
             "the process": resident_bytes(),
+            **({"the head's codes": 3 * head.weight.numel()} if isinstance(head, nn.Linear) else {}),
             "the embedding": source.model.get_input_embeddings().weight.nbytes,
             **largest_need(block_bytes(block, own, config, dtype, tokens) for block, own in blocks if own),
         }
@@ -364,7 +369,7 @@ class _Run:
         head, coded = compressed_layers(model)
         single = staging.model / "model.safetensors"
         if not single.is_file():
-            for number, names in enumerate(self._rest()):
+            for number, names in enumerate(self._rest):
                 tensors = storable(model, model.state_dict(), coded)
                 rest = _as_saved(model, {name: tensors[name] for name in names if name in tensors})
                 self._write(self._shard(len(self.source.blocks) + number), rest)
@@ -401,6 +406,7 @@ class _Run:
         with self.staging.writing():
             write_text(single.with_name("model.safetensors.index.json"), text, alone=True)
 
+    @functools.cached_property
     def _rest(self) -> list[list[str]]:
         """Names of the tensors outside the blocks, in groups of about `SHARD_BYTES`; tied ones once."""
         tied = getattr(self.source.model, "all_tied_weights_keys", {})
@@ -417,7 +423,7 @@ class _Run:
         return groups
 
     def _shard(self, number: int) -> str:
-        return f"model-{number + 1:05}-of-{len(self.source.blocks) + len(self._rest()):05}.safetensors"
+        return f"model-{number + 1:05}-of-{len(self.source.blocks) + len(self._rest):05}.safetensors"
 
     def _write(self, name: str, tensors: dict[str, Tensor]) -> None:
         from safetensors.torch import save_file

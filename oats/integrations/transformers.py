@@ -41,7 +41,7 @@ from oats import format as fmt
 from oats.config import OatsConfig
 from oats.errors import CalibrationError, ConfigError, FormatError
 from oats.fusion import fuse_, unfuse_
-from oats.head import RowsOfHead, head_of, own_rows, rows_of_head, untie_
+from oats.head import RowsOfHead, head_of, own_rows, rows_of_head
 from oats.integrations.stored_model import (
     EMBEDDING,
     RETRY,
@@ -52,7 +52,7 @@ from oats.integrations.stored_model import (
     read_header,
 )
 from oats.models.experts import SplitExperts, fused_weights, split_all_
-from oats.models.linear import fused_outputs, is_linear, like_linear, weight_of
+from oats.models.linear import fused_outputs, is_linear, like_linear, replace_, weight_of
 from oats.nn import SparseLowRankLinear, SplitLinear
 from oats.storage import Storage
 
@@ -195,8 +195,9 @@ class OatsQuantizer(HfQuantizer):
         places: dict[str, dict[str, dict[str, Any]]] = {}
         markers = set()
         left_out = set()
+        known_names = {name for name, _ in model.named_modules(remove_duplicate=False)}
         for saved_name, sizes in self.quantization_config.layers.items():
-            if EMBEDDING in sizes and sizes[EMBEDDING] is None and model.get_output_embeddings() is None:
+            if sizes.get(EMBEDDING, "") is None and not known_names & set(_aliases(model, saved_name)):
                 left_out.add(saved_name)  # a base model has no head
                 continue
             name, part = _find_linear(model, saved_name)
@@ -212,33 +213,44 @@ class OatsQuantizer(HfQuantizer):
                 made[linear] = _unfilled(model, name, places[name])
         for name, linear in linears.items():
             model.set_submodule(name, made[linear])
-        self._read_rows_of_head(model)
+        embedding = self._read_rows_of_head(model)
         layers = _layers(model)
         ignored = model._keys_to_ignore_on_load_unexpected
         # A list in transformers 5.0, which adds lists of its own; a set in later releases.
         kind = set if isinstance(ignored, set) else list
         model._keys_to_ignore_on_load_unexpected = kind([*(ignored or ()), *markers])
-        self._origin = _check_headers(model, layers, checkpoint_files, left_out)
+        self._origin = _check_headers(model, layers, checkpoint_files, left_out, embedding)
 
-    def _read_rows_of_head(self, model: PreTrainedModel) -> None:
-        """Replace the embedding that has no weight of its own."""
-        for saved_name, sizes in self.quantization_config.layers.items():
-            saved_embedding = sizes.get(EMBEDDING)
+    def _read_rows_of_head(self, model: PreTrainedModel) -> str | None:
+        """Replace the embedding that has no weight of its own.
+
+        Returns:
+            Its name; None where there is none.
+        """
+        heads = {name: sizes for name, sizes in self.quantization_config.layers.items() if EMBEDDING in sizes}
+        for saved_name, sizes in heads.items():
+            what = f"config.json: quantization_config.layers[{saved_name!r}]"
+            head, saved_embedding = model.get_output_embeddings(), sizes[EMBEDDING]
+            modules = dict(model.named_modules(remove_duplicate=False))
+            found = [modules[name] for name in _aliases(model, saved_name) if name in modules]
+            if saved_embedding is None and not found:
+                continue
+            if not isinstance(head, SparseLowRankLinear) or head not in found:
+                raise FormatError(f"{what} has an {EMBEDDING}, but is not the output head; {RETRY}")
+            if head.nnz != head.in_features * head.out_features:
+                raise FormatError(f"{what} keeps {head.nnz} values, not all of the output head; {RETRY}")
             if saved_embedding is None:
                 continue
-            modules = dict(model.named_modules(remove_duplicate=False))
-            names = [name for name in _aliases(model, saved_embedding) if name in modules]
-            head, embedding = model.get_output_embeddings(), modules.get(names[0]) if names else None
-            assert isinstance(head, SparseLowRankLinear)
-            shape = (head.out_features, head.in_features)
-            if not isinstance(embedding, nn.Embedding) or embedding.weight.shape != shape:
+            name = next((name for name in _aliases(model, saved_embedding) if name in modules), "")
+            embedding, shape = modules.get(name), (head.out_features, head.in_features)
+            if not name or not isinstance(embedding, nn.Embedding) or embedding.weight.shape != shape:
                 raise FormatError(
-                    f"config.json: quantization_config.layers[{saved_name!r}] has the embedding "
-                    f"{saved_embedding!r}, which is none of {shape[0]} rows and {shape[1]} columns in "
-                    f"{type(model).__name__}; {RETRY}"
+                    f"{what} has the embedding {saved_embedding!r}, which is none of {shape[0]} rows and "
+                    f"{shape[1]} columns in {type(model).__name__}; {RETRY}"
                 )
-            model.set_submodule(names[0], rows_of_head(embedding, head))
-            untie_(model)
+            replace_(model, embedding, rows_of_head(embedding, head))
+            return name
+        return None
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if not self.pre_quantized:
@@ -288,11 +300,10 @@ class OatsQuantizer(HfQuantizer):
             for parameter, weight in fused_weights(module).items():
                 fused[name].register_parameter(parameter, nn.Parameter(weight.to(wanted)))
             model.set_submodule(name, fused[name])
-        for name, module in list(model.named_modules()):
-            if isinstance(module, RowsOfHead):
-                model.set_submodule(name, own_rows(module, model.get_output_embeddings().weight))
-                model.config.tie_word_embeddings = True
-                model.tie_weights()
+        for reads in [module for module in model.modules() if isinstance(module, RowsOfHead)]:
+            replace_(model, reads, own_rows(reads, model.get_output_embeddings().weight))
+            model.config.tie_word_embeddings = True
+            model.tie_weights()
         unfuse_(model)
         return model
 
@@ -499,6 +510,7 @@ def _check_headers(
     layers: Mapping[str, SparseLowRankLinear],
     checkpoint_files: list[str] | None,
     left_out: Collection[str],
+    embedding: str | None,
 ) -> dict[str, str]:
     """Check names, shapes and dtypes of every layer's tensors; returns layer name → file.
 
@@ -517,6 +529,11 @@ def _check_headers(
                 f"{tensor.path}: {key} belongs to a layer that config.json (quantization_config.layers) does "
                 f"not list for {type(model).__name__}; the files do not belong together, {RETRY}"
             )
+    if f"{embedding}.weight" in stored:
+        raise FormatError(
+            f"{stored[f'{embedding}.weight'].path}: {embedding} has a weight, but config.json says that it "
+            f"reads the rows of the output head; {RETRY}"
+        )
     for name, layer in layers.items():
         shapes = {part: tuple(tensor.shape) for part, tensor in layer.state_dict().items()}
         found = {part: stored[f"{name}.{part}"] for part in shapes if f"{name}.{part}" in stored}
