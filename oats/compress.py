@@ -405,7 +405,9 @@ class Walk:
         layer = SparseLowRankLinear.from_decomposition(result, matrix.bias)
         if self._storage.has_codes:
             hessian = hessian_of(matrix.statistic, self._config)
-            quantize_layer_(layer, self._storage, hessian, matrix.weight)
+            # Those of the other methods are fitted to the size of each input alone, or not at all.
+            fitted = self._config.method == "oats-hessian"
+            quantize_layer_(layer, self._storage, hessian, matrix.weight, catch_up=not fitted)
         return layer
 
     def _of_tensors(self, matrix: _Matrix, tensors: Mapping[str, Tensor]) -> SparseLowRankLinear:

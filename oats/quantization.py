@@ -18,6 +18,7 @@ from oats.bitmask import decode, decode_mask
 from oats.calibrate import BlockRunner, Calibration, as_batches, evaluating, hessians
 from oats.error_feedback import inverse_factor, settle_columns
 from oats.errors import WeightError
+from oats.hessian import nearest_low_rank
 from oats.models import find_blocks
 from oats.models.linear import output_head
 from oats.storage import CODEBOOK, LowRank, Storage, Values, pack_nibbles
@@ -48,14 +49,16 @@ def quantize_tensors(
     storage: Storage,
     hessian: Tensor | None = None,
     weight: Tensor | None = None,
+    *,
+    catch_up: bool = False,
 ) -> dict[str, Tensor]:
     """The tensors of a layer, with codes in the place of numbers.
 
     Each input is first multiplied by the power of two that brings the kept values for it to the size of the
     others. The scales of int8 map the largest magnitude to 127. Those of int4, and its codebook, minimise
     ``Σ H_jj (s_ij − ŝ_ij)²``. With a Hessian, the error of each code is then made good by the kept
-    values of the inputs to come (GPTQ, arXiv 2210.17323, on the support); with the dense weight too, so is
-    what the layer misses of it.
+    values of the inputs to come (GPTQ, arXiv 2210.17323, on the support). With the weight too, the low-rank
+    part is fitted to what the codes leave of it, so that it takes up their error (SLiM, arXiv 2410.09615).
 
     Args:
         tensors: ``mask``, ``values``, ``low_rank_u`` and ``low_rank_v`` of :mod:`oats.format`, exact.
@@ -63,6 +66,8 @@ def quantize_tensors(
         storage: what becomes codes.
         hessian: (d_in, d_in), ``X Xᵀ`` of the layer's inputs; None means that it is not known.
         weight: (d_out, d_in), what the layer stands for; it is not used without a Hessian.
+        catch_up: whether the kept values make good what they miss of the weight, too: a gain where they were
+            not fitted to the Hessian, a loss where they were.
 
     Raises:
         WeightError: a value is not finite, or the Hessian is not positive semi-definite.
@@ -84,20 +89,21 @@ def quantize_tensors(
     exponent = _input_exponent(sparse, kept)
     powers = exponent.float().exp2()
     sparse /= powers
+    result["input_exponent"] = exponent
+    factors = tensors
     if storage.values == "exact":
         result["values"] = sparse[kept].to(tensors["values"].dtype)
     else:
-        target = sparse
-        if hessian is not None:
-            hessian = hessian * (powers * powers[:, None])
-            if weight is not None:
-                low_rank = tensors["low_rank_u"].float() @ tensors["low_rank_v"].float()
-                target = (weight.float() - low_rank) / powers
+        target, scaled = sparse, None if hessian is None else hessian * (powers * powers[:, None])
+        if hessian is not None and weight is not None and catch_up:
+            low_rank = tensors["low_rank_u"].float() @ tensors["low_rank_v"].float()
+            target = (weight.float() - low_rank) / powers
         fit = _int8 if storage.values == "int8" else _int4
-        result |= fit(sparse, kept, storage, hessian, target)
-    result["input_exponent"] = exponent
-    v = tensors["low_rank_v"]
-    tensors = {**tensors, "low_rank_v": (v.float() / powers).to(v.dtype)}
+        result |= fit(sparse, kept, storage, scaled, target)
+        if hessian is not None and weight is not None:
+            factors = _fitted_factors(tensors, result, d_in, storage, hessian, weight)
+    u, v = factors["low_rank_u"], factors["low_rank_v"]
+    tensors = {"low_rank_u": u, "low_rank_v": (v.float() / powers).to(v.dtype)}
     for name in ("low_rank_u", "low_rank_v"):
         if storage.low_rank == "exact":
             result[name] = tensors[name]
@@ -107,6 +113,25 @@ def quantize_tensors(
             )
     names = storage.tensors(0, 0, 0, 0, torch.float32)
     return {name: result[name] for name in names}
+
+
+def _fitted_factors(
+    tensors: Mapping[str, Tensor],
+    coded: Mapping[str, Tensor],
+    d_in: int,
+    storage: Storage,
+    hessian: Tensor,
+    weight: Tensor,
+) -> dict[str, Tensor]:
+    """U and V for what the codes of S leave of the weight, in the dtype that they had."""
+    factors = {name: tensors[name] for name in ("low_rank_u", "low_rank_v")}
+    rank, dtype = len(factors["low_rank_v"]), factors["low_rank_v"].dtype
+    if rank == 0:
+        return factors
+    values_only = Storage.of(storage.values, "exact", storage.scale_columns)
+    sparse, _, _ = values_only.exact_parts({**factors, **coded}, d_in)
+    u, v = nearest_low_rank(weight.float() - sparse, hessian, rank)
+    return {"low_rank_u": u.to(dtype), "low_rank_v": v.to(dtype)}
 
 
 def quantize_(
@@ -206,16 +231,23 @@ def quantize_layer_(
     storage: Storage,
     hessian: Tensor | None = None,
     weight: Tensor | None = None,
+    *,
+    catch_up: bool = False,
 ) -> None:
-    """Store one layer as `storage` says; see :func:`quantize_tensors`."""
+    """Store one layer as `storage` says; see :func:`quantize_tensors`.
+
+    Where no weight is given, it is what the layer computes before.
+    """
     tensors = layer.canonical()
+    if weight is None and hessian is not None:
+        weight = _exact_weight(layer)
     if layer.storage.has_codes:
         sparse, u, v = layer.storage.exact_parts(tensors, layer.in_features)
         kept = decode_mask(tensors["mask"], layer.in_features)
         exact = {"values": sparse[kept], "low_rank_u": u, "low_rank_v": v}
         tensors = {"mask": tensors["mask"]} | {name: t.to(layer.dtype) for name, t in exact.items()}
     if storage.has_codes:
-        tensors = quantize_tensors(tensors, layer.in_features, storage, hessian, weight)
+        tensors = quantize_tensors(tensors, layer.in_features, storage, hessian, weight, catch_up=catch_up)
     layer.store_(tensors, storage)
 
 

@@ -6,7 +6,7 @@ import torch
 import oats
 from oats.budget import nnz_per_row, rank_for
 from oats.errors import ConfigError, WeightError
-from oats.hessian import decompose_hessian, refit_values
+from oats.hessian import decompose_hessian, nearest_low_rank, refit_values
 from tests.test_decomposition import make_weight, normal, true_error
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -230,3 +230,21 @@ def test_bad_settings_are_refused_as_in_decompose():
         decompose_hessian(torch.ones(4, 8), GOOD, compression=1.0)
     with pytest.raises(WeightError, match="NaN"):
         decompose_hessian(torch.full((4, 8), float("nan")), GOOD)
+
+
+@pytest.mark.parametrize("kind", ["white", "correlated", "outliers"])
+@pytest.mark.parametrize(("shape", "rank"), [((40, 64), 5), ((96, 48), 12), ((30, 20), 20), ((200, 160), 8)])
+def test_the_nearest_matrix_of_a_rank(shape, rank, kind):
+    """Against a full SVD in float64; where the subspace is iterated, next to the best."""
+    matrix, hessian = normal(*shape, seed=7), make_hessian(kind, shape[1])
+    hessian[3] = hessian[:, 3] = 0  # an input that was never active
+    u, v = nearest_low_rank(matrix.float(), hessian.float(), rank)
+    assert u.shape == (shape[0], rank) and v.shape == (rank, shape[1])
+    root = hessian.double().diagonal().sqrt()
+    damped = hessian.double() + DAMPING * torch.diag(root.square())
+    damped[3, 3] = root.max() ** 2 * 1e-12
+    factor = torch.linalg.cholesky(damped)
+    lost = torch.linalg.norm((matrix.double() - u.double() @ v.double()) @ factor)
+    best = torch.linalg.svdvals(matrix.double() @ factor)[rank:].square().sum().sqrt()
+    size = torch.linalg.norm(matrix.double() @ factor)
+    assert best - 1e-5 * size <= lost <= 1.01 * best + 1e-4 * size

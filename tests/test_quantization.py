@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from oats import OatsConfig, SparseLowRankLinear, ops, quantize_
 from oats.bitmask import decode, decode_mask, encode
 from oats.errors import ConfigError, FormatError, WeightError
-from oats.quantization import quantize_tensors
+from oats.methods import decompose_by_method
+from oats.quantization import quantize_layer_, quantize_tensors
 from oats.storage import EXACT, Storage, pack_nibbles, unpack_nibbles
 from tests.conftest import DTYPES, ISAS, random_layer
 from tests.tiny import compressed_llama
@@ -208,6 +209,38 @@ def test_errors_are_made_good_by_the_inputs_to_come(values: str) -> None:
         assert not bool(there[~decode_mask(layer["mask"], 256)].any())
         lost.append(float(((there - decode(layer["mask"], layer["values"], 256)) @ inputs).norm()))
     assert lost[1] < 0.85 * lost[0]
+
+
+@pytest.mark.parametrize("method", ["oats", "oats-hessian"])
+def test_what_codes_cost_a_decomposition(method: str) -> None:
+    """The low-rank part takes up their error, and the kept values too where they were not fitted before."""
+    generator = torch.Generator().manual_seed(4)
+    weight = torch.randn(128, 256, generator=generator)
+    inputs = torch.randn(256, 40, generator=generator) @ torch.randn(40, 2000, generator=generator)
+    inputs += torch.randn(256, 2000, generator=generator)
+    hessian = inputs @ inputs.T
+    statistic = hessian if method == "oats-hessian" else hessian.diagonal()
+    settings = OatsConfig(method=method, compression=0.5)  # type: ignore[arg-type]
+    exact = SparseLowRankLinear.from_decomposition(decompose_by_method(weight, statistic, settings))
+
+    def lost(layer: SparseLowRankLinear) -> float:
+        return float(((layer.to_dense() - weight) @ inputs).norm() / (weight @ inputs).norm())
+
+    errors: dict[tuple[str, str], float] = {}
+    for values in ("int8", "int4"):
+        storage = Storage.of(values, "int8", 64)  # type: ignore[arg-type]
+        ways = {"alone": {}, "caught up": dict(weight=weight, catch_up=True), "fitted": dict(weight=weight)}
+        for way, options in ways.items():
+            layer = copy.deepcopy(exact)
+            quantize_layer_(layer, storage, None if way == "alone" else hessian, **options)
+            errors[values, way] = lost(layer)
+    best = "fitted" if method == "oats-hessian" else "caught up"
+    other = "caught up" if best == "fitted" else "fitted"
+    for values in ("int8", "int4"):
+        assert errors[values, best] < errors[values, other]
+        assert errors[values, best] < errors[values, "alone"]
+    assert errors["int8", best] < 1.03 * lost(exact)
+    assert errors["int4", best] - lost(exact) < 0.6 * (errors["int4", "alone"] - lost(exact))
 
 
 def test_codes_of_a_model_are_fitted_by_calibration() -> None:
