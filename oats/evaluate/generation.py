@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -75,6 +74,8 @@ def generation_speed(
                 start, arrivals = model.timed_generate(prompt, new_tokens)
             else:
                 start, arrivals = _timed_generate(model, prompt, new_tokens)
+            if len(arrivals) != new_tokens:
+                raise ConfigError(f"{name} made {len(arrivals)} tokens of {new_tokens}; it cannot be timed")
             if repetition > 0:
                 decode[name].append((new_tokens - 1) / (arrivals[-1] - arrivals[0]))
                 prefill[name].append(prompt.numel() / (arrivals[0] - start))
@@ -156,14 +157,12 @@ def _timed_generate(
 ) -> tuple[float, list[float]]:
     """When the call started, and when each new token came."""
     clock = clock or _Clock()
-    # No token ends the text: to enforce a least number of new ones takes a pass over the vocabulary for each.
-    settings = copy.deepcopy(model.generation_config)
-    settings.eos_token_id = None
     start = time.perf_counter()
     model.generate(
         prompt[None],
         attention_mask=torch.ones_like(prompt)[None],
-        generation_config=settings,
+        # Nothing ends the text: enforcing a least number of tokens takes a pass over the vocabulary for each.
+        eos_token_id=None,
         max_new_tokens=new_tokens,
         do_sample=False,
         use_cache=True,
