@@ -134,6 +134,7 @@ def _fitted_factors(
     return {"low_rank_u": u.to(dtype), "low_rank_v": v.to(dtype)}
 
 
+@torch.no_grad()
 def quantize_(
     model: nn.Module,
     values: Values = "int8",
@@ -226,6 +227,7 @@ def _hessians(
                 runner.advance(index)
 
 
+@torch.no_grad()
 def quantize_layer_(
     layer: SparseLowRankLinear,
     storage: Storage,

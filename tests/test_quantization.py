@@ -279,6 +279,19 @@ def test_how_far_codes_moved_a_layer_is_that_of_its_output() -> None:
     assert moved == pytest.approx(expected, rel=1e-3) and 0 < expected < 0.5
 
 
+def test_calibration_keeps_no_graph() -> None:
+    """The activations of all blocks would be held until the last one is done."""
+    model, _ = compressed_llama(dtype="fp32")
+    model.requires_grad_(True)
+    followed: list[bool] = []
+    for block in model.model.layers:
+        block.register_forward_hook(lambda *_: followed.append(torch.is_grad_enabled()))
+    tokens = torch.randint(0, 97, (4, 32), generator=torch.Generator().manual_seed(0))
+    with torch.enable_grad():
+        quantize_(model, "int8", calibration=tokens)
+    assert followed and not any(followed)
+
+
 def test_a_layer_of_two_blocks_is_fitted_once() -> None:
     model, _ = compressed_llama(dtype="fp32")
     first, second = model.model.layers
