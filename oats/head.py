@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from oats import ops
+from oats.bitmask import encode
 from oats.config import OatsConfig
 from oats.errors import DeviceError, UnsupportedModelError, WeightError
 from oats.models.linear import is_linear, output_head, replace_
@@ -94,8 +95,7 @@ def _coded(head: nn.Linear, storage: Storage) -> SparseLowRankLinear:
     codes, scales = zip(
         *(round_to_int8(rows.float(), storage.scale_columns) for rows in weight.split(_ROWS)), strict=True
     )
-    columns = torch.arange(-(-d_in // 8) * 8).view(-1, 8) < d_in
-    row_of_mask = (columns * (1 << torch.arange(8))).sum(1).to(torch.uint8)
+    row_of_mask, _ = encode(torch.ones(1, d_in))
     tensors = {
         "mask": row_of_mask.expand(d_out, -1).contiguous(),
         "values": torch.cat(codes).flatten(),

@@ -181,11 +181,8 @@ def nearest_low_rank(
     True
     """
     root = root_moment(hessian.diagonal())
-    own = hessian.double().diagonal().sqrt()
-    # An input that was never active has a row of zeros, and is left to itself.
-    own = torch.where(own > 0, own, 1)
-    metric = hessian.double() / own / own[:, None]
-    metric.diagonal()[:] = 1 + damping
+    metric = _with_unit_diagonal(hessian)
+    metric.diagonal()[:] += damping
     factor = torch.linalg.cholesky(metric).float()
     scaled = matrix.double() * root
     peak = float(scaled.abs().max()) or 1.0
@@ -198,6 +195,17 @@ def nearest_low_rank(
     return u, (v.double() * (peak / root)).float()
 
 
+def _with_unit_diagonal(hessian: Tensor) -> Tensor:
+    """That of inputs that are scaled to a diagonal of ones, in float64."""
+    matrix = hessian.detach().double()
+    root = matrix.diagonal().sqrt()
+    # An input that was never active has a row of zeros, and is left to itself.
+    root = torch.where(root > 0, root, 1)
+    matrix = matrix / root / root[:, None]
+    matrix.diagonal()[:] = 1
+    return matrix
+
+
 @dataclass(frozen=True)
 class _Metric:
     """The damped Hessian of inputs that are scaled to a diagonal of ones, and its eigenbasis."""
@@ -208,12 +216,7 @@ class _Metric:
 
     @staticmethod
     def of(hessian: Tensor, damping: float, dtype: torch.dtype, layer: str) -> _Metric:
-        matrix = hessian.detach().double()
-        root = matrix.diagonal().sqrt()
-        # An input that was never active has a row of zeros, and is left to itself.
-        root = torch.where(root > 0, root, 1)
-        matrix = matrix / root / root[:, None]
-        matrix.diagonal()[:] = 1
+        matrix = _with_unit_diagonal(hessian)
         # Its diagonal is one: damping with diag(H) is damping with the identity.
         values, vectors = torch.linalg.eigh(matrix)
         if values[0] < -_INDEFINITE * values[-1]:
