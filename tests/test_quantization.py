@@ -70,7 +70,7 @@ def largest_of_group(sizes: Tensor) -> Tensor:
 def assert_close(y: Tensor, tensors: dict[str, Tensor], storage: Storage, x: Tensor) -> None:
     """|y - ŷ| <= c (|S| |x|' + |U| (|V| |x|')'), with ' the largest of each group.
 
-    To what tests/test_kernels.py allows come, in bf16, activations in units of 2^-15 of their group's
+    To what tests/test_kernels.py allows come, in bf16, activations in units of 1 / 32639 of their group's
     largest, for S and for U; or where there are many columns, codes that become bf16.
     """
     d_in = x.shape[1]

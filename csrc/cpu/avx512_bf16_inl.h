@@ -36,35 +36,48 @@ struct Avx512Bf16 : Bf16Element {
   }
 };
 
-// vpdpwssd multiplies pairs of int16: codes as they are, and activations in units of 2^-15 of the largest of
-// 64, which rounds a bf16 less than it was rounded before down to 2^-7 of that largest.
-struct Avx512Codes : Avx512Bf16 {
+// vpdpbusd multiplies four unsigned bytes by four signed ones: codes plus 128, and the bytes of 16-bit
+// activations, upper and lower apart. Activations are in units of 1 / 32639 (0x7f7f) of the largest of 64,
+// which rounds a bf16 less than it was rounded before down to 2^-7 of that largest.
+struct Avx512Codes : Bf16Element {
   using Value = int8_t;
-  using Sum = __m512i;
+  static constexpr int lanes = 16, group = 4, registers = 12, flip = 0x80;
   static constexpr bool scaled_activations = true;
+  using Mask = uint64_t;
+  using Vector = __m512;
+  using Weights = __m512i;
+  struct Sum {
+    __m512i upper, lower;
+  };
 
+  static Vector zero() { return _mm512_setzero_ps(); }
+  static Vector load(const float* sums) { return _mm512_loadu_ps(sums); }
+  static void store(float* sums, Vector v) { _mm512_storeu_ps(sums, v); }
+  static Weights load_units(const uint32_t* units) { return _mm512_load_si512(units); }
+  static void store_units(uint32_t* units, Weights w) { _mm512_storeu_si512(units, w); }
   static Weights expand(const int8_t* codes, Mask mask) {
-    return _mm512_mask_expand_epi16(fresh_zero(), mask, weights(codes));
+    // As fresh_zero(): zero is 128 here.
+    __m512i zero = _mm512_set1_epi8(-128);
+    asm("" : "+v"(zero));
+    return _mm512_mask_expand_epi8(zero, mask, _mm512_loadu_si512(codes));
   }
-  static void expand_pair(const int8_t* codes, uint64_t mask, Weights& first, Weights& second) {
-    const __m512i bytes = _mm512_mask_expand_epi8(fresh_zero(), mask, _mm512_loadu_si512(codes));
-    first = _mm512_cvtepi8_epi16(_mm512_castsi512_si256(bytes));
-    second = _mm512_cvtepi8_epi16(_mm512_extracti64x4_epi64(bytes, 1));
+  static Weights weights(const int8_t* codes) { return _mm512_loadu_si512(codes); }
+  static Sum no_sum(const XScale& scale) {
+    return {_mm512_setzero_si512(), _mm512_set1_epi32(scale.minus_128_sums)};
   }
-  static Weights weights(const int8_t* codes) {
-    return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)));
-  }
-  static Sum no_sum() { return _mm512_setzero_si512(); }
-  static Sum multiply_add(Sum sum, Weights w, uint32_t activation) {
+  static Sum multiply_add(Sum sum, Weights w, uint32_t upper, uint32_t lower) {
     // Not the intrinsic, with which GCC 12 copies each sum in every step of a loop.
-    const __m512i pair = _mm512_set1_epi32(static_cast<int>(activation));
-    asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(pair));
+    const __m512i u = _mm512_set1_epi32(static_cast<int>(upper));
+    const __m512i l = _mm512_set1_epi32(static_cast<int>(lower));
+    asm("vpdpbusd %2, %1, %0" : "+v"(sum.upper) : "v"(w), "v"(u));
+    asm("vpdpbusd %2, %1, %0" : "+v"(sum.lower) : "v"(w), "v"(l));
     return sum;
   }
   static Vector scales(const uint16_t* bf16) { return load_bf16(bf16); }
   static Vector times(Vector scale, float x_scale) { return _mm512_mul_ps(scale, _mm512_set1_ps(x_scale)); }
   static Vector add_scaled(Vector v, Sum sum, Vector scale) {
-    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, v);
+    const __m512i whole = _mm512_add_epi32(_mm512_slli_epi32(sum.upper, 8), sum.lower);
+    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(whole), scale, v);
   }
   static void decode(const uint8_t* run, const int8_t* codebook, int8_t* codes) {
     decode_run(run, codebook, codes);
@@ -79,10 +92,11 @@ struct Avx512Codes : Avx512Bf16 {
   // A NaN or infinity makes the scale one, and so all products of the column. Below 2^-100 all is zero: the
   // inverse of the scale would overflow.
   template <class T>
-  static float quantise(const T* x, int64_t count, uint32_t* units, int64_t stride) {
+  static XScale quantise(const T* x, int64_t count, uint32_t* units, int64_t stride) {
     constexpr int kVectors = kScaledColumns / 16;
+    constexpr float kLargest = 0x7f7f;
     __m512 part[kVectors];
-    __m512i largest = _mm512_setzero_si512();
+    __m512i largest = _mm512_setzero_si512(), sum = largest;
     for (int i = 0; i < kVectors; ++i) {
       const int64_t left = count - i * 16;
       const auto valid = static_cast<__mmask16>(left >= 16 ? 0xffff : left > 0 ? (1u << left) - 1 : 0);
@@ -94,24 +108,31 @@ struct Avx512Codes : Avx512Bf16 {
     float magnitude;
     std::memcpy(&magnitude, &bits, 4);
     const bool tiny = magnitude < 0x1p-100f;
-    const __m512 inverse = _mm512_set1_ps(tiny ? 0.f : 32767.f / magnitude);
-    const int64_t pairs = divide_up(count, 2);
+    const __m512 inverse = _mm512_set1_ps(tiny ? 0.f : kLargest / magnitude);
+    const int64_t used = 2 * divide_up(count, group);
     for (int i = 0; i < kVectors; ++i) {
-      const __m256i codes = _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(_mm512_mul_ps(part[i], inverse)));
+      const __m256i whole = _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(_mm512_mul_ps(part[i], inverse)));
+      sum = _mm512_add_epi32(sum, _mm512_cvtepi16_epi32(whole));
+      // The lower byte is signed as well, so the upper one is of the nearest multiple of 256.
+      const __m128i lower = _mm256_cvtepi16_epi8(whole);
+      const __m128i upper =
+          _mm256_cvtepi16_epi8(_mm256_srai_epi16(_mm256_add_epi16(whole, _mm256_set1_epi16(128)), 8));
+      const __m256i pairs =
+          _mm256_set_m128i(_mm_unpackhi_epi32(upper, lower), _mm_unpacklo_epi32(upper, lower));
       if (stride == 1) {
-        if (i * 8 < pairs) {
-          const int64_t left = pairs - i * 8;
+        if (i * 8 < used) {
+          const int64_t left = used - i * 8;
           _mm256_mask_storeu_epi32(units + i * 8, static_cast<__mmask8>(left >= 8 ? 0xff : (1u << left) - 1),
-                                   codes);
+                                   pairs);
         }
       } else {
         alignas(32) uint32_t turned[8];
-        _mm256_store_si256(reinterpret_cast<__m256i*>(turned), codes);
-        for (int64_t j = 0; j < std::min<int64_t>(8, pairs - i * 8); ++j)
+        _mm256_store_si256(reinterpret_cast<__m256i*>(turned), pairs);
+        for (int64_t j = 0; j < std::min<int64_t>(8, used - i * 8); ++j)
           units[(i * 8 + j) * stride] = turned[j];
       }
     }
-    return tiny ? 0.f : magnitude / 32767.f;
+    return {tiny ? 0.f : magnitude / kLargest, -128 * _mm512_reduce_add_epi32(sum)};
   }
 
   // Of pairs: outputs 0 to 7, and 8 to 15.
@@ -124,7 +145,16 @@ struct Avx512Codes : Avx512Bf16 {
     return {_mm512_permutexvar_ps(twice, scale),
             _mm512_permutexvar_ps(_mm512_add_epi32(twice, _mm512_set1_epi32(8)), scale)};
   }
-  static Weights exact(Weights w, const CellScales& scale) {
+  static void exact(Weights codes, const CellScales& scale, Weights (&out)[2]) {
+    const __m512i w = _mm512_xor_si512(codes, _mm512_set1_epi8(-128));
+    // Bytes to the upper half of 16 bits: the first two of each output, then the others.
+    const __m512i first =
+        _mm512_broadcast_i32x4(_mm_setr_epi8(-1, 0, -1, 1, -1, 4, -1, 5, -1, 8, -1, 9, -1, 12, -1, 13));
+    const __m512i second = _mm512_or_si512(first, _mm512_set1_epi16(0x0200));
+    out[0] = exact_pairs(_mm512_srai_epi16(_mm512_shuffle_epi8(w, first), 8), scale);
+    out[1] = exact_pairs(_mm512_srai_epi16(_mm512_shuffle_epi8(w, second), 8), scale);
+  }
+  static Weights exact_pairs(__m512i w, const CellScales& scale) {
     const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm512_castsi512_si256(w)));
     const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm512_extracti64x4_epi64(w, 1)));
     return (__m512i)_mm512_cvtne2ps_pbh(_mm512_mul_ps(high, scale.high), _mm512_mul_ps(low, scale.low));

@@ -25,6 +25,8 @@ struct ColumnLoops {
   using Weights = typename Traits::Weights;
   static constexpr int kLanes = Traits::lanes;
   static constexpr int kGroup = Traits::group;
+  // Units of a lane in a cell as it is stored.
+  static constexpr int kUnits = Stored::group / Traits::group;
   // Two rows of sums at once, see sparse_rows.
   static constexpr int kMaxVectors = Traits::registers >= 16 ? 8 : 6;
 
@@ -39,7 +41,7 @@ struct ColumnLoops {
   static int64_t gather(const PackedHeader* weight, int64_t block, int64_t begin, int64_t end, int64_t value,
                         uint32_t* units, int64_t unit_stride, uint64_t* masks, int64_t mask_stride) {
     const int strips = strips_of_block(weight->strips, block), rows = strips * kLanes;
-    const auto* mask = StoredLoops::masks(weight, block) + begin * strips;
+    const auto* mask = StoredLoops::masks(weight, block) + begin / kUnits * strips;
     typename StoredLoops::Values values(weight, block, value);
     uint32_t* next[kStripsPerBlock * kLanes];
     for (int row = 0; row < rows; ++row) next[row] = units + row * unit_stride;
@@ -48,7 +50,7 @@ struct ColumnLoops {
       alignas(64) uint32_t cells[kLanes * kStripsPerBlock * kLanes];
       const int64_t groups = std::min<int64_t>(end - g, kLanes);
       gather_cells(weight, block, g, groups, mask, values, cells);
-      mask += groups * strips;
+      mask += divide_up(groups, kUnits) * strips;
       std::fill_n(cells + groups * rows, (kLanes - groups) * rows, 0u);
       uint64_t* word = masks + (g - begin) / kGroupsPerWord * mask_stride;
       const int64_t piece = g % kGroupsPerWord / kLanes;
@@ -67,23 +69,35 @@ struct ColumnLoops {
     return values.index();
   }
 
+  // What a cell of codes stands for: units that are `stride` apart, of at most `groups` groups.
+  template <class Scale>
+  static void store_exact(typename StoredLoops::Weights codes, const Scale& scale, uint32_t* units,
+                          int64_t stride, int64_t groups) {
+    Weights exact[kUnits];
+    Stored::exact(codes, scale, exact);
+#pragma GCC unroll 2
+    for (int u = 0; u < kUnits; ++u) {
+      if (u < groups) Traits::store_units(units + u * stride, exact[u]);
+    }
+  }
+
   // The units of `groups` groups from g on, at most kLanes.
   static void gather_cells(const PackedHeader* weight, int64_t block, int64_t g, int64_t groups,
                            const typename StoredLoops::Mask* mask, typename StoredLoops::Values& values,
                            uint32_t* cells) {
     const int strips = strips_of_block(weight->strips, block);
     if constexpr (StoredLoops::kCodes) {
-      alignas(64) int8_t codes[kLanes * kStripsPerBlock * StoredLoops::kCell + StoredLoops::kSpare];
-      const uint16_t* scales = StoredLoops::value_scales(weight, block, g);
+      alignas(64) int8_t codes[kLanes / kUnits * kStripsPerBlock * StoredLoops::kCell + StoredLoops::kSpare];
+      const uint16_t* scales = StoredLoops::value_scales(weight, block, g / kUnits);
       typename Stored::CellScales scale[kStripsPerBlock];
       for (int s = 0; s < strips; ++s) scale[s] = Stored::cell_scales(scales + s * kLanes);
-      const typename StoredLoops::Kept begin = values.source(mask, groups * strips, codes);
+      const typename StoredLoops::Kept begin = values.source(mask, divide_up(groups, kUnits) * strips, codes);
       typename StoredLoops::Kept source = begin;
-      for (int64_t i = 0; i < groups; ++i) {
+      for (int64_t i = 0; i < groups; i += kUnits) {
         for (int s = 0; s < strips; ++s) {
           typename StoredLoops::Weights cell[1];
           source.next(cell);
-          Traits::store_units(cells + (i * strips + s) * kLanes, Stored::exact(cell[0], scale[s]));
+          store_exact(cell[0], scale[s], cells + (i * strips + s) * kLanes, strips * kLanes, groups - i);
         }
       }
       values.used(begin, source);
@@ -261,13 +275,13 @@ struct ColumnLoops {
   static void exact_cells(const FactorBlock& factor, int strip, int64_t begin, int64_t end, uint32_t* out,
                           int64_t stride) {
     const auto* codes = static_cast<const typename Stored::Value*>(factor.cells) + strip * StoredLoops::kCell;
-    for (int64_t g = begin; g < end; g += StoredLoops::kScaledGroups) {
+    constexpr int64_t kScaled = kScaledColumns / kGroup;
+    for (int64_t g = begin; g < end; g += kScaled) {
       const auto scale = Stored::cell_scales(
           factor.scales + (g * kGroup / factor.scale_columns * factor.strips + strip) * kLanes);
-      for (int64_t i = g; i < std::min(g + StoredLoops::kScaledGroups, end); ++i) {
-        Traits::store_units(
-            out + (i - begin) * stride,
-            Stored::exact(Stored::weights(codes + i * factor.strips * StoredLoops::kCell), scale));
+      for (int64_t i = g; i < std::min(g + kScaled, end); i += kUnits) {
+        store_exact(Stored::weights(codes + i / kUnits * factor.strips * StoredLoops::kCell), scale,
+                    out + (i - begin) * stride, stride, end - i);
       }
     }
   }

@@ -139,12 +139,12 @@ struct TileLoops {
   static int64_t expand(const PackedHeader* weight, int64_t block, int64_t begin, int64_t end, int64_t value,
                         uint32_t* cells) {
     const int strips = strips_of_block(weight->strips, block);
-    const auto* mask = Strips::masks(weight, block) + begin * strips;
+    const auto* mask = Strips::masks(weight, block) + begin / Columns::kUnits * strips;
     typename Strips::Values values(weight, block, value);
     for (int64_t g = begin; g < end; g += kTileGroups) {
       const int64_t groups = std::min(end - g, kTileGroups);
       Columns::gather_cells(weight, block, g, groups, mask, values, cells);
-      mask += groups * strips;
+      mask += divide_up(groups, Columns::kUnits) * strips;
       finish_tile(cells, groups, strips);
       cells += kTileGroups * strips * kLanes;
     }
@@ -171,7 +171,7 @@ struct TileLoops {
         const int64_t groups = std::min(weight->groups - g, kTileGroups);
         uint32_t* const tile = cells[t % 2];
         Columns::gather_cells(weight, block, g, groups, mask, values, tile);
-        mask += groups * kStrips;
+        mask += divide_up(groups, Columns::kUnits) * kStrips;
         finish_tile(tile, groups, kStrips);
         Sums<1, kStrips>::add(tile, kStrips * kLanes, inputs, 0);
       }
@@ -254,7 +254,7 @@ struct TileLoops {
 }  // namespace
 
 const TileKernels& tile_kernels_amx_bf16(Storage storage) {
-  return storage == Storage::exact ? TileLoops<Avx512Bf16>::table(2) : TileLoops<Avx512Codes>::table(12);
+  return storage == Storage::exact ? TileLoops<Avx512Bf16>::table(2) : TileLoops<Avx512Codes>::table(28);
 }
 
 }  // namespace oats

@@ -118,7 +118,7 @@ struct Avx2Codes : Avx2<Io> {
   static __m256 scales(const uint16_t* bf16) { return load_values(bf16); }
   static __m256 add_scaled(__m256 v, Sum sum, __m256 scale) { return _mm256_fmadd_ps(sum, scale, v); }
   static CellScales cell_scales(const uint16_t* bf16) { return load_values(bf16); }
-  static __m256 exact(__m256 w, CellScales scale) { return _mm256_mul_ps(w, scale); }
+  static void exact(__m256 w, CellScales scale, __m256 (&out)[1]) { out[0] = _mm256_mul_ps(w, scale); }
   static void decode(const uint8_t* run, const int8_t* codebook, int8_t* codes) {
     static_assert(kRun == 128);
     const __m256i table =

@@ -61,7 +61,7 @@ struct Avx512Codes : Avx512<Io> {
   static __m512 scales(const uint16_t* bf16) { return load_bf16(bf16); }
   static __m512 add_scaled(__m512 v, Sum sum, __m512 scale) { return _mm512_fmadd_ps(sum, scale, v); }
   static CellScales cell_scales(const uint16_t* bf16) { return load_bf16(bf16); }
-  static __m512 exact(__m512 w, CellScales scale) { return _mm512_mul_ps(w, scale); }
+  static void exact(__m512 w, CellScales scale, __m512 (&out)[1]) { out[0] = _mm512_mul_ps(w, scale); }
   static void decode(const uint8_t* run, const int8_t* codebook, int8_t* codes) {
     decode_run(run, codebook, codes);
   }

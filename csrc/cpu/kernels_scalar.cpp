@@ -86,7 +86,9 @@ struct ScalarCodes : Scalar<Io> {
     return v;
   }
   static CellScales cell_scales(const uint16_t* bf16) { return scales(bf16); }
-  static Weights exact(const Weights& w, const CellScales& scale) { return add_scaled({}, w, scale); }
+  static void exact(const Weights& w, const CellScales& scale, Weights (&out)[1]) {
+    out[0] = add_scaled({}, w, scale);
+  }
   static void decode(const uint8_t* run, const int8_t* codebook, int8_t* codes) {
     for (int i = 0; i < kRun / 2; ++i) {
       codes[i] = codebook[run[i] & 15];

@@ -17,7 +17,7 @@ namespace oats {
 
 namespace {
 
-constexpr uint64_t kMagic = 0x34305354414f;  // "OATS04", little endian
+constexpr uint64_t kMagic = 0x35305354414f;  // "OATS05", little endian
 
 // Kernels load and prefetch past the last value of the last strip.
 constexpr uint64_t kTail = 128;
@@ -58,16 +58,17 @@ static_assert(std::has_unique_object_representations_v<PackedHeader>, "headers a
 
 PackedHeader header_for(const WeightShape& shape, Isa isa) {
   const StripLayout layout = strip_kernels(isa, shape.dtype, Storage::exact).layout;
-  const int64_t cell = static_cast<int64_t>(layout.lanes) * layout.group;
-  const int64_t factor_bits = storage_bits(shape.factors, shape.dtype);
+  const StripLayout& factors = strip_kernels(isa, shape.dtype, shape.factors).layout;
   PackedHeader h{};
   h.magic = kMagic;
   h.shape = shape;
   h.isa = isa;
   h.layout = layout;
-  h.value_bits = storage_bits(shape.values, shape.dtype);
+  h.values_layout = strip_kernels(isa, shape.dtype, shape.values).layout;
+  h.factors_layout = factors;
   h.strips = divide_up(shape.d_out, layout.lanes);
   h.groups = divide_up(shape.d_in, layout.group);
+  h.value_groups = divide_up(shape.d_in, h.values_layout.group);
   h.rank_strips = divide_up(shape.rank, layout.lanes);
   h.rank_groups = divide_up(shape.rank, layout.group);
   if (shape.scale_columns) {
@@ -83,26 +84,43 @@ PackedHeader header_for(const WeightShape& shape, Isa isa) {
   const auto place_scales = [&](Storage storage, int64_t strips, int64_t groups) {
     return place(storage == Storage::exact ? 0 : strips * layout.lanes * groups * sizeof(uint16_t));
   };
+  const auto place_factor = [&](int64_t strips, int64_t columns) {
+    const int64_t bits = storage_bits(shape.factors, shape.dtype);
+    return place(strips * layout.lanes * divide_up(columns, factors.group) * factors.group * bits / 8);
+  };
   place(sizeof(PackedHeader));
   if (shape.scale_columns) h.inputs_at = place(shape.d_in * dtype_bytes(shape.dtype));
   h.starts_at = place((h.blocks() + 1) * sizeof(uint64_t));
   h.values_scale_at = place_scales(shape.values, h.strips, h.scale_groups);
-  h.masks_at = place(h.strips * h.groups * cell / 8);
+  h.masks_at = place(h.strips * h.value_groups * layout.lanes * h.values_layout.group / 8);
   // Of int4, each block begins with a run.
   const int64_t spare = shape.values == Storage::int4 ? kRun * h.blocks() : 0;
-  h.values_at = place(divide_up((shape.nnz + spare) * h.value_bits, 8));
+  h.values_at = place(divide_up((shape.nnz + spare) * h.value_bits(), 8));
   h.v_scale_at = place_scales(shape.factors, h.rank_strips, h.scale_groups);
-  h.v_at = place(h.rank_strips * h.groups * cell * factor_bits / 8);
+  h.v_at = place_factor(h.rank_strips, shape.d_in);
   h.u_scale_at = place_scales(shape.factors, h.strips, h.rank_scale_groups);
-  h.u_at = place(h.strips * h.rank_groups * cell * factor_bits / 8);
+  h.u_at = place_factor(h.strips, shape.rank);
   h.bytes = end + kTail;
   return h;
 }
 
-// `header_for` with the codebook, and the check over all.
-PackedHeader checked_header(const WeightShape& shape, Isa isa, const int8_t* codebook) {
+// What is XORed to the stored values: int4 are indices.
+int32_t values_flip(const PackedHeader& h) {
+  return h.shape.values == Storage::int8 ? h.values_layout.flip : 0;
+}
+
+// The inverse of itself.
+template <class T>
+T flipped(T code, int32_t flip) {
+  return static_cast<T>(code ^ static_cast<T>(flip));
+}
+
+// `header_for` with the codebook, to which `flip` is XORed, and the check over all.
+PackedHeader checked_header(const WeightShape& shape, Isa isa, const int8_t* codebook, int32_t flip) {
   PackedHeader h = header_for(shape, isa);
-  if (shape.values == Storage::int4) std::memcpy(h.codebook, codebook, sizeof h.codebook);
+  if (shape.values == Storage::int4) {
+    for (int i = 0; i < 16; ++i) h.codebook[i] = flipped(codebook[i], flip);
+  }
   h.check = header_check(h);
   return h;
 }
@@ -181,8 +199,8 @@ void over_factor(const StripLayout& layout, int64_t rows, int64_t columns, int t
 
 // Calls f(place) for each one of a cell's mask word.
 template <class F>
-void over_places(uint32_t word, const F& f) {
-  for (; word; word &= word - 1) f(__builtin_ctz(word));
+void over_places(uint64_t word, const F& f) {
+  for (; word; word &= word - 1) f(__builtin_ctzll(word));
 }
 
 // First value of each row in the canonical order.
@@ -219,7 +237,8 @@ size_t packed_bytes(const WeightShape& shape, Isa isa) {
 
 void pack(const CanonicalWeight& w, Isa isa, void* out, int threads) {
   const WeightShape& shape = w.shape;
-  const PackedHeader h = checked_header(shape, isa, w.codebook);
+  const PackedHeader h =
+      checked_header(shape, isa, w.codebook, strip_kernels(isa, shape.dtype, shape.values).layout.flip);
   char* base = static_cast<char*>(out);
   prefer_huge_pages(out, h.bytes);
   std::memset(out, 0, h.bytes);
@@ -233,44 +252,51 @@ void pack(const CanonicalWeight& w, Isa isa, void* out, int threads) {
     const int64_t count = rows[std::min((b + 1) * block_rows, shape.d_out)] - rows[b * block_rows];
     starts[b + 1] = starts[b] + (shape.values == Storage::int4 ? divide_up(count, kRun) * kRun : count);
   }
-  const int64_t word_bytes = h.layout.lanes * h.layout.group / 8;
+  const StripLayout& layout = h.values_layout;
+  const int64_t word_bytes = layout.lanes * layout.group / 8;
   const int64_t row_bytes = mask_row_bytes(shape.d_in);
+  const int32_t flip = values_flip(h);
   char* masks = base + h.masks_at;
-  with_stored<Nibbles, PackedNibbles>(h.value_bits, w.values, base + h.values_at, [&](auto from, auto to) {
+  with_stored<Nibbles, PackedNibbles>(h.value_bits(), w.values, base + h.values_at, [&](auto from, auto to) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t b = 0; b < h.blocks(); ++b) {
       int64_t next = starts[b];
       std::vector<int64_t> cursor(rows.begin() + b * block_rows,
                                   rows.begin() + std::min((b + 1) * block_rows, shape.d_out));
-      over_cells(h.strips, h.groups, b, [&](int64_t cell, int64_t strip, int64_t group) {
-        const int64_t first_row = strip * h.layout.lanes, column = group * h.layout.group;
-        const int64_t lanes = std::min<int64_t>(h.layout.lanes, shape.d_out - first_row);
+      over_cells(h.strips, h.value_groups, b, [&](int64_t cell, int64_t strip, int64_t group) {
+        const int64_t first_row = strip * layout.lanes, column = group * layout.group;
+        const int64_t lanes = std::min<int64_t>(layout.lanes, shape.d_out - first_row);
         const uint8_t* byte = w.mask + first_row * row_bytes + column / 8;
-        uint32_t word = 0;
+        uint64_t word = 0;
         for (int64_t lane = 0; lane < lanes; ++lane, byte += row_bytes) {
-          const uint32_t bits = (*byte >> column % 8) & ((1u << h.layout.group) - 1);
-          word |= bits << (lane * h.layout.group);
+          const uint64_t bits = (*byte >> column % 8) & ((1u << layout.group) - 1);
+          word |= bits << (lane * layout.group);
         }
         std::memcpy(masks + cell * word_bytes, &word, word_bytes);
         int64_t* lane_cursor = cursor.data() + first_row - b * block_rows;
-        over_places(word,
-                    [&](int place) { to.set(next++, from.get(lane_cursor[place / h.layout.group]++)); });
+        over_places(word, [&](int place) {
+          to.set(next++, flipped(from.get(lane_cursor[place / layout.group]++), flip));
+        });
       });
     }
   });
-  const auto pack_factor = [&](int64_t m, int64_t n, int bits, const StripLayout& layout, const void* plain,
+  const auto pack_factor = [&](int64_t m, int64_t n, int bits, const StripLayout& cells, const void* plain,
                                uint64_t at) {
     with_stored<Nibbles, Nibbles>(bits, plain, base + at, [&](auto from, auto to) {
-      over_factor(layout, m, n, threads, [&](int64_t packed, int64_t i) { to.set(packed, from.get(i)); });
+      over_factor(cells, m, n, threads,
+                  [&](int64_t packed, int64_t i) { to.set(packed, flipped(from.get(i), cells.flip)); });
     });
   };
   const auto pack_scales = [&](Storage storage, int64_t m, int64_t groups, const uint16_t* plain,
                                uint64_t at) {
-    if (storage != Storage::exact) pack_factor(m, groups, 16, {h.layout.lanes, 1}, plain, at);
+    if (storage != Storage::exact) pack_factor(m, groups, 16, {h.layout.lanes, 1, 0}, plain, at);
   };
   const int factor_bits = storage_bits(shape.factors, shape.dtype);
-  pack_factor(shape.d_out, shape.rank, factor_bits, h.layout, w.low_rank_u, h.u_at);
-  pack_factor(shape.rank, shape.d_in, factor_bits, h.layout, w.low_rank_v, h.v_at);
+  // Zero, where a block is larger than the matrix.
+  std::memset(base + h.v_at, h.factors_layout.flip, h.u_scale_at - h.v_at);
+  std::memset(base + h.u_at, h.factors_layout.flip, h.bytes - kTail - h.u_at);
+  pack_factor(shape.d_out, shape.rank, factor_bits, h.factors_layout, w.low_rank_u, h.u_at);
+  pack_factor(shape.rank, shape.d_in, factor_bits, h.factors_layout, w.low_rank_v, h.v_at);
   if (h.inputs_at) {
     for (int64_t i = 0; i < shape.d_in; ++i) {
       const float power = std::ldexp(1.f, w.input_exponent[i]);
@@ -310,7 +336,7 @@ const char* packed_problem(const void* packed, size_t bytes) {
   const int isa = static_cast<int>(h.isa);
   if (isa < 0 || isa >= kIsaCount || !possible(h.shape)) return "the packed buffer has a damaged header";
   if (h.isa > best_isa()) return "the weight was packed for an instruction set that this CPU lacks";
-  const PackedHeader expected = checked_header(h.shape, h.isa, h.codebook);
+  const PackedHeader expected = checked_header(h.shape, h.isa, h.codebook, 0);
   if (std::memcmp(&h, &expected, sizeof h)) return "the packed buffer has a damaged header";
   if (h.bytes != bytes) return "the packed buffer has been truncated or extended";
   return nullptr;
@@ -321,22 +347,24 @@ void unpack(const void* packed, const UnpackedWeight& out, int threads) {
   std::memcpy(&h, packed, sizeof h);
   const WeightShape& shape = h.shape;
   const char* base = static_cast<const char*>(packed);
-  const int64_t row_bytes = mask_row_bytes(shape.d_in), word_bytes = h.layout.lanes * h.layout.group / 8;
-  const int64_t block_rows = kStripsPerBlock * h.layout.lanes;
+  const StripLayout& layout = h.values_layout;
+  const int64_t row_bytes = mask_row_bytes(shape.d_in), word_bytes = layout.lanes * layout.group / 8;
+  const int64_t block_rows = kStripsPerBlock * layout.lanes;
+  const int32_t flip = values_flip(h);
   const char* masks = base + h.masks_at;
   const auto* starts = reinterpret_cast<const uint64_t*>(base + h.starts_at);
   const auto word_of = [&](int64_t cell) {
-    uint32_t word = 0;
+    uint64_t word = 0;
     std::memcpy(&word, masks + cell * word_bytes, word_bytes);
     return word;
   };
   std::fill_n(out.mask, shape.d_out * row_bytes, uint8_t{0});
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t b = 0; b < h.blocks(); ++b) {
-    over_cells(h.strips, h.groups, b, [&](int64_t cell, int64_t strip, int64_t group) {
+    over_cells(h.strips, h.value_groups, b, [&](int64_t cell, int64_t strip, int64_t group) {
       over_places(word_of(cell), [&](int place) {
-        const int64_t row = strip * h.layout.lanes + place / h.layout.group;
-        const int64_t column = group * h.layout.group + place % h.layout.group;
+        const int64_t row = strip * layout.lanes + place / layout.group;
+        const int64_t column = group * layout.group + place % layout.group;
         out.mask[row * row_bytes + column / 8] |= static_cast<uint8_t>(1u << column % 8);
       });
     });
@@ -348,42 +376,46 @@ void unpack(const void* packed, const UnpackedWeight& out, int threads) {
       int64_t next = starts[b];
       std::vector<int64_t> cursor(rows.begin() + b * block_rows,
                                   rows.begin() + std::min((b + 1) * block_rows, shape.d_out));
-      over_cells(h.strips, h.groups, b, [&](int64_t cell, int64_t strip, int64_t) {
-        int64_t* lane_cursor = cursor.data() + strip * h.layout.lanes - b * block_rows;
-        over_places(word_of(cell),
-                    [&](int place) { to.set(lane_cursor[place / h.layout.group]++, from.get(next++)); });
+      over_cells(h.strips, h.value_groups, b, [&](int64_t cell, int64_t strip, int64_t) {
+        int64_t* lane_cursor = cursor.data() + strip * layout.lanes - b * block_rows;
+        over_places(word_of(cell), [&](int place) {
+          to.set(lane_cursor[place / layout.group]++, flipped(from.get(next++), flip));
+        });
       });
     }
   };
-  with_stored<PackedNibbles, Nibbles>(h.value_bits, base + h.values_at, out.values, [&](auto from, auto to) {
-    if constexpr (std::is_same_v<decltype(to), Nibbles>) {
-      // Rows of two threads may meet in one byte.
-      std::vector<uint8_t> codes(shape.nnz + 1);
-      unpack_values(from, Whole<uint8_t>{codes.data()});
-      for (int64_t i = 0; i < shape.nnz; i += 2) {
-        to.at[i / 2] = static_cast<uint8_t>(codes[i] | codes[i + 1] << 4);
-      }
-    } else {
-      unpack_values(from, to);
-    }
-  });
-  const auto unpack_factor = [&](int64_t m, int64_t n, int bits, const StripLayout& layout, uint64_t at,
+  with_stored<PackedNibbles, Nibbles>(h.value_bits(), base + h.values_at, out.values,
+                                      [&](auto from, auto to) {
+                                        if constexpr (std::is_same_v<decltype(to), Nibbles>) {
+                                          // Rows of two threads may meet in one byte.
+                                          std::vector<uint8_t> codes(shape.nnz + 1);
+                                          unpack_values(from, Whole<uint8_t>{codes.data()});
+                                          for (int64_t i = 0; i < shape.nnz; i += 2) {
+                                            to.at[i / 2] = static_cast<uint8_t>(codes[i] | codes[i + 1] << 4);
+                                          }
+                                        } else {
+                                          unpack_values(from, to);
+                                        }
+                                      });
+  const auto unpack_factor = [&](int64_t m, int64_t n, int bits, const StripLayout& cells, uint64_t at,
                                  void* plain) {
     with_stored<Nibbles, Nibbles>(bits, base + at, plain, [&](auto from, auto to) {
-      over_factor(layout, m, n, threads,
-                  [&](int64_t packed_at, int64_t i) { to.set(i, from.get(packed_at)); });
+      over_factor(cells, m, n, threads,
+                  [&](int64_t packed_at, int64_t i) { to.set(i, flipped(from.get(packed_at), cells.flip)); });
     });
   };
   const auto unpack_scales = [&](Storage storage, int64_t m, int64_t groups, uint64_t at, uint16_t* plain) {
-    if (storage != Storage::exact) unpack_factor(m, groups, 16, {h.layout.lanes, 1}, at, plain);
+    if (storage != Storage::exact) unpack_factor(m, groups, 16, {h.layout.lanes, 1, 0}, at, plain);
   };
   const int factor_bits = storage_bits(shape.factors, shape.dtype);
-  unpack_factor(shape.d_out, shape.rank, factor_bits, h.layout, h.u_at, out.low_rank_u);
-  unpack_factor(shape.rank, shape.d_in, factor_bits, h.layout, h.v_at, out.low_rank_v);
+  unpack_factor(shape.d_out, shape.rank, factor_bits, h.factors_layout, h.u_at, out.low_rank_u);
+  unpack_factor(shape.rank, shape.d_in, factor_bits, h.factors_layout, h.v_at, out.low_rank_v);
   unpack_scales(shape.values, shape.d_out, h.scale_groups, h.values_scale_at, out.values_scale);
   unpack_scales(shape.factors, shape.d_out, h.rank_scale_groups, h.u_scale_at, out.low_rank_u_scale);
   unpack_scales(shape.factors, shape.rank, h.scale_groups, h.v_scale_at, out.low_rank_v_scale);
-  if (shape.values == Storage::int4) std::memcpy(out.codebook, h.codebook, sizeof h.codebook);
+  if (shape.values == Storage::int4) {
+    for (int i = 0; i < 16; ++i) out.codebook[i] = flipped(h.codebook[i], layout.flip);
+  }
   if (h.inputs_at) {
     for (int64_t i = 0; i < shape.d_in; ++i) {
       const size_t bytes = dtype_bytes(shape.dtype);
@@ -411,36 +443,39 @@ void set_float(uint16_t* out, float value) {
 
 template <class Element>
 void read_row(const PackedHeader& h, const char* base, int64_t row, Element* out) {
-  const int64_t strip = row / h.layout.lanes, lane = row % h.layout.lanes, block = strip / kStripsPerBlock;
+  const StripLayout& layout = h.values_layout;
+  const int64_t strip = row / layout.lanes, lane = row % layout.lanes, block = strip / kStripsPerBlock;
   const int64_t in_block = strip % kStripsPerBlock, strips = strips_of_block(h.strips, block);
-  const int64_t word_bytes = h.layout.lanes * h.layout.group / 8, shift = lane * h.layout.group;
+  const int64_t word_bytes = layout.lanes * layout.group / 8, shift = lane * layout.group;
   const auto* inputs = h.inputs_at ? reinterpret_cast<const Element*>(base + h.inputs_at) : nullptr;
   const auto* scales = reinterpret_cast<const uint16_t*>(base + h.values_scale_at) +
-                       (block * kStripsPerBlock * h.scale_groups + in_block) * h.layout.lanes + lane;
+                       (block * kStripsPerBlock * h.scale_groups + in_block) * layout.lanes + lane;
   const char* values = base + h.values_at;
   const auto value_at = [&](int64_t i, int64_t column) {
     if (h.shape.values == Storage::exact) return float_of(reinterpret_cast<const Element*>(values)[i]);
-    const float scale = float_of(scales[column / h.shape.scale_columns * strips * h.layout.lanes]);
-    if (h.shape.values == Storage::int8) return scale * reinterpret_cast<const int8_t*>(values)[i];
+    const float scale = float_of(scales[column / h.shape.scale_columns * strips * layout.lanes]);
+    if (h.shape.values == Storage::int8) {
+      return scale * flipped(reinterpret_cast<const int8_t*>(values)[i], layout.flip);
+    }
     const PackedNibbles codes{reinterpret_cast<uint8_t*>(const_cast<char*>(values))};
-    return scale * h.codebook[codes.get(i)];
+    return scale * flipped(h.codebook[codes.get(i)], layout.flip);
   };
   std::fill_n(out, h.shape.d_in, Element{});
-  const char* mask = base + h.masks_at + block * kStripsPerBlock * h.groups * word_bytes;
+  const char* mask = base + h.masks_at + block * kStripsPerBlock * h.value_groups * word_bytes;
   int64_t next = reinterpret_cast<const int64_t*>(base + h.starts_at)[block];
-  for (int64_t group = 0; group < h.groups; ++group) {
+  for (int64_t group = 0; group < h.value_groups; ++group) {
     for (int64_t s = 0; s < strips; ++s, mask += word_bytes) {
-      uint32_t word = 0;
+      uint64_t word = 0;
       std::memcpy(&word, mask, word_bytes);
       if (s == in_block) {
-        int64_t i = next + __builtin_popcount(word & ((1u << shift) - 1));
-        over_places(word >> shift & ((1u << h.layout.group) - 1), [&](int place) {
-          const int64_t column = group * h.layout.group + place;
+        int64_t i = next + __builtin_popcountll(word & ((uint64_t{1} << shift) - 1));
+        over_places(word >> shift & ((1u << layout.group) - 1), [&](int place) {
+          const int64_t column = group * layout.group + place;
           const float value = value_at(i++, column);
           set_float(out + column, inputs ? value * float_of(inputs[column]) : value);
         });
       }
-      next += __builtin_popcount(word);
+      next += __builtin_popcountll(word);
     }
   }
 }

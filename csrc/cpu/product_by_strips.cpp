@@ -55,13 +55,14 @@ struct Tile {
 
   void cut(Cutter& memory) {
     plain = {memory.take<uint32_t>(with_plain && !direct ? w->groups * columns : 0), nullptr};
-    scaled = {memory.take<uint32_t>(with_scaled ? w->groups * columns : 0),
-              memory.take<float>(with_scaled ? divide_up(w->shape.d_in, kScaledColumns) * columns : 0)};
+    // Of whole groups of codes.
+    const int64_t scales = with_scaled ? divide_up(w->shape.d_in, kScaledColumns) : 0;
+    scaled = {memory.take<uint32_t>(scales * kScaledUnits * columns), memory.take<XScale>(scales * columns)};
     sums = memory.take<Sums>(call.count);
     for (int i = 0; i < call.count; ++i) {
       const PackedHeader* weight = call.projections[i].w;
       const Sums cut{{memory.take<uint32_t>(weight->rank_strips * units_per_strip() * columns),
-                      memory.take<float>(weight->rank_blocks() * columns)},
+                      memory.take<XScale>(weight->rank_blocks() * columns)},
                      memory.take<float>(weight->strips * columns * w->layout.lanes),
                      memory.take<float>(weight->rank_strips * columns * w->layout.lanes)};
       if (sums) sums[i] = cut;
@@ -81,14 +82,14 @@ struct Tile {
                       steps * part / parts * step, std::min(steps * (part + 1) / parts * step, w->groups),
                       inputs(kernels));
     };
-    if (with_scaled) run(values.scaled_activations ? values : factors, kScaledColumns / w->layout.group);
+    if (with_scaled) run(values.scaled_activations ? values : factors, kScaledUnits);
     if (with_plain && !direct) run(values.scaled_activations ? factors : values, 1);
   }
 
   void low_rank_inputs(int i, int64_t block) const {
     const FactorBlock v = factor_block(call.projections[i].w, true, block);
     float* out = sums[i].rank_sums + block * block_sums();
-    factors.dense(v, w->groups, inputs(factors), columns, false, out);
+    factors.dense(v, w->shape.d_in, inputs(factors), columns, false, out);
     const Activations low_rank = sums[i].low_rank;
     factors.sums_to_activations(out, v.strips, columns,
                                 {low_rank.units + block * kStripsPerBlock * units_per_strip() * columns,
@@ -104,7 +105,7 @@ struct Tile {
     float* out = sums[i].sums + block * block_sums();
     const int strips = strips_of_block(weight->strips, block);
     if (weight->shape.rank) {
-      factors.dense(factor_block(weight, false, block), weight->rank_groups, sums[i].low_rank, columns, true,
+      factors.dense(factor_block(weight, false, block), weight->shape.rank, sums[i].low_rank, columns, true,
                     out);
     }
     const int64_t row = block * kStripsPerBlock * w->layout.lanes;

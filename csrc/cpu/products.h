@@ -79,14 +79,14 @@ struct Call {
 inline FactorBlock factor_block(const PackedHeader* w, bool is_v, int64_t block) {
   const WeightShape& shape = w->shape;
   const char* base = reinterpret_cast<const char*>(w);
-  const int64_t groups = is_v ? w->groups : w->rank_groups;
+  const int64_t columns = is_v ? shape.d_in : shape.rank, group = w->factors_layout.group;
   const int64_t scale_groups = is_v ? w->scale_groups : w->rank_scale_groups;
   const int64_t first = block * kStripsPerBlock, lanes = w->layout.lanes;
-  const int64_t cell_bytes = lanes * w->layout.group * storage_bits(shape.factors, shape.dtype) / 8;
+  const int64_t strip_bytes =
+      lanes * divide_up(columns, group) * group * storage_bits(shape.factors, shape.dtype) / 8;
   const auto* scales = reinterpret_cast<const uint16_t*>(base + (is_v ? w->v_scale_at : w->u_scale_at));
-  return {base + (is_v ? w->v_at : w->u_at) + first * groups * cell_bytes,
-          scales + first * scale_groups * lanes, shape.scale_columns,
-          strips_of_block(is_v ? w->rank_strips : w->strips, block)};
+  return {base + (is_v ? w->v_at : w->u_at) + first * strip_bytes, scales + first * scale_groups * lanes,
+          shape.scale_columns, strips_of_block(is_v ? w->rank_strips : w->strips, block)};
 }
 
 // Memory that a thread keeps between its calls, up to a size that a process with many threads can afford.

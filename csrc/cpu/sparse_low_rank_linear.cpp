@@ -85,16 +85,17 @@ void sparse_low_rank_linear(const Projection* projections, int count, const void
 
 namespace {
 
-int64_t factor_bits(const PackedHeader* w) {
-  return storage_bits(w->shape.factors, w->shape.dtype);
+// Bytes of a strip of U or V with `columns`.
+int64_t factor_bytes(const PackedHeader* w, int64_t columns) {
+  return w->layout.lanes * columns * storage_bits(w->shape.factors, w->shape.dtype) / 8;
 }
 
-// Bytes of the first `block` blocks: of S, and of U where `with_u`. Scales are left out: they are few.
+// Bytes of the first `block` blocks: of S, and of U where `with_u`. Scales and padding are left out: they are
+// few.
 int64_t bytes_before(const PackedHeader* w, int64_t block, bool with_u) {
   const auto* starts = reinterpret_cast<const uint64_t*>(reinterpret_cast<const char*>(w) + w->starts_at);
-  const int64_t cell = w->layout.lanes * w->layout.group;
-  const int64_t strip = w->groups * cell / 8 + (with_u ? w->rank_groups * cell * factor_bits(w) / 8 : 0);
-  return static_cast<int64_t>(starts[block]) * w->value_bits / 8 +
+  const int64_t strip = w->layout.lanes * w->shape.d_in / 8 + (with_u ? factor_bytes(w, w->shape.rank) : 0);
+  return static_cast<int64_t>(starts[block]) * w->value_bits() / 8 +
          std::min(block * kStripsPerBlock, w->strips) * strip;
 }
 
@@ -103,7 +104,7 @@ int64_t bytes_before(const PackedHeader* w, int64_t block, bool with_u) {
 int64_t block_boundary(const Call& call, int i, int n, bool with_v) {
   if (i == n) return call.blocks();
   const PackedHeader* first = call.first();
-  const int64_t v_strip = first->groups * first->layout.lanes * first->layout.group * factor_bits(first) / 8;
+  const int64_t v_strip = factor_bytes(first, first->shape.d_in);
   const int64_t rank_blocks = call.rank_blocks();
   const auto v_bytes_before = [&](int part) {
     int64_t strips = 0;

@@ -2,7 +2,7 @@
 // its own flags; the anonymous namespace keeps the linker from handing one ISA's instantiation to another.
 //
 // A `Traits` names the layout and four instructions:
-//   lanes, group, registers         the layout, and how many vector registers may hold sums
+//   lanes, group, registers         the layout, and how many sums registers may hold
 //   Element                         of x, y and bias; to_float(Element), from_float(float)
 //   Value, Mask, Vector, Weights    types of a stored value, a mask word, sums, expanded weights
 //   zero(), load(sums), store(...)  sums
@@ -13,13 +13,15 @@
 //   transpose(weights[lanes])       a lanes x lanes square of units
 //   store_units(units, weights)     `lanes` units
 // and, where Value is a code (int8_t):
+//   flip                            of the layout
 //   Sum, no_sum()                   sums of codes; multiply_add takes and returns them
 //   scales(uint16_t*)               of `lanes` rows
 //   times(scales, float)
 //   add_scaled(vector, sum, scales)
-//   expand_pair(values, mask of 64 bits, two cells)    where masks have 32
 //   decode(run, codebook, codes)    the kRun codes of int4
-//   scaled_activations              whether units are int16 with a scale; if so,
+//   scaled_activations              whether activations are 16-bit numbers with a scale; then groups are of
+//                                   four, multiply_add takes the units of upper and of lower bytes, and
+//   no_sum(scale)                   begins with what the codes are too much
 //   quantise(elements or sums, count, units, stride)   kScaledColumns inputs of one column; returns the scale
 #pragma once
 
@@ -55,6 +57,8 @@ struct StripLoops {
   static constexpr int kGroup = Traits::group;
   static constexpr int kCell = kLanes * kGroup;
   static constexpr int64_t kScaledGroups = kScaledColumns / kGroup;
+  // Of activations, in a group.
+  static constexpr int kUnits = Traits::scaled_activations ? 2 : 1;
   static constexpr bool kCodes = std::is_same_v<Value, int8_t>;
   // Columns whose sums, for all strips of a block, fit into registers.
   static constexpr int kMaxColumns = Traits::registers / kStripsPerBlock;
@@ -66,25 +70,12 @@ struct StripLoops {
     const Value* values;
     template <int Strips>
     void next(Weights (&cells)[Strips]) {
-      int s = 0;
-      if constexpr (kCodes && std::is_same_v<Mask, uint32_t>) {
-        // Two cells of bytes fill a vector.
 #pragma GCC unroll 4
-        for (; s + 2 <= Strips; s += 2) {
-          uint64_t pair;
-          std::memcpy(&pair, mask, sizeof pair);
-          mask += 2;
-          Traits::expand_pair(values, pair, cells[s], cells[s + 1]);
-          __builtin_prefetch(reinterpret_cast<const char*>(values) + kPrefetchBytes);
-          values += __builtin_popcountll(pair);
-        }
-      }
-#pragma GCC unroll 4
-      for (; s < Strips; ++s) {
+      for (int s = 0; s < Strips; ++s) {
         const Mask m = *mask++;
         cells[s] = Traits::expand(values, m);
         __builtin_prefetch(reinterpret_cast<const char*>(values) + kPrefetchBytes);
-        values += __builtin_popcount(m);
+        values += __builtin_popcountll(m);
       }
     }
   };
@@ -121,7 +112,7 @@ struct StripLoops {
 
   static const Mask* masks(const PackedHeader* weight, int64_t block) {
     return reinterpret_cast<const Mask*>(reinterpret_cast<const char*>(weight) + weight->masks_at) +
-           block * kStripsPerBlock * weight->groups;
+           block * kStripsPerBlock * divide_up(weight->shape.d_in, kGroup);
   }
 
   // Scales of the strips of a block, [strip][lanes], for the columns of group `g`.
@@ -143,9 +134,14 @@ struct StripLoops {
       source.next(cells);
 #pragma GCC unroll 8
       for (int c = 0; c < Columns; ++c) {
+        const uint32_t* unit = units + g * kUnits * stride + c;
 #pragma GCC unroll 8
         for (int s = 0; s < Strips; ++s) {
-          sum[c][s] = Traits::multiply_add(sum[c][s], cells[s], units[g * stride + c]);
+          if constexpr (kUnits == 2) {
+            sum[c][s] = Traits::multiply_add(sum[c][s], cells[s], unit[0], unit[stride]);
+          } else {
+            sum[c][s] = Traits::multiply_add(sum[c][s], cells[s], unit[0]);
+          }
         }
       }
     }
@@ -173,10 +169,16 @@ struct StripLoops {
   // and `x_scales`, where activations have them, those of the columns.
   template <int Strips, int Columns, class Source>
   static Source multiply_codes(Source source, int64_t groups, const uint32_t* units, int64_t stride,
-                               const uint16_t* scales, const float* x_scales, bool accumulate, float* sums) {
+                               const uint16_t* scales, const XScale* x_scales, bool accumulate, float* sums) {
     typename Traits::Sum sum[Columns][Strips];
     for (int c = 0; c < Columns; ++c) {
-      for (int s = 0; s < Strips; ++s) sum[c][s] = Traits::no_sum();
+      for (int s = 0; s < Strips; ++s) {
+        if constexpr (Traits::scaled_activations) {
+          sum[c][s] = Traits::no_sum(x_scales[c]);
+        } else {
+          sum[c][s] = Traits::no_sum();
+        }
+      }
     }
     source = add_products<Strips, Columns>(source, groups, units, stride, sum);
     for (int s = 0; s < Strips; ++s) {
@@ -185,7 +187,7 @@ struct StripLoops {
         float* out = sums + (c * Strips + s) * kLanes;
         const Vector before = accumulate ? Traits::load(out) : Traits::zero();
         if constexpr (Traits::scaled_activations) {
-          Traits::store(out, Traits::add_scaled(before, sum[c][s], Traits::times(scale, x_scales[c])));
+          Traits::store(out, Traits::add_scaled(before, sum[c][s], Traits::times(scale, x_scales[c].scale)));
         } else {
           Traits::store(out, Traits::add_scaled(before, sum[c][s], scale));
         }
@@ -195,7 +197,7 @@ struct StripLoops {
   }
 
   // Where the scales of columns `first` and on begin, for the kScaledColumns inputs from group `g` on.
-  static const float* x_scales(const Activations& x, int64_t g, int columns, int first) {
+  static const XScale* x_scales(const Activations& x, int64_t g, int columns, int first) {
     if constexpr (Traits::scaled_activations) return x.scales + g / kScaledGroups * columns + first;
     return nullptr;
   }
@@ -240,10 +242,16 @@ struct StripLoops {
 
    private:
     static int64_t population(const Mask* masks, int64_t cells) {
-      // Of 32 bits, as the masks are: so it can be vectorised.
-      uint32_t count = 0;
-      for (int64_t i = 0; i < cells; ++i) count += static_cast<uint32_t>(__builtin_popcount(masks[i]));
-      return count;
+      // As wide as the masks are, so that it can be vectorised.
+      std::conditional_t<sizeof(Mask) == 8, uint64_t, uint32_t> count = 0;
+      for (int64_t i = 0; i < cells; ++i) {
+        if constexpr (sizeof(Mask) == 8) {
+          count += static_cast<uint64_t>(__builtin_popcountll(masks[i]));
+        } else {
+          count += static_cast<uint32_t>(__builtin_popcount(masks[i]));
+        }
+      }
+      return static_cast<int64_t>(count);
     }
 
     int64_t next_;
@@ -336,7 +344,7 @@ struct StripLoops {
   template <int Strips>
   static void sparse_codes(const PackedHeader* weight, int64_t block, Activations x, int columns,
                            float* sums) {
-    const int64_t groups = weight->groups;
+    const int64_t groups = divide_up(weight->shape.d_in, kGroup);
     const Mask* mask = masks(weight, block);
     Values values(weight, block, 0);
     alignas(64) Value codes[kScaledGroups * kStripsPerBlock * kCell + kSpare];
@@ -347,8 +355,8 @@ struct StripLoops {
       Kept source = begin;
       const uint16_t* scale = value_scales(weight, block, g);
       over_columns(columns, [&](auto width, int first) {
-        const uint32_t* units = x.units + g * columns + first;
-        const float* of_x = x_scales(x, g, columns, first);
+        const uint32_t* units = x.units + g * kUnits * columns + first;
+        const XScale* of_x = x_scales(x, g, columns, first);
         float* out = sums + first * Strips * kLanes;
         if (columns <= kMaxColumns) {
           source = multiply_codes<Strips, width>(source, count, units, columns, scale, of_x, g > 0, out);
@@ -364,8 +372,9 @@ struct StripLoops {
     }
   }
 
-  static void dense(const FactorBlock& factor, int64_t groups, Activations x, int columns, bool accumulate,
+  static void dense(const FactorBlock& factor, int64_t inputs, Activations x, int columns, bool accumulate,
                     float* sums) {
+    const int64_t groups = divide_up(inputs, kGroup);
     with_strips(factor.strips, [&](auto strips) {
       over_columns(columns, [&](auto width, int first) {
         Factor source{static_cast<const Value*>(factor.cells)};
@@ -373,7 +382,7 @@ struct StripLoops {
         if constexpr (kCodes) {
           for (int64_t g = 0; g < groups; g += kScaledGroups) {
             source = multiply_codes<strips, width>(
-                source, std::min(kScaledGroups, groups - g), x.units + g * columns + first, columns,
+                source, std::min(kScaledGroups, groups - g), x.units + g * kUnits * columns + first, columns,
                 factor.scales + g * kGroup / factor.scale_columns * strips * kLanes,
                 x_scales(x, g, columns, first), accumulate || g > 0, out);
           }
@@ -400,11 +409,11 @@ struct StripLoops {
                       int64_t end, Activations out) {
     const auto* rows = static_cast<const Element*>(x);
     if constexpr (Traits::scaled_activations) {
-      for (int64_t g = begin; g < end; g += kScaledGroups) {
-        const int64_t first = g * kGroup, count = std::min(kScaledColumns, d_in - first);
+      for (int64_t i = begin / kScaledUnits; i * kScaledUnits < end; ++i) {
+        const int64_t first = i * kScaledColumns, count = std::min(kScaledColumns, d_in - first);
         for (int c = 0; c < columns; ++c) {
-          out.scales[g / kScaledGroups * padded + c] =
-              Traits::quantise(rows + c * stride + first, count, out.units + g * padded + c, padded);
+          out.scales[i * padded + c] = Traits::quantise(rows + c * stride + first, count,
+                                                        out.units + i * kScaledUnits * padded + c, padded);
         }
       }
     } else {
@@ -443,14 +452,13 @@ struct StripLoops {
   }
 
   static void sums_to_activations(const float* sums, int strips, int columns, Activations out) {
-    const int groups = strips * kLanes / kGroup;
     for (int c = 0; c < columns; ++c) {
       const float* column = sums + c * strips * kLanes;
       if constexpr (Traits::scaled_activations) {
         static_assert(kStripsPerBlock * kLanes == kScaledColumns);
         out.scales[c] = Traits::quantise(column, strips * kLanes, out.units + c, columns);
       } else {
-        for (int g = 0; g < groups; ++g) {
+        for (int g = 0; g < strips * kLanes / kGroup; ++g) {
           const float* lane = column + g * kGroup;
           if constexpr (kGroup == 1) {
             std::memcpy(out.units + g * columns + c, lane, 4);
@@ -475,8 +483,13 @@ struct StripLoops {
   }
 
   static const StripKernels& table() {
-    static const StripKernels kernels{
-        {kLanes, kGroup}, Traits::scaled_activations, prepare, sparse, dense, sums_to_activations, store};
+    static const StripKernels kernels{{kLanes, kGroup, Traits::flip},
+                                      Traits::scaled_activations,
+                                      prepare,
+                                      sparse,
+                                      dense,
+                                      sums_to_activations,
+                                      store};
     return kernels;
   }
 };
@@ -485,6 +498,7 @@ struct StripLoops {
 struct Fp32Element {
   using Element = float;
   static constexpr bool scaled_activations = false;
+  static constexpr int flip = 0;
   static float to_float(float v) { return v; }
   static float from_float(float v) { return v; }
 };
@@ -492,6 +506,7 @@ struct Fp32Element {
 struct Bf16Element {
   using Element = uint16_t;
   static constexpr bool scaled_activations = false;
+  static constexpr int flip = 0;
   static float to_float(uint16_t v) { return float_from_bf16(v); }
   static uint16_t from_float(float v) { return bf16_from_float(v); }
   // A unit of two.

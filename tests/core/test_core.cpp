@@ -306,7 +306,7 @@ struct Case {
     const double sums = std::ldexp(8 + 4 * (std::sqrt(d_in) + std::sqrt(rank)), -24);
     if (dtype == Dtype::fp32) return sums;
     const double rounded = sums + std::ldexp(1 + std::ldexp(1, -8), -7);
-    // Activations in units of 2^-15 of the largest, twice; or codes that become bf16.
+    // Activations in units of 1 / 32639 of the largest, twice; or codes that become bf16.
     return kinds.scale_columns ? rounded + std::ldexp(1, -8) : rounded;
   }
 };

@@ -69,10 +69,12 @@ constexpr int64_t kRun = 128;
 // Strips in a block; the last block has what is left.
 constexpr int64_t kStripsPerBlock = 4;
 
-// How a strip is laid out; the kernels of an ISA and dtype name theirs.
+// How a strip is laid out; the kernels of an ISA, dtype and storage name theirs. All of an ISA and dtype have
+// the same lanes.
 struct StripLayout {
   int32_t lanes;  // outputs side by side in a vector
   int32_t group;  // inputs that one lane multiplies at once
+  int32_t flip;   // XORed to each code: 0x80 where kernels read it as unsigned, 128 more
 };
 
 // Sits at the start of the packed buffer. Offsets are bytes from the header, each a multiple of 64.
@@ -81,27 +83,30 @@ struct PackedHeader {
   uint64_t bytes;  // of the whole buffer
   WeightShape shape;
   Isa isa;
-  StripLayout layout;
-  int32_t value_bits;  // of a stored value of S
-  int8_t codebook[16];
+  StripLayout layout;  // of what is stored exactly
+  StripLayout values_layout, factors_layout;
+  int8_t codebook[16];        // flipped
   int64_t strips;             // ceil(d_out / lanes)
   int64_t groups;             // ceil(d_in / group)
+  int64_t value_groups;       // the same in the layout of the values
   int64_t rank_strips;        // ceil(rank / lanes)
   int64_t rank_groups;        // ceil(rank / group)
   int64_t scale_groups;       // ceil(d_in / scale_columns)
   int64_t rank_scale_groups;  // ceil(rank / scale_columns)
   uint64_t inputs_at;         // 2 to the exponents, as dtype; 0 where all is exact
   uint64_t starts_at;  // uint64[blocks + 1]: index of each block's first value; of int4 a multiple of kRun
-  uint64_t masks_at;   // [block][group][strip of the block] mask words
+  uint64_t masks_at;   // [block][value group][strip of the block] mask words
   uint64_t values_at;
+  // In the layout of the factors.
   uint64_t v_at;  // [block of rank_strips][group][strip of the block][lanes][group]
-  uint64_t u_at;  // [block of strips][rank_group][strip of the block][lanes][group]
+  uint64_t u_at;  // [block of strips][group of the rank][strip of the block][lanes][group]
   // bf16 [block][scale group][strip of the block][lanes], where they are quantised.
   uint64_t values_scale_at, v_scale_at, u_scale_at;
   uint64_t check;  // of all above
 
   int64_t blocks() const { return divide_up(strips, kStripsPerBlock); }
   int64_t rank_blocks() const { return divide_up(rank_strips, kStripsPerBlock); }
+  int value_bits() const { return storage_bits(shape.values, shape.dtype); }
 };
 
 // Strips of block `block` of a matrix that has `strips`.
