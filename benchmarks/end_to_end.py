@@ -195,7 +195,7 @@ def measure(model: str, forms: Sequence[str], options: argparse.Namespace) -> li
                 "form": form,
                 "head": options.head if form in OURS and form != "dense" else None,
                 "weights": "real" if model in REAL else "random",
-                "compression": compression_of(network, options) if form in OURS else None,
+                "compression": compression_of(model, network, options) if form in OURS else None,
                 "decode_tokens_per_s": asdict(decode),
                 "prefill_tokens_per_s": asdict(speeds[form].prefill),
                 "prompt_tokens": options.prompt,
@@ -219,12 +219,13 @@ def measure(model: str, forms: Sequence[str], options: argparse.Namespace) -> li
     return rows
 
 
-def compression_of(network: Any, options: argparse.Namespace) -> float | None:
-    """Of a compressed model; None for a dense one."""
+def compression_of(model: str, network: Any, options: argparse.Namespace) -> float | None:
+    """Of the blocks of a compressed model; None for a dense one."""
     if not any(isinstance(module, SparseLowRankLinear) for module in network.modules()):
         return None
-    stored = getattr(network.config, "quantization_config", None)
-    return float(options.compression if stored is None else stored.settings.compression)
+    return float(
+        network.config.quantization_config.settings.compression if model in REAL else options.compression
+    )
 
 
 def make(model: str, form: str, options: argparse.Namespace) -> Any:
