@@ -71,12 +71,14 @@ def settle_columns(
     """
     for start in range(0, matrix.shape[1], width):
         stop = min(start + width, matrix.shape[1])
-        block, rest = matrix[:, start:stop], matrix[:, stop:]
+        # Its columns as rows: each is read and written as a whole.
+        block, rest = matrix[:, start:stop].T.contiguous(), matrix[:, stop:]
         own = factor[start:stop, start:stop]
         errors = torch.empty_like(block)
         for j in range(stop - start):
-            settled = settle(start + j, block[:, j:])
-            errors[:, j] = (block[:, j] - settled) / own[j, j]
-            block[:, j] = settled
-            block[:, j + 1 :].addr_(errors[:, j], own[j, j + 1 :], alpha=-1)
-        rest.addmm_(errors, factor[start:stop, stop:], alpha=-1)
+            settled = settle(start + j, block[j:].T)
+            torch.sub(block[j], settled, out=errors[j]).div_(own[j, j])
+            block[j] = settled
+            block[j + 1 :].addr_(own[j, j + 1 :], errors[j], alpha=-1)
+        matrix[:, start:stop] = block.T
+        rest.addmm_(errors.T, factor[start:stop, stop:], alpha=-1)
