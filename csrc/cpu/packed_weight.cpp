@@ -384,19 +384,19 @@ void unpack(const void* packed, const UnpackedWeight& out, int threads) {
       });
     }
   };
-  with_stored<PackedNibbles, Nibbles>(h.value_bits(), base + h.values_at, out.values,
-                                      [&](auto from, auto to) {
-                                        if constexpr (std::is_same_v<decltype(to), Nibbles>) {
-                                          // Rows of two threads may meet in one byte.
-                                          std::vector<uint8_t> codes(shape.nnz + 1);
-                                          unpack_values(from, Whole<uint8_t>{codes.data()});
-                                          for (int64_t i = 0; i < shape.nnz; i += 2) {
-                                            to.at[i / 2] = static_cast<uint8_t>(codes[i] | codes[i + 1] << 4);
-                                          }
-                                        } else {
-                                          unpack_values(from, to);
-                                        }
-                                      });
+  const auto unpack_stored = [&](auto from, auto to) {
+    if constexpr (std::is_same_v<decltype(to), Nibbles>) {
+      // Rows of two threads may meet in one byte.
+      std::vector<uint8_t> codes(shape.nnz + 1);
+      unpack_values(from, Whole<uint8_t>{codes.data()});
+      for (int64_t i = 0; i < shape.nnz; i += 2) {
+        to.at[i / 2] = static_cast<uint8_t>(codes[i] | codes[i + 1] << 4);
+      }
+    } else {
+      unpack_values(from, to);
+    }
+  };
+  with_stored<PackedNibbles, Nibbles>(h.value_bits(), base + h.values_at, out.values, unpack_stored);
   const auto unpack_factor = [&](int64_t m, int64_t n, int bits, const StripLayout& cells, uint64_t at,
                                  void* plain) {
     with_stored<Nibbles, Nibbles>(bits, base + at, plain, [&](auto from, auto to) {
