@@ -6,9 +6,10 @@
 
 Each form is timed with random weights of its sizes, all in turn: no speed depends on what is in them. A dense
 format of GGUF is timed in llama.cpp, from FILE, which is any GGUF file of the model, with all linear layers
-in that format and embedding and head in bf16, as ours have them. A speed is of the whole model, and with it
-of what runs the model: transformers for ours, which takes its share of each token. formats.md, formats.png
-and formats.svg go to DIR, and speeds.json, from which a second run takes what it has.
+in that format. Embedding and head have eight bits in all but the dense form of ours: codes, or Q8_0. A speed
+is of the whole model, and with it of what runs the model: transformers for ours, which takes its share of
+each token. formats.md, formats.png and formats.svg go to DIR, and speeds.json, from which a second run takes
+what it has.
 """
 
 from __future__ import annotations
@@ -25,13 +26,14 @@ from llama_files import BENCH, LlamaModel
 from transformers import AutoConfig
 from transformers.utils import logging
 
-from oats import OatsConfig
+from oats import OatsConfig, ops
 from oats.atomic_file import write_text
 from oats.config import PRUNING
 from oats.evaluate.comparison import DENSE, Cell, Cells, header, is_dense, rows, split_codes
 from oats.evaluate.comparison_plot import draw
 from oats.evaluate.generation import decode_time, generation_speed
 from oats.evaluate.random_model import random_model
+from oats.head import quantize_head_
 
 # Format of a dense cell → file type of llama.cpp in which the layers have it.
 GGUF = {"q8_0": "Q8_0", "q4_0": "Q4_0", "q4_k": "Q4_K_S"}
@@ -115,7 +117,7 @@ def make(name: str, settings: dict[str, Any], options: argparse.Namespace, folde
     if name.startswith(f"{DENSE}+"):
         kind = GGUF[name.removeprefix(f"{DENSE}+")]
         network, file = LlamaModel(), folder / f"{kind}.gguf"
-        network.quantize(options.gguf, file, kind, embedding="BF16", pure=True)
+        network.quantize(options.gguf, file, kind, embedding="Q8_0", pure=True)
         network.load(file, options.prompt + options.new_tokens)
         return network
     kind, compression = name.split()
@@ -126,7 +128,9 @@ def make(name: str, settings: dict[str, Any], options: argparse.Namespace, folde
         pattern=settings["pattern"],
         values=codes.removeprefix("+") or None,
     )
-    return random_model(architecture, config)
+    model = random_model(architecture, config)
+    quantize_head_(model)
+    return model
 
 
 def table(
@@ -148,7 +152,8 @@ def table(
     settings = {
         **settings,
         "speed": f"median of {options.repetitions} runs in turn, batch 1, prompt of {options.prompt} tokens, "
-        f"{options.new_tokens} new ones, {torch.get_num_threads()} threads",
+        f"{options.new_tokens} new ones, {torch.get_num_threads()} threads, ISA {ops.active_isa()}; "
+        "embedding and head of eight bits but in the dense model",
     }
     text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     return text + "\n\n" + "\n".join(f"- {name}: {value}" for name, value in settings.items()) + "\n"
