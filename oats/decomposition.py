@@ -235,7 +235,7 @@ def _alternate(
     # The same memory in every alternation: a fresh matrix costs a page fault every 4 KB.
     work = torch.empty_like(scaled, memory_format=torch.contiguous_format)
     sparse, previous = torch.zeros_like(work), torch.zeros_like(work)
-    difference = torch.empty_like(work, dtype=_difference_dtype(scaled)) if subspace else work
+    difference = torch.empty_like(work, dtype=difference_dtype(scaled)) if subspace else work
     best = scaled.new_zeros(*scaled.shape[:-1], rank), scaled.new_zeros(*scaled.shape[:-2], rank, d_in)
     errors: list[list[float]] = [[] for _ in norms]
     going = [True] * len(norms)
@@ -290,8 +290,8 @@ def _each(matrices: Tensor) -> tuple[Tensor, ...]:
     return (matrices,) if matrices.dim() == 2 else matrices.unbind()
 
 
-def _difference_dtype(scaled: Tensor) -> torch.dtype:
-    """What `WarmSubspace.follow` is given."""
+def difference_dtype(scaled: Tensor) -> torch.dtype:
+    """In what the difference between a matrix of this shape, or a batch, and one before it is multiplied."""
     has_products = active_isa() in ("avx512_bf16", "amx_bf16") and torch.backends.mkldnn.is_available()
     supported = scaled.is_cuda or has_products
     size = scaled.shape[-2] * scaled.shape[-1]

@@ -22,6 +22,7 @@ from oats.decomposition import (
     Decomposition,
     check_all,
     check_weight,
+    difference_dtype,
     frobenius_norm,
     kept_count,
     root_moment,
@@ -259,6 +260,9 @@ def _support(
 ) -> Tensor:
     """Which entries are kept, by the alternating direction method of multipliers; their values beside it."""
     target = scaled @ metric.vectors
+    dtype = difference_dtype(scaled) if config.svd == "fast" else scaled.dtype
+    from_eigenbasis = _FollowedProduct(metric.vectors.T, dtype)
+    to_eigenbasis = _FollowedProduct(metric.vectors, dtype)
     # All but `sparse` are in the eigenbasis.
     previous = thresholded = torch.zeros_like(target)
     multipliers = torch.zeros_like(target)
@@ -271,10 +275,32 @@ def _support(
         free = left.mul_(metric.values).add_(thresholded, alpha=rho).sub_(multipliers)
         free.div_(metric.values + rho)
         wanted = torch.add(free, multipliers, alpha=1 / rho)
-        sparse = keep_largest(wanted @ metric.vectors.T, count, config.pattern)
-        previous, thresholded = thresholded, sparse @ metric.vectors
+        sparse = keep_largest(from_eigenbasis(wanted), count, config.pattern)
+        previous, thresholded = thresholded, to_eigenbasis(sparse)
         multipliers.add_(free.sub_(thresholded), alpha=rho)
     return sparse
+
+
+class _FollowedProduct:
+    """Products ``A @ factor`` of one A after another that is near the one before.
+
+    Where `dtype` is not the factor's, only the change is multiplied in it: rounding is relative to that.
+    """
+
+    def __init__(self, factor: Tensor, dtype: torch.dtype) -> None:
+        self._factor, self._rounded = factor, factor.to(dtype)
+        self._last: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, matrix: Tensor) -> Tensor:
+        if self._rounded is self._factor:
+            return matrix @ self._factor
+        if self._last is None:
+            product = matrix @ self._factor
+        else:
+            before, product = self._last
+            product = product + (matrix - before).to(self._rounded.dtype) @ self._rounded
+        self._last = matrix, product
+        return product
 
 
 def _refit(

@@ -23,7 +23,7 @@ _UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "ki": 2**10, "mi": 2**
 _FIXED = 192_000_000
 _MATRIX_BYTES = {"fast": 28, "exact": 80}
 # The same of the methods that take a Hessian.
-_MATRIX_BYTES_WITH_HESSIAN = {"fast": 60, "exact": 120}
+_MATRIX_BYTES_WITH_HESSIAN = {"fast": 72, "exact": 120}
 # While the eigenvectors of a Hessian, or factors of its inverse, are computed, and of the matrix then.
 _HESSIAN_BYTES, _WAITING_MATRIX_BYTES = 48, 12
 

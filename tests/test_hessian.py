@@ -248,3 +248,18 @@ def test_the_nearest_matrix_of_a_rank(shape, rank, kind):
     best = torch.linalg.svdvals(matrix.double() @ factor)[rank:].square().sum().sqrt()
     size = torch.linalg.norm(matrix.double() @ factor)
     assert best - 1e-5 * size <= lost <= 1.01 * best + 1e-4 * size
+
+
+@pytest.mark.parametrize("pattern", ["row", "2:4"])
+def test_products_in_bfloat16_do_not_raise_the_error(monkeypatch, pattern) -> None:
+    for seed in range(3):
+        weight, hessian = make_weight("gaussian", 96, 128, seed), make_hessian("outliers", 128, seed)
+        factor = metric_root(hessian)
+        errors = []
+        for dtype in (torch.float32, torch.bfloat16):
+            monkeypatch.setattr("oats.hessian.difference_dtype", lambda scaled, dtype=dtype: dtype)
+            compression = 0.5 if pattern == "row" else 0.4
+            result = decompose_hessian(weight, hessian, compression=compression, pattern=pattern)
+            errors.append(error_of(weight, result, factor))
+        assert errors[0] != errors[1]  # they were
+        assert errors[1] <= 1.01 * errors[0]
