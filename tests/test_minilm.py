@@ -45,7 +45,7 @@ def test_questions_find_their_answers(tmp_path: Path, values: str | None) -> Non
     codes = ["--values", values] if values else []
     report = json.loads(
         run(
-            "compress", dense, tmp_path / "out", "--samples", 16, "--length", 128, "--iterations", 8,
+            "compress", dense, tmp_path / "out", "--samples", 64, "--length", 128, "--iterations", 8,
             "--json", *codes,
         ).stdout
     )  # fmt: skip
