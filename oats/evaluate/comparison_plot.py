@@ -80,10 +80,13 @@ def figure(cells: Sequence[Cell], speeds: Speeds | None = None) -> Figure:
                 handles[DENSE] = axes.axhline(
                     scale * dense.scores[name], color="#555555", linestyle=":", linewidth=1.2, label=DENSE
                 )
-            for (method, _), point in points.items():
-                if method.startswith(f"{DENSE}+"):
-                    axes.plot(*point, "*", color="#222222", markersize=8, label=method, zorder=4)
-                    axes.annotate(method, point, (5, 3), textcoords="offset points", fontsize=7)
+            rounded = {
+                method: point for (method, _), point in points.items() if method.startswith(f"{DENSE}+")
+            }
+            for i, (method, point) in enumerate(sorted(rounded.items(), key=lambda item: item[1])):
+                axes.plot(*point, "*", color="#222222", markersize=8, label=method, zorder=4)
+                # In turn above and below: formats of as many bits are neighbours.
+                axes.annotate(method, point, (5, -9 if i % 2 else 3), textcoords="offset points", fontsize=7)
             axes.set(xlabel=label)
             axes.margins(x=0.12)  # room for names beside the points
             # The right panel has the same vertical axis.
