@@ -39,22 +39,15 @@ struct Avx512Bf16 : Bf16Element {
 // vpdpbusd multiplies four unsigned bytes by four signed ones: codes plus 128, and the bytes of 16-bit
 // activations, upper and lower apart. Activations are in units of 1 / 32639 (0x7f7f) of the largest of 64,
 // which rounds a bf16 less than it was rounded before down to 2^-7 of that largest.
-struct Avx512Codes : Bf16Element {
+struct Avx512Codes : Avx512Bf16 {
   using Value = int8_t;
-  static constexpr int lanes = 16, group = 4, registers = 12, flip = 0x80;
+  static constexpr int group = 4, registers = 12, flip = 0x80;
   static constexpr bool scaled_activations = true;
   using Mask = uint64_t;
-  using Vector = __m512;
-  using Weights = __m512i;
   struct Sum {
     __m512i upper, lower;
   };
 
-  static Vector zero() { return _mm512_setzero_ps(); }
-  static Vector load(const float* sums) { return _mm512_loadu_ps(sums); }
-  static void store(float* sums, Vector v) { _mm512_storeu_ps(sums, v); }
-  static Weights load_units(const uint32_t* units) { return _mm512_load_si512(units); }
-  static void store_units(uint32_t* units, Weights w) { _mm512_storeu_si512(units, w); }
   static Weights expand(const int8_t* codes, Mask mask) {
     // As fresh_zero(): zero is 128 here.
     __m512i zero = _mm512_set1_epi8(-128);

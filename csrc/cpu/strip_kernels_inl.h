@@ -112,7 +112,7 @@ struct StripLoops {
 
   static const Mask* masks(const PackedHeader* weight, int64_t block) {
     return reinterpret_cast<const Mask*>(reinterpret_cast<const char*>(weight) + weight->masks_at) +
-           block * kStripsPerBlock * divide_up(weight->shape.d_in, kGroup);
+           block * kStripsPerBlock * weight->value_groups;
   }
 
   // Scales of the strips of a block, [strip][lanes], for the columns of group `g`.
@@ -344,7 +344,7 @@ struct StripLoops {
   template <int Strips>
   static void sparse_codes(const PackedHeader* weight, int64_t block, Activations x, int columns,
                            float* sums) {
-    const int64_t groups = divide_up(weight->shape.d_in, kGroup);
+    const int64_t groups = weight->value_groups;
     const Mask* mask = masks(weight, block);
     Values values(weight, block, 0);
     alignas(64) Value codes[kScaledGroups * kStripsPerBlock * kCell + kSpare];
