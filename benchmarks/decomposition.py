@@ -4,6 +4,7 @@
     python benchmarks/decomposition.py --random 4096x14336 --no-exact --repeat 1
     python benchmarks/decomposition.py --weights DIRECTORY --layer model.layers.8.mlp.up_proj.weight
     python benchmarks/decomposition.py --model phi-3-mini --compression 0.5
+    python benchmarks/decomposition.py --random 512x512 --batch 2 8
     python benchmarks/decomposition.py --accuracy [--weights DIRECTORY]
 
 The full alternation is timed with `torch.linalg.svd` in float32. Where 80 take longer than `--longest`
@@ -11,8 +12,9 @@ seconds, fewer are timed and the time is extrapolated, which the table marks wit
 computed in full, from the eigenvectors of the Gram matrix in float64 (the same step), unless `--no-exact`.
 
 `--model` times the layers of one block of a model in `oats.evaluate.shapes`, on random weights, and
-multiplies by the number of blocks. `--accuracy` compares final errors, with products in float32 and in
-bfloat16, on layers of many kinds, and no times.
+multiplies by the number of blocks. `--batch` times random weights of one shape together against one after
+the other. `--accuracy` compares final errors, with products in float32 and in bfloat16, on layers of many
+kinds, and no times.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from torch import Tensor
 import oats
 import oats.decomposition
 from oats.budget import nnz_per_row, rank_for
+from oats.decomposition import decompose_batch
 from oats.evaluate.shapes import shapes_of
 from oats.selection import keep_largest
 
@@ -225,6 +228,33 @@ def time_model(model: str, compressions: list[float]) -> None:
         )
 
 
+def time_batches(shapes: list[str], sizes: list[int], compressions: list[float], repeat: int) -> None:
+    """Print one row a batch: seconds of its matrices one after the other and together, and the ratio."""
+    print("| shape | batch | ρ | one by one | together | |")
+    print("|---|---|---|---|---|---|")
+    for shape in shapes:
+        d_out, d_in = map(int, shape.split("x"))
+        for size in sizes:
+            batch = [normal(d_out, d_in, seed=seed) for seed in range(size)]
+            moment, names = moments(d_in), [str(i) for i in range(size)]
+            for compression in compressions:
+                config = oats.OatsConfig(compression=compression)
+                seconds: list[list[float]] = [[], []]
+                for _ in range(repeat):
+                    for taken, step in zip(seconds, (1, size), strict=True):
+                        start = time.perf_counter()
+                        for first in range(0, size, step):
+                            part = slice(first, first + step)
+                            decompose_batch(batch[part], [moment] * step, config, names[part])
+                        taken.append(time.perf_counter() - start)
+                alone, together = map(statistics.median, seconds)
+                print(
+                    f"| {d_out} × {d_in} | {size} | {compression} | {alone:.2f} | {together:.2f} | "
+                    f"{alone / together:.2f} × |",
+                    flush=True,
+                )
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
@@ -239,6 +269,7 @@ def main() -> None:
         "--no-exact", action="store_true", help="leave out the error after 80 full alternations"
     )
     parser.add_argument("--model", help="a name in oats.evaluate.shapes: time one of its blocks")
+    parser.add_argument("--batch", type=int, nargs="+", help="time so many at once against one by one")
     parser.add_argument("--accuracy", action="store_true", help="compare errors on many layers")
     parser.add_argument("--momentum", type=float, nargs="+", default=[0.9], help="for --accuracy")
     arguments = parser.parse_args()
@@ -251,6 +282,9 @@ def main() -> None:
         time_model(arguments.model, arguments.compression)
         return
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; seconds and relative errors")
+    if arguments.batch:
+        time_batches(arguments.random, arguments.batch, arguments.compression, arguments.repeat)
+        return
     print("| weight | shape | ρ | rank | 80 full SVDs | error | decompose | error | alternations | |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     for name, weight in weights(arguments.random, arguments.weights, arguments.layer):

@@ -442,7 +442,7 @@ class Walk:
 
 
 def _cost(matrix: _Matrix) -> float:
-    """Of one decomposition, in proportion: products with the matrix, and, of a Hessian, its eigenvectors."""
+    """Of one decomposition, in proportion: products with the matrix, and, of a Hessian, its inverses."""
     d_out, d_in = matrix.weight.shape
     products = d_out * d_in * min(d_out, d_in)
     return products + d_in**3 if matrix.statistic.dim() == 2 else products

@@ -13,7 +13,7 @@ from torch import nn
 
 from oats.config import OatsConfig
 from oats.errors import ConfigError, OatsError
-from oats.methods import collects_hessians, takes_hessian
+from oats.methods import collects_hessians, inverts_hessians
 from oats.targets import Target
 
 _UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
@@ -22,9 +22,9 @@ _UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "ki": 2**10, "mi": 2**
 # enough): something for its libraries, so many bytes an element of the matrix, and of a Hessian.
 _FIXED = 192_000_000
 _MATRIX_BYTES = {"fast": 28, "exact": 80}
-# The same of the methods that take a Hessian.
-_MATRIX_BYTES_WITH_HESSIAN = {"fast": 72, "exact": 120}
-# While the eigenvectors of a Hessian, or factors of its inverse, are computed, and of the matrix then.
+_OATS_HESSIAN_BYTES = {"fast": (48, 20), "exact": (100, 64)}
+_SPARSEGPT_BYTES = 72
+# While factors of a Hessian's inverse are computed in float64: of the Hessian, and of the matrix then.
 _HESSIAN_BYTES, _WAITING_MATRIX_BYTES = 48, 12
 
 # Copies of the widest activation, in the model's dtype, that are alive at once inside a block; and of a
@@ -115,11 +115,17 @@ def block_bytes(
 
 def decomposition_bytes(d_out: int, d_in: int, config: OatsConfig) -> int:
     """What the decomposition of one matrix takes, in bytes; a prediction."""
-    with_hessian = _WAITING_MATRIX_BYTES * d_out * d_in + _HESSIAN_BYTES * d_in**2
-    if takes_hessian(config):
-        return _FIXED + max(_MATRIX_BYTES_WITH_HESSIAN[config.svd] * d_out * d_in, with_hessian)
-    own = _MATRIX_BYTES[config.svd] * d_out * d_in
-    return _FIXED + (max(own, with_hessian) if collects_hessians(config) else own)
+    matrix, hessian = d_out * d_in, d_in**2
+    if config.method == "oats-hessian":
+        of_matrix, of_hessian = _OATS_HESSIAN_BYTES[config.svd]
+        own = of_matrix * matrix + of_hessian * hessian
+    elif config.method == "sparsegpt":
+        own = _SPARSEGPT_BYTES * matrix
+    else:
+        own = _MATRIX_BYTES[config.svd] * matrix
+    if inverts_hessians(config):
+        own = max(own, _WAITING_MATRIX_BYTES * matrix + _HESSIAN_BYTES * hessian)
+    return _FIXED + own
 
 
 class Limit:

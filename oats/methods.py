@@ -55,16 +55,6 @@ def _has_codes(config: OatsConfig) -> bool:
     return config.storage.values != "exact"
 
 
-def takes_hessian(config: OatsConfig) -> bool:
-    """Whether the method's own function does.
-
-    >>> takes_hessian(OatsConfig(method="sparsegpt")), takes_hessian(OatsConfig(values="int8"))
-    (True, False)
-    """
-    own, _ = _METHODS[config.method]
-    return own is hessians
-
-
 def collects_hessians(config: OatsConfig) -> bool:
     """Whether Hessians are collected, for the method or for the codes.
 
@@ -72,6 +62,15 @@ def collects_hessians(config: OatsConfig) -> bool:
     True
     """
     return _statistics(config) is hessians
+
+
+def inverts_hessians(config: OatsConfig) -> bool:
+    """Whether errors are passed on by the inverse of a Hessian: of the method, or of the codes.
+
+    >>> inverts_hessians(OatsConfig(method="oats-hessian")), inverts_hessians(OatsConfig(values="int8"))
+    (False, True)
+    """
+    return config.method == "sparsegpt" or (_has_codes(config) and collects_hessians(config))
 
 
 def second_moments_of(statistic: Tensor, config: OatsConfig) -> Tensor:

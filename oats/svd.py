@@ -617,13 +617,13 @@ class WarmSubspace:
         if self._last is None:
             raise RuntimeError("follow() before approximate(): there is no approximation to follow")
         u, v = self._last
-        q = _orthonormal(add_product(_product(difference, v.mT), u, v @ v.mT))
+        q = orthonormal(add_product(_product(difference, v.mT), u, v @ v.mT))
         v = add_product(_product(q.mT, difference), q.mT @ u, v)
         self._basis, self._last = v.mT, (q, v)
         return self._last
 
 
-def _orthonormal(columns: Tensor) -> Tensor:
+def orthonormal(columns: Tensor) -> Tensor:
     """An orthonormal basis of the span of columns (…, m, r) that are nearly orthogonal already.
 
     Cholesky-QR, after each column got length one: half to a third of Householder's time. What it loses of the

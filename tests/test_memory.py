@@ -35,6 +35,8 @@ def growth(function) -> int:
         ("oats", "fast", (1024, 4096)),
         ("oats", "exact", (1024, 1024)),
         ("oats-hessian", "fast", (1536, 1024)),
+        ("oats-hessian", "fast", (512, 2048)),
+        ("oats-hessian", "exact", (512, 512)),
     ],
 )
 def test_a_decomposition_keeps_to_its_prediction(method, svd, shape) -> None:
@@ -55,7 +57,9 @@ def test_a_decomposition_keeps_to_its_prediction(method, svd, shape) -> None:
 def test_the_peak_is_counted() -> None:
     before = resident_bytes()
     block = torch.ones(50_000_000)
-    assert peak_bytes() >= resident_bytes() > before + 150_000_000
+    resident = resident_bytes()
+    # Read after it: what is read in between counts too.
+    assert peak_bytes() >= resident > before + 150_000_000
     del block
     assert peak_bytes() > before + 150_000_000
 
