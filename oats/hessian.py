@@ -141,7 +141,7 @@ def decompose_hessian(
     scaled = weight.detach().double() * root
     # Largest magnitude 1, so that no sum of squares overflows or vanishes.
     peak = float(scaled.abs().max()) or 1.0
-    scaled = (scaled / peak).to(dtype)
+    scaled = (scaled / peak).to(dtype).contiguous()
     metric = _metric(hessian, damping, dtype, layer)
     iterations = config.resolved_iterations if count else 1
 

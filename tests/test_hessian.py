@@ -197,6 +197,16 @@ def test_same_seed_same_result_and_inputs_untouched():
     assert torch.equal(weight, before[0]) and torch.equal(matrix, before[1])
 
 
+def test_a_transposed_weight_and_one_of_low_rank():
+    weight, matrix = make_weight("gaussian", 96, 128), make_hessian("correlated", 128)
+    expected = decompose_hessian(weight, matrix, iterations=4)
+    result = decompose_hessian(weight.T.contiguous().T, matrix.T, iterations=4)
+    torch.testing.assert_close(result.to_dense(), expected.to_dense())
+    outer = torch.outer(weight[:, 0], weight[0])
+    assert decompose_hessian(outer, matrix).relative_error < 1e-5
+    assert decompose_hessian(torch.zeros(96, 128), matrix).relative_error == 0
+
+
 GOOD = make_hessian("correlated", 8)
 
 
