@@ -3,7 +3,7 @@
     python benchmarks/decomposition.py --random 1024x1024 2048x2048
     python benchmarks/decomposition.py --random 4096x14336 --no-exact --repeat 1
     python benchmarks/decomposition.py --weights DIRECTORY --layer model.layers.8.mlp.up_proj.weight
-    python benchmarks/decomposition.py --model phi-3-mini --compression 0.5
+    python benchmarks/decomposition.py --model phi-3-mini --compression 0.5 [--method oats-hessian]
     python benchmarks/decomposition.py --random 512x512 --batch 2 8
     python benchmarks/decomposition.py --accuracy [--weights DIRECTORY]
 
@@ -12,9 +12,9 @@ seconds, fewer are timed and the time is extrapolated, which the table marks wit
 computed in full, from the eigenvectors of the Gram matrix in float64 (the same step), unless `--no-exact`.
 
 `--model` times the layers of one block of a model in `oats.evaluate.shapes`, on random weights, and
-multiplies by the number of blocks. `--batch` times random weights of one shape together against one after
-the other. `--accuracy` compares final errors, with products in float32 and in bfloat16, on layers of many
-kinds, and no times.
+multiplies by the number of blocks; for `oats-hessian` with inputs that mix a few directions. `--batch` times
+random weights of one shape together against one after the other. `--accuracy` compares final errors, with
+products in float32 and in bfloat16, on layers of many kinds, and no times.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ import oats.decomposition
 from oats.budget import nnz_per_row, rank_for
 from oats.decomposition import decompose_batch
 from oats.evaluate.shapes import shapes_of
+from oats.methods import collects_hessians, decompose_by_method
 from oats.selection import keep_largest
 
 PUBLISHED = 80
@@ -202,10 +203,23 @@ def compare_errors(model: Path | None, momenta: list[float], exact: bool) -> Non
         print(f"| **{label} of {len(gaps)}** | | | | {columns[0]} | | {' | '.join(columns[1:])} |")
 
 
-def time_model(model: str, compressions: list[float]) -> None:
+def correlated_hessian(d_in: int) -> Tensor:
+    """Of inputs that mix a few directions beside their own noise, of the sizes that `moments` has."""
+    hessian = torch.zeros(d_in, d_in)
+    for seed in range(4):
+        tokens = normal(d_in, d_in // 2, seed=seed) + normal(d_in, 8, seed=4) @ normal(
+            8, d_in // 2, seed=seed + 5
+        )
+        hessian.addmm_(tokens, tokens.T)
+    size = moments(d_in).sqrt()
+    return hessian.mul_(size).mul_(size[:, None])
+
+
+def time_model(model: str, compressions: list[float], method: str) -> None:
     """Print one row a layer of a block, and what all blocks take."""
     layers = shapes_of(model)
     blocks = min(layer.count for layer in layers)
+    takes_hessian = collects_hessians(oats.OatsConfig(method=method))
     print("| layer | shape | in a block | ρ | seconds each | error | alternations |")
     print("|---|---|---|---|---|---|---|")
     for compression in compressions:
@@ -213,8 +227,10 @@ def time_model(model: str, compressions: list[float]) -> None:
         for layer in layers:
             weight = normal(layer.d_out, layer.d_in, seed=0)
             parts = weight.chunk(3) if layer.name == "qkv_proj" else (weight,)
+            config = oats.OatsConfig(method=method, compression=compression)
+            statistic = correlated_hessian(layer.d_in) if takes_hessian else moments(layer.d_in)
             start = time.perf_counter()
-            results = [oats.decompose(part, moments(layer.d_in), compression=compression) for part in parts]
+            results = [decompose_by_method(part, statistic, config) for part in parts]
             taken = (time.perf_counter() - start) / len(parts)
             number = layer.count // blocks * len(parts)
             total += taken * number
@@ -270,6 +286,7 @@ def main() -> None:
     )
     parser.add_argument("--model", help="a name in oats.evaluate.shapes: time one of its blocks")
     parser.add_argument("--batch", type=int, nargs="+", help="time so many at once against one by one")
+    parser.add_argument("--method", choices=["oats", "oats-hessian"], default="oats", help="for --model")
     parser.add_argument("--accuracy", action="store_true", help="compare errors on many layers")
     parser.add_argument("--momentum", type=float, nargs="+", default=[0.9], help="for --accuracy")
     arguments = parser.parse_args()
@@ -279,7 +296,7 @@ def main() -> None:
         return
     if arguments.model:
         print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
-        time_model(arguments.model, arguments.compression)
+        time_model(arguments.model, arguments.compression, arguments.method)
         return
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; seconds and relative errors")
     if arguments.batch:
