@@ -26,7 +26,7 @@ from oats.decomposition import (
 )
 from oats.errors import ConfigError, WeightError
 from oats.selection import split_largest
-from oats.svd import OVERSAMPLING, START_PASSES, exact_low_rank, orthonormal
+from oats.svd import OVERSAMPLING, WarmSubspace, exact_low_rank
 
 PENALTY = 0.1, 0.8
 """First and last ρ of the alternations, in units of the mean eigenvalue of the scaled Hessian. A larger ρ
@@ -145,19 +145,17 @@ def decompose_hessian(
     metric = _metric(hessian, damping, dtype, layer)
     iterations = config.resolved_iterations if count else 1
 
-    low_rank = _LowRankStep(metric, d_out, rank, fast=fast and count > 0, seed=config.seed)
+    product_dtype = difference_dtype(scaled) if fast else dtype
+    low_rank = _LowRankStep(scaled, metric, rank, product_dtype, fast=fast and count > 0, seed=config.seed)
     sparse = torch.zeros_like(scaled)
     if count:
-        product_dtype = difference_dtype(scaled) if fast else dtype
-        sparse = _alternate(scaled, metric, low_rank, count, iterations, config, product_dtype)
+        sparse = _alternate(low_rank, metric, count, iterations, config, product_dtype)
         support = sparse != 0
         for _ in range(REFITS):
-            u, v = low_rank(scaled - sparse)
-            left = torch.addmm(scaled, u, v, alpha=-1)
-            sparse = refit_values(left, sparse, support, metric, REFIT_STEPS, product_dtype)
-    left = scaled - sparse
-    u, v = low_rank(left)
-    error = _norm(left.addmm_(u, v, alpha=-1), metric) / (_norm(scaled, metric) or 1.0)
+            low_rank(sparse)
+            sparse = refit_values(low_rank.remainder, sparse, support, metric, REFIT_STEPS, product_dtype)
+    u, v = low_rank(sparse)
+    error = _norm(low_rank.remainder - sparse, metric) / (_norm(scaled, metric) or 1.0)
     unscale = peak / root
     return Decomposition(
         sparse=(sparse * unscale).to(weight.dtype).contiguous(),
@@ -191,8 +189,9 @@ def nearest_low_rank(
     metric = _metric(hessian, damping, torch.float32, "weight")
     scaled = matrix.double() * root
     peak = float(scaled.abs().max()) or 1.0
-    low_rank = _LowRankStep(metric, len(matrix), rank, fast=True, seed=seed)
-    u, v = low_rank((scaled / peak).float())
+    scaled = (scaled / peak).float().contiguous()
+    low_rank = _LowRankStep(scaled, metric, rank, torch.float32, fast=True, seed=seed)
+    u, v = low_rank(torch.zeros_like(scaled))
     return u, (v.double() * (peak / root)).float()
 
 
@@ -231,56 +230,56 @@ def _norm(matrix: Tensor, metric: Tensor) -> float:
 
 
 class _LowRankStep:
-    """Best rank-r approximation in a metric: ``U Uᵀ A``, U the leading left singular vectors of ``A G^½``.
+    """``U V``, the best rank-r approximations of ``A − S`` in a metric, for one S after another near it.
 
-    They are the eigenvectors of ``A G Aᵀ``, so that power passes need no root of G, and multiply with G a few
-    columns instead of A. The first A takes several; one each follows it while it slowly changes.
+    Args:
+        scaled: A, (d_out, d_in).
+        metric: G.
+        rank: r.
+        dtype: of the products with what A − S differs by from the approximation before.
+        fast: follow S with a warm-started subspace, instead of a full SVD each.
+        seed: of the subspace.
+
+    Attributes:
+        remainder: ``A − U V`` of the last one.
     """
 
-    def __init__(self, metric: Tensor, d_out: int, rank: int, *, fast: bool, seed: int) -> None:
+    def __init__(
+        self, scaled: Tensor, metric: Tensor, rank: int, dtype: torch.dtype, *, fast: bool, seed: int
+    ) -> None:
+        self.scaled, self.remainder = scaled, scaled.clone()
         self._metric, self._rank = metric, rank
         self._root: Tensor | None = None
-        self._passes = 0
-        if fast and rank > 0 and rank + OVERSAMPLING < min(d_out, len(metric)):
-            self._passes = START_PASSES
-            # Drawn on the CPU: the same seed starts alike on every device.
-            generator = torch.Generator(device="cpu").manual_seed(seed)
-            start = torch.randn(d_out, rank + OVERSAMPLING, generator=generator, device="cpu")
-            self._basis = start.to(metric.device)
+        self._subspace: WarmSubspace | None = None
+        self._started = False
+        self._difference = scaled.new_empty(0)
+        if fast and rank > 0 and rank + OVERSAMPLING < min(scaled.shape):
+            shape = scaled.shape[0], scaled.shape[1]
+            self._subspace = WarmSubspace(shape, rank, seed=seed, device=scaled.device, metric=metric)
+            self._difference = torch.empty_like(scaled, dtype=dtype)
 
-    def __call__(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
-        """U (d_out, rank), orthonormal columns, and V (rank, d_in), ``Uᵀ A``."""
-        if self._passes == 0:
-            u = self._exact(matrix)
-        elif self._passes == 1:
-            u = self._basis = orthonormal(matrix @ (self._metric @ (matrix.T @ self._basis)))
+    def __call__(self, sparse: Tensor) -> tuple[Tensor, Tensor]:
+        """U (d_out, rank), orthonormal columns, and V (rank, d_in), ``Uᵀ (A − S)``."""
+        if self._subspace is None:
+            u, v = self._exact(self.scaled - sparse)
+        elif self._started:
+            u, v = self._subspace.follow(torch.sub(self.remainder, sparse, out=self._difference))
         else:
-            u = self._basis = self._first(matrix)
-            self._passes = 1
-        return u, u.T @ matrix
+            u, v = self._subspace.approximate(self.scaled - sparse)
+            self._started = True
+        torch.addmm(self.scaled, u, v, alpha=-1, out=self.remainder)
+        return u, v
 
-    def _exact(self, matrix: Tensor) -> Tensor:
+    def _exact(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
         if self._rank == 0:
-            return matrix.new_zeros(len(matrix), 0)
+            return matrix.new_zeros(len(matrix), 0), matrix.new_zeros(0, matrix.shape[1])
         if self._root is None:
             values, vectors = torch.linalg.eigh(self._metric.double())
             self._root = (vectors * values.clamp_min(float(values[-1]) * MOMENT_FLOOR).sqrt()).to(
                 matrix.dtype
             )
         u, _ = exact_low_rank(matrix @ self._root, self._rank)
-        return u
-
-    def _first(self, matrix: Tensor) -> Tensor:
-        basis = self._basis
-        # Householder, not Cholesky: it keeps directions far below the largest.
-        for _ in range(self._passes):
-            half = torch.linalg.qr(self._metric @ (matrix.T @ basis)).Q
-            basis = torch.linalg.qr(matrix @ half).Q
-        # Rayleigh–Ritz.
-        rows = basis.T @ matrix
-        core = (rows @ self._metric @ rows.T).double()
-        vectors: Tensor = torch.linalg.eigh(core).eigenvectors.flip(-1)[:, : self._rank]
-        return basis @ vectors.to(basis.dtype)
+        return u, u.T @ matrix
 
 
 class _Smoothing:
@@ -312,29 +311,26 @@ class _Smoothing:
 
 
 def _alternate(
-    scaled: Tensor,
-    metric: Tensor,
     low_rank: _LowRankStep,
+    metric: Tensor,
     count: int,
     iterations: int,
     config: OatsConfig,
     product_dtype: torch.dtype,
 ) -> Tensor:
     """The sparse part of the last alternation."""
-    sparse, previous, multipliers = (torch.zeros_like(scaled) for _ in range(3))
-    work = torch.empty_like(scaled)
+    sparse, previous, multipliers = (torch.zeros_like(low_rank.scaled) for _ in range(3))
+    work = torch.empty_like(sparse)
     smoothing = _Smoothing(metric, product_dtype)
-    multiply = _Product(scaled.shape, product_dtype, scaled.device)
+    multiply = _Product(work.shape, product_dtype, work.device)
     rho = PENALTY[0]
     for i in range(iterations):
         last_rho, (rho, smooth) = rho, smoothing(i / max(iterations - 1, 1))
         multipliers.mul_(last_rho / rho)
-        torch.lerp(previous, sparse, 1 + config.resolved_momentum, out=work)
-        torch.sub(scaled, work, out=work)
-        u, v = low_rank(work)
+        low_rank(torch.lerp(previous, sparse, 1 + config.resolved_momentum, out=work))
         # With R = A − U V and the multipliers M in units of ρ, the free matrix is
-        # R − (R − S + M) ρ (G + ρ I)⁻¹, and `work` holds R − S + M.
-        torch.addmm(multipliers.sub_(sparse).add_(scaled), u, v, alpha=-1, out=work)
+        # R − (R − S + M) ρ (G + ρ I)⁻¹. S takes the largest of it plus M; `work` holds R − S + M first.
+        torch.add(low_rank.remainder, multipliers.sub_(sparse), out=work)
         previous.copy_(multiply(work, smooth))
         work.add_(sparse).sub_(previous)
         split_largest(work, count, config.pattern, out=previous)

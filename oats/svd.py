@@ -243,12 +243,12 @@ def _well_conditioned(block: Tensor) -> Tensor:
     return solved.mT
 
 
-def _rayleigh_ritz(matrix: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+def _rayleigh_ritz(matrix: Tensor, q: Tensor, metric: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """``q q^T matrix = u v``: u orthonormal, the rows of v orthogonal and of decreasing norm.
 
     v is a projection and not ``diag(s) Vᵀ``: each of its columns is accurate to the scale of that column.
     """
-    return singular_order(q, q.mT @ matrix)
+    return singular_order(q, q.mT @ matrix, metric)
 
 
 def _lanczos(
@@ -544,6 +544,8 @@ class WarmSubspace:
         seed: of the random start; the global random state is neither read nor changed.
         device: where the matrices live.
         oversampling: columns carried beyond the rank by `approximate`.
+        metric: G, (n, n), symmetric positive semi-definite: they are nearest in ``‖E G^½‖_F``. None is the
+            identity. Left vectors are what is iterated, so that no root of G is needed.
 
     >>> subspace = WarmSubspace((40, 30), 2, oversampling=4)
     >>> matrix = torch.outer(torch.arange(40.0), torch.arange(30.0))
@@ -563,6 +565,7 @@ class WarmSubspace:
         seed: int = 0,
         device: torch.device | str = "cpu",
         oversampling: int = OVERSAMPLING,
+        metric: Tensor | None = None,
     ) -> None:
         """Draw the random start."""
         # Drawn on the CPU: the same seed starts alike on every device.
@@ -570,7 +573,7 @@ class WarmSubspace:
         start = torch.randn(
             shape[1], rank + oversampling, generator=generator, dtype=torch.float32, device="cpu"
         )
-        self._rank = rank
+        self._rank, self._metric = rank, metric
         self._basis = start.to(device)
         self._passes = START_PASSES
         self._last: tuple[Tensor, Tensor] | None = None
@@ -590,17 +593,18 @@ class WarmSubspace:
         # Householder, not Cholesky: it keeps directions far below the largest, which later passes would not
         # find again, and completes the basis of a rank-deficient product.
         for _ in range(self._passes - 1):
-            self._basis = torch.linalg.qr(matrix.mT @ torch.linalg.qr(matrix @ self._basis).Q).Q
-        u, v = _rayleigh_ritz(matrix, torch.linalg.qr(matrix @ self._basis).Q)
-        self._basis, self._passes = v.mT, 1
+            rows = torch.linalg.qr(matrix @ self._basis).Q.mT @ matrix
+            self._basis = torch.linalg.qr(self._weighed(rows)).Q
+        u, v = _rayleigh_ritz(matrix, torch.linalg.qr(matrix @ self._basis).Q, self._metric)
+        self._basis, self._passes = self._weighed(v), 1
         self._last = u[..., : self._rank], v[..., : self._rank, :]
         return self._last
 
     def follow(self, difference: Tensor) -> tuple[Tensor, Tensor]:
         """Near-best rank-r approximation of the last one plus `difference`.
 
-        Orthogonal iteration, ``q = orth(A vᵀ)`` and ``v = qᵀ A`` with ``A = u v + difference``, which needs
-        no rotation because nothing is cut off. The products of the large part, u v, are small ones in
+        Orthogonal iteration, ``q = orth(A G Aᵀ u)``, without a metric ``q = orth(A vᵀ)``, and ``v = qᵀ A``,
+        with ``A = u v + difference``. It needs no rotation because nothing is cut off. The products of the large part, u v, are small ones in
         float32. So the difference may be rounded: its rounding is relative to itself, and no direction is
         lost that is small beside the largest.
 
@@ -617,13 +621,19 @@ class WarmSubspace:
         if self._last is None:
             raise RuntimeError("follow() before approximate(): there is no approximation to follow")
         u, v = self._last
-        q = orthonormal(add_product(_product(difference, v.mT), u, v @ v.mT))
+        # In a metric what the difference adds to ``uᵀ A`` too; without one it gains too little for its time.
+        basis = self._weighed(v if self._metric is None else v + _product(u.mT, difference))
+        q = _orthonormal(add_product(_product(difference, basis), u, v @ basis))
         v = add_product(_product(q.mT, difference), q.mT @ u, v)
-        self._basis, self._last = v.mT, (q, v)
+        self._basis, self._last = basis, (q, v)
         return self._last
 
+    def _weighed(self, rows: Tensor) -> Tensor:
+        """``G rowsᵀ``."""
+        return rows.mT if self._metric is None else self._metric @ rows.mT
 
-def orthonormal(columns: Tensor) -> Tensor:
+
+def _orthonormal(columns: Tensor) -> Tensor:
     """An orthonormal basis of the span of columns (…, m, r) that are nearly orthogonal already.
 
     Cholesky-QR, after each column got length one: half to a third of Householder's time. What it loses of the
@@ -659,12 +669,13 @@ def add_product(base: Tensor, a: Tensor, b: Tensor, alpha: float = 1, *, out: Te
     return multiply(base, a, b, alpha=alpha, out=base if out is None else out)
 
 
-def singular_order(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def singular_order(u: Tensor, v: Tensor, metric: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The same product ``u @ v`` with rows of v that are orthogonal and of decreasing norm.
 
     Args:
         u: (…, m, rank), orthonormal columns.
         v: (…, rank, n).
+        metric: (n, n), in which rows are orthogonal; None is the identity.
 
     Returns:
         u, v: as from `exact_low_rank`.
@@ -676,5 +687,6 @@ def singular_order(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """
     # The Gram matrix squares the condition number, so in float64; it is small.
     wide = v.double()
-    rotation = torch.linalg.eigh(wide @ wide.mT).eigenvectors.flip(-1).to(v.dtype)
+    weighed = wide if metric is None else (v @ metric).double()
+    rotation = torch.linalg.eigh(weighed @ wide.mT).eigenvectors.flip(-1).to(v.dtype)
     return u @ rotation, rotation.mT @ v
