@@ -604,9 +604,9 @@ class WarmSubspace:
         """Near-best rank-r approximation of the last one plus `difference`.
 
         Orthogonal iteration, ``q = orth(A G Aᵀ u)``, without a metric ``q = orth(A vᵀ)``, and ``v = qᵀ A``,
-        with ``A = u v + difference``. It needs no rotation because nothing is cut off. The products of the large part, u v, are small ones in
-        float32. So the difference may be rounded: its rounding is relative to itself, and no direction is
-        lost that is small beside the largest.
+        with ``A = u v + difference``. It needs no rotation because nothing is cut off. The products of the
+        large part, u v, are small ones in float32. So the difference may be rounded: its rounding is relative
+        to itself, and no direction is lost that is small beside the largest.
 
         Args:
             difference: (…, m, n), float32, or bfloat16, whose products are then computed from bfloat16 too.
