@@ -137,11 +137,7 @@ def decompose_hessian(
 
     fast = config.svd == "fast"
     dtype = torch.float32 if fast else torch.float64
-    root = root_moment(hessian.detach().diagonal())
-    scaled = weight.detach().double() * root
-    # Largest magnitude 1, so that no sum of squares overflows or vanishes.
-    peak = float(scaled.abs().max()) or 1.0
-    scaled = (scaled / peak).to(dtype).contiguous()
+    scaled, unscale = _scaled(weight, hessian, dtype)
     metric = _metric(hessian, damping, dtype, layer)
     iterations = config.resolved_iterations if count else 1
 
@@ -156,7 +152,6 @@ def decompose_hessian(
             sparse = refit_values(low_rank.remainder, sparse, support, metric, REFIT_STEPS, product_dtype)
     u, v = low_rank(sparse)
     error = _norm(low_rank.remainder - sparse, metric) / (_norm(scaled, metric) or 1.0)
-    unscale = peak / root
     return Decomposition(
         sparse=(sparse * unscale).to(weight.dtype).contiguous(),
         low_rank_u=u.to(weight.dtype).contiguous(),
@@ -185,14 +180,20 @@ def nearest_low_rank(
     >>> torch.allclose(u @ v, torch.diag(torch.tensor([0.0, 1.0, 0.0])), atol=1e-5)
     True
     """
-    root = root_moment(hessian.diagonal())
+    scaled, unscale = _scaled(matrix, hessian, torch.float32)
     metric = _metric(hessian, damping, torch.float32, "weight")
-    scaled = matrix.double() * root
-    peak = float(scaled.abs().max()) or 1.0
-    scaled = (scaled / peak).float().contiguous()
     low_rank = _LowRankStep(scaled, metric, rank, torch.float32, fast=True, seed=seed)
     u, v = low_rank(torch.zeros_like(scaled))
-    return u, (v.double() * (peak / root)).float()
+    return u, (v * unscale).float()
+
+
+def _scaled(weight: Tensor, hessian: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The weight for inputs of one size, and what its columns, (d_in,), are multiplied with to undo it."""
+    root = root_moment(hessian.detach().diagonal())
+    scaled = weight.detach().double() * root
+    # Largest magnitude 1, so that no sum of squares overflows or vanishes.
+    peak = float(scaled.abs().max()) or 1.0
+    return (scaled / peak).to(dtype).contiguous(), peak / root
 
 
 def _metric(hessian: Tensor, damping: float, dtype: torch.dtype, layer: str) -> Tensor:
@@ -396,7 +397,7 @@ class _Product:
 
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
         """The product, which the next call overwrites."""
-        return torch.mm(self._rounded.copy_(a), b, out=self._product)
+        return torch.mm(a if a.dtype == b.dtype else self._rounded.copy_(a), b, out=self._product)
 
 
 def check_hessian(hessian: Tensor, d_in: int, layer: str) -> None:

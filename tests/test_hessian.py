@@ -262,10 +262,10 @@ def test_the_nearest_matrix_of_a_rank(shape, rank, kind):
 
 @pytest.mark.parametrize("pattern", ["row", "2:4"])
 def test_products_in_bfloat16_do_not_raise_the_error(monkeypatch, pattern) -> None:
-    # Each path ends in a local optimum of its own, up to 1 % apart; their mean tells.
     ratios = []
     for seed in range(8):
-        weight, hessian = make_weight("gaussian", 96, 128, seed), make_hessian("outliers", 128, seed)
+        # At 96 × 128 single paths end up to 1.2 % apart, either way.
+        weight, hessian = make_weight("gaussian", 192, 256, seed), make_hessian("outliers", 256, seed)
         factor = metric_root(hessian)
         errors = []
         for dtype in (torch.float32, torch.bfloat16):
@@ -273,6 +273,7 @@ def test_products_in_bfloat16_do_not_raise_the_error(monkeypatch, pattern) -> No
             compression = 0.5 if pattern == "row" else 0.4
             result = decompose_hessian(weight, hessian, compression=compression, pattern=pattern)
             errors.append(error_of(weight, result, factor))
+        assert errors[0] != errors[1]  # they were
+        assert errors[1] <= 1.01 * errors[0]
         ratios.append(errors[1] / errors[0])
-        assert 1 != ratios[-1] < 1.03  # they were
     assert sum(ratios) / len(ratios) < 1.005
