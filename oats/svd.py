@@ -167,32 +167,27 @@ def _of_one(
 ) -> TruncatedSVD:
     """`truncated_svd` of one (m, n)."""
     m, n = matrix.shape
-    low, high = (float(extreme) for extreme in torch.aminmax(matrix))
-    peak = max(-low, high)
-    if not math.isfinite(peak):  # aminmax passes NaN on
-        bad = (~torch.isfinite(matrix)).nonzero()
-        raise WeightError(
-            f"A: {len(bad)} of its {matrix.numel()} values are NaN or infinite, the first at "
-            f"{bad[0].tolist()}; repair or drop them first"
-        )
-    if rank == 0 or peak == 0:
+    total = _squared_norm(matrix)
+    # Products of n terms must stay in range. The norm, which is needed anyway, bounds the largest magnitude.
+    scale = 1.0
+    if not 1e-12 * math.sqrt(m * n) < math.sqrt(float(total)) < 1e12:
+        peak = _peak(matrix)
+        if peak and not 1e-12 < peak < 1e12:
+            matrix, scale = matrix / peak, peak
+            total = _squared_norm(matrix)
+    if rank == 0 or float(total) == 0:
         factors = (
             torch.eye(m, rank, dtype=matrix.dtype, device=matrix.device),
             matrix.new_zeros(rank),
             torch.eye(rank, n, dtype=matrix.dtype, device=matrix.device),
         )
-        residuals, passes, met = matrix.new_zeros(rank, dtype=torch.float64), 0, True
         return TruncatedSVD._of(
             factors,
-            _error_bound(matrix, *factors),
-            residuals,
-            passes,
-            torch.tensor(met, device=matrix.device),
+            _error_bound(matrix, total, *factors) * scale,
+            matrix.new_zeros(rank, dtype=torch.float64),
+            0,
+            torch.tensor(True, device=matrix.device),
         )
-    # Products of n terms must stay in range.
-    scale = peak if not 1e-12 < peak < 1e12 else 1.0
-    if scale != 1:
-        matrix = matrix / scale
     found = None
     passes = 0
     if power_passes is not None:
@@ -203,7 +198,7 @@ def _of_one(
     if found is None:
         found, passes = _dense(matrix, rank, tol), 0
     u, s, vh, residuals = found
-    error = _error_bound(matrix, u, s, vh)
+    error = _error_bound(matrix, total, u, s, vh)
     # The residuals themselves are subject to rounding.
     residuals = residuals + 16 * torch.finfo(s.dtype).eps * s[0].double()
     met = bool(residuals.max() <= _allowed(s.double(), rank, tol, matrix.dtype))
@@ -223,11 +218,16 @@ def _subspace_iteration(
     basis = _start_columns(matrix, start, width, seed)
     for _ in range(passes - 1):
         # Between products the columns only have to stay independent.
-        basis = _well_conditioned(matrix.mT @ _well_conditioned(matrix @ basis))
+        basis = _well_conditioned(_transposed_product(matrix, _well_conditioned(matrix @ basis)))
     u, v = _rayleigh_ritz(matrix, torch.linalg.qr(matrix @ basis).Q)
     u = u[:, :rank]
     q, s = _unit_columns(v[:rank].mT)
     return _sorted_with_residuals(matrix, u, s, q.mT)
+
+
+def _transposed_product(matrix: Tensor, block: Tensor) -> Tensor:
+    """``matrixᵀ block``. MKL takes a third longer where a row-major matrix comes first and transposed."""
+    return (block.mT @ matrix).mT
 
 
 def _well_conditioned(block: Tensor) -> Tensor:
@@ -283,7 +283,7 @@ def _lanczos(
     while True:
         grown = size + width
         left[size:grown] = fresh.mT
-        new, coefficients, triangle = _orthogonalise(matrix.mT @ fresh, right[:size])
+        new, coefficients, triangle = _orthogonalise(_transposed_product(matrix, fresh), right[:size])
         right[size:grown] = new.mT
         core[size:grown, :size], core[size:grown, size:grown] = coefficients.mT, triangle.mT
         size, passes = grown, passes + 1
@@ -305,7 +305,8 @@ def _lanczos(
             if math.log(excess) / rate > affordable or columns > 2 * affordable:
                 return None, passes
         before = columns, excess
-        next_test = size + max(2 * width, size // 4)
+        # A test takes some size³ slow operations: after every pass where that is little beside the pass.
+        next_test = size + (width if 7 * size**3 < m * n else max(2 * width, size // 4))
         if size + width > capacity:
             kept = min(keep, capacity - width)
             q, s = _right_vectors(inner, p[:, :kept])
@@ -451,17 +452,31 @@ def _allowed(s: Tensor, rank: int, tol: float, dtype: torch.dtype) -> float:
     return max(tol * float(s[rank - 1]), 64 * torch.finfo(dtype).eps * float(s[0]))
 
 
-def _error_bound(matrix: Tensor, u: Tensor, s: Tensor, vh: Tensor) -> Tensor:
-    """Upper bound of ``‖matrix − u s vh‖_F``, float64."""
+def _peak(matrix: Tensor) -> float:
+    """The largest magnitude; not finite is an error."""
+    low, high = (float(extreme) for extreme in torch.aminmax(matrix))
+    peak = max(-low, high)
+    if not math.isfinite(peak):  # aminmax passes NaN on
+        bad = (~torch.isfinite(matrix)).nonzero()
+        raise WeightError(
+            f"A: {len(bad)} of its {matrix.numel()} values are NaN or infinite, the first at "
+            f"{bad[0].tolist()}; repair or drop them first"
+        )
+    return peak
+
+
+def _error_bound(matrix: Tensor, total: Tensor, u: Tensor, s: Tensor, vh: Tensor) -> Tensor:
+    """Upper bound of ``‖matrix − u s vh‖_F``, float64; `total` is ``‖matrix‖_F²``."""
     eps = torch.finfo(matrix.dtype).eps
-    total = _squared_norm(matrix)
     # Pythagoras, because s vh is the projection of the matrix on u; where it would cancel, the difference.
     rest = total - s.double().square().sum()
     if float(rest) > 1e-3 * float(total):
         return (rest + 8 * eps * total).sqrt()
     rest = matrix.new_zeros((), dtype=torch.float64)
-    for rows, left in zip(matrix.split(1024), (u * s).split(1024), strict=True):
-        rest += _squared_norm(torch.addmm(rows, left, vh, alpha=-1))
+    few = 128  # rows whose difference stays in the cache
+    difference = torch.empty_like(matrix[:few])
+    for rows, left in zip(matrix.split(few), (u * s).split(few), strict=True):
+        rest += _squared_norm(torch.addmm(rows, left, vh, alpha=-1, out=difference[: len(rows)]))
     return 1.0005 * rest.sqrt() + 8 * eps * total.sqrt()
 
 
