@@ -2,6 +2,10 @@
 
     python benchmarks/gpu.py --json gpu.json
     python benchmarks/gpu.py --quick --no-decomposition
+    MACKO=…/macko_spmv SPINFER=…/SpInfer python benchmarks/gpu.py --batches 1 8 16 32
+
+MACKO (one row of x) and SpInfer (8, 16 and 32 rows, the fastest of its splits), from checkouts of their
+repositories, multiply by an unstructured weight of as many parameters, in float16.
 
 Each contender's calls are captured in a CUDA graph, which goes over so many copies of the weight that
 together they are four times the second-level cache. The contenders take turns; times are medians over the
@@ -17,7 +21,9 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import os
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -25,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peers import gpu_sparse
 from torch import Tensor, nn
 
 from oats import cuda, decompose, ops
@@ -36,6 +43,8 @@ from oats.nn import SparseLowRankLinear
 LLAMA_70B = [(8192, 8192), (1024, 8192), (28672, 8192), (8192, 28672)]
 QUICK = [(4096, 4096), (14336, 4096)]
 BATCHES = [1, 2, 4, 8, 16, 32, 64, 256, 2048]
+SPLITS = [1, 2, 4, 7]
+"""Of the inputs in SpInfer's kernel; its own benchmark takes 1 to 7, by the shape."""
 TOLERANCE = 2.0**-5
 
 Call = Callable[[], Any]
@@ -56,9 +65,41 @@ def random_layer(d_out: int, d_in: int, compression: float, device: str) -> Spar
 
 def worst_error(layer: SparseLowRankLinear, x: Tensor) -> float:
     """Of our product on at most 64 rows, in units of √(Σ w² x²)."""
-    y, x = layer(x)[:64].double(), x[:64].double()
-    weight = layer.to_dense().double()
+    return error_of(layer(x), x, layer.to_dense())
+
+
+def error_of(y: Tensor, x: Tensor, weight: Tensor) -> float:
+    """Of a product of `x` and a dense weight, as `worst_error`."""
+    y, x, weight = y[:64].double(), x[:64].double(), weight.double()
     return float(((y - x @ weight.T) / (x.square() @ weight.square().T).sqrt()).abs().max())
+
+
+def sparse_peers(shape: tuple[int, int], compression: float, cache: int) -> dict[str, dict[str, Any]]:
+    """Those whose checkouts the environment names: batches, products by copies of a weight, its bytes."""
+    checkouts = {name: os.environ.get(name) for name in ("MACKO", "SPINFER")}
+    if not any(checkouts.values()):
+        return {}
+    generator = torch.Generator("cuda").manual_seed(0)
+    weight = torch.randn(*shape, generator=generator, device="cuda")
+    weight = ops.keep_largest_in_rows(weight, nnz_per_row(shape[1], compression, 0.0)).half()
+    copies = max(2, min(64, -(-4 * cache // weight.numel())))
+    makers: dict[str, tuple[list[int], Callable[[], tuple[list[gpu_sparse.Product], int]]]] = {}
+    if checkouts["MACKO"]:
+        makers["macko"] = ([1], lambda: gpu_sparse.macko(Path(str(checkouts["MACKO"])), weight, copies))
+    if checkouts["SPINFER"]:
+        folder = Path(str(checkouts["SPINFER"]))
+        for split in SPLITS:
+            make = functools.partial(gpu_sparse.spinfer, folder, weight, copies, split)
+            makers[f"spinfer/{split}"] = ([8, 16, 32], make)
+    made = {}
+    for name, (batches, make_products) in makers.items():
+        try:
+            products, size = make_products()
+        except (ValueError, OSError, subprocess.CalledProcessError) as reason:
+            print(f"{name} is left out at {shape[0]} x {shape[1]}: {reason}")
+            continue
+        made[name] = {"batches": batches, "products": products, "bytes": size, "weight": weight}
+    return made
 
 
 def milliseconds(contenders: dict[str, Sequence[Call]], rounds: int = 20) -> dict[str, float]:
@@ -102,17 +143,25 @@ def product_rows(
         copies = max(2, min(64, -(-4 * cache // layer.packed.nbytes)))
         weights = [layer.packed.clone() for _ in range(copies)]
         dense = [layer.to_dense() for _ in range(copies)]
+        peers = sparse_peers((d_out, d_in), compression, cache)
         for batch in batches:
             x = torch.randn(batch, d_in, device=device).bfloat16()
             error = worst_error(layer, x)
             if not error < TOLERANCE:
                 raise SystemExit(f"{d_out} x {d_in}, batch {batch}: the product is wrong by {error:.3g}")
-            times = milliseconds(
-                {
-                    "oats": [functools.partial(cuda.linear, x, w, None, layer._sizes) for w in weights],
-                    "cublas": [functools.partial(nn.functional.linear, x, w) for w in dense],
-                }
-            )
+            contenders: dict[str, Sequence[Call]] = {
+                "oats": [functools.partial(cuda.linear, x, w, None, layer._sizes) for w in weights],
+                "cublas": [functools.partial(nn.functional.linear, x, w) for w in dense],
+            }
+            for name, peer in peers.items():
+                half = x.half()
+                if batch not in peer["batches"]:
+                    continue
+                if error_of(peer["products"][0](half), half, peer["weight"]) < TOLERANCE:
+                    contenders[name] = [functools.partial(product, half) for product in peer["products"]]
+                else:
+                    print(f"{name} is left out at {d_out} x {d_in}, batch {batch}: its product is wrong")
+            times = milliseconds(contenders)
             rows.append(
                 {
                     **{"d_out": d_out, "d_in": d_in, "rank": layer.rank, "nnz": layer.nnz, "batch": batch},
@@ -128,10 +177,15 @@ def product_rows(
 def row_text(row: dict[str, Any]) -> str:
     """A row for people."""
     ours, dense = row["oats_ms"], row["cublas_ms"]
+    others = ""
+    for peer in ("macko", "spinfer"):
+        own = [time for name, time in row.items() if name.startswith(peer) and name.endswith("_ms")]
+        if own:
+            others += f"   {peer} {min(own) * 1e3:>9.1f} µs {min(own) / ours:>5.2f} x"
     return (
         f"{row['d_out']:>6} x {row['d_in']:<6} batch {row['batch']:>5}   oats {ours * 1e3:>9.1f} µs   "
         f"cuBLAS bf16 {dense * 1e3:>9.1f} µs   {row['speedup']:>5.2f} x   "
-        f"{row['bytes'] / ours / 1e6:>6.0f} GB/s"
+        f"{row['bytes'] / ours / 1e6:>6.0f} GB/s" + others
     )
 
 
