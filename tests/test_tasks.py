@@ -153,10 +153,12 @@ def test_a_table_for_people_and_errors(directory: Path, tasks: Path, tmp_path: P
     )
     broken = run("eval", directory, "--tasks", "local_broken", "--task-path", tmp_path)
     assert broken.exit_code == 1 and "the data of a task cannot be loaded" in broken.stderr
-    assert (
-        "there is no directory"
-        in run("eval", directory, "--tasks", "x", "--task-path", tmp_path / "no").stderr
-    )
+
+
+def test_a_missing_directory_of_tasks_is_refused_before_a_model_loads(tmp_path: Path) -> None:
+    for command in ("eval", "compare"):
+        refused = run(command, tmp_path, "--tasks", "quiz", "--task-path", tmp_path / "no")
+        assert refused.exit_code == 2 and "--task-path" in refused.stderr
 
 
 def test_tasks_of_a_comparison(

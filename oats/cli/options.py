@@ -57,7 +57,12 @@ MaxTokens = Annotated[
 ]
 TaskPath = Annotated[
     Path | None,
-    typer.Option(help="Directory with YAML files of tasks of your own.", show_default="none"),
+    typer.Option(
+        help="Directory with YAML files of tasks of your own.",
+        show_default="none",
+        exists=True,
+        file_okay=False,
+    ),
 ]
 Limit = Annotated[int | None, typer.Option(help="Questions of each task at most.", show_default="all")]
 
