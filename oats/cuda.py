@@ -34,6 +34,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PANEL_ELEMENTS = 1 << 25
 """Elements of a panel of the weight that a product with many rows expands at once."""
 
+GROUP_ELEMENTS = 1 << 24
+"""Elements of a weight that :func:`pack` and :func:`unpack` hold expanded at once."""
+
 # Rows longer than this (whole matrices) are not left to one block of threads.
 _LONG_ROW = 1 << 17
 
@@ -133,11 +136,21 @@ _MASKS = (0, 3, 5, 2, 1, 4, 6)  # strip, tile | step, output | half, lane, input
 _MASKS_BACK = (0, 4, 3, 1, 5, 2, 6)
 
 
-def _cut(matrix: Tensor, sizes: Sizes) -> Tensor:
-    strips, tiles = _tiles(sizes)
+def _cut(matrix: Tensor) -> Tensor:
+    d_out, d_in = matrix.shape
+    strips, tiles = -(-d_out // 16), -(-d_in // 64)
     filled = matrix.new_zeros(strips * 16, tiles * 64)
-    filled[: sizes.d_out, : sizes.d_in] = matrix
+    filled[:d_out, :d_in] = matrix
     return filled.view(strips, 2, 8, tiles, 4, 4, 4)
+
+
+def _row_groups(sizes: Sizes) -> Iterator[tuple[slice, slice]]:
+    """Rows, and their tiles, that are laid out at once: indices take up to 8 bytes an element meanwhile."""
+    _, tiles = _tiles(sizes)
+    strips = max(1, GROUP_ELEMENTS // max(1, tiles * 1024))
+    for first in range(0, sizes.d_out, strips * 16):
+        last = min(first + strips * 16, sizes.d_out)
+        yield slice(first, last), slice(first // 16 * tiles, -(-last // 16) * tiles)
 
 
 def pack(
@@ -166,13 +179,20 @@ def pack(
     sizes = Sizes(mask.shape[0], d_in, rank, values.numel())
     packed = torch.zeros(packed_bytes(sizes, dtype), dtype=torch.uint8, device=mask.device)
     parts = _parts(packed, sizes, dtype)
-    kept = _cut(decode_mask(mask, d_in), sizes)
-    words = kept.permute(_MASKS).reshape(-1, 8)
     powers = 2 ** torch.arange(8, dtype=torch.uint8, device=mask.device)
-    parts.masks.copy_((words * powers).sum(-1, dtype=torch.uint8))
-    kept = kept.permute(_VALUES)
-    parts.values.copy_(_cut(decode(mask, values.to(dtype), d_in), sizes).permute(_VALUES)[kept])
-    torch.cumsum(kept.reshape(-1, 1024).sum(1), 0, out=parts.starts[1:])
+    first_value = 0
+    for rows, tiles in _row_groups(sizes):
+        kept = decode_mask(mask[rows], d_in)
+        few = values[first_value : first_value + int(kept.sum())]
+        in_tiles = _cut(kept)
+        words = in_tiles.permute(_MASKS).reshape(-1, 8)
+        parts.masks.view(-1, 128)[tiles] = (words * powers).sum(-1, dtype=torch.uint8).view(-1, 128)
+        in_order = in_tiles.permute(_VALUES).reshape(-1)
+        dense = _cut(decode(mask[rows], few.to(dtype), d_in)).permute(_VALUES).reshape(-1)
+        parts.values[first_value : first_value + len(few)] = dense[in_order]
+        parts.starts[1:][tiles] = in_order.view(-1, 1024).sum(1)
+        first_value += len(few)
+    parts.starts.copy_(parts.starts.cumsum(0))
     parts.u[:, :rank] = low_rank_u
     parts.v[:, :d_in] = low_rank_v
     return packed
@@ -181,19 +201,28 @@ def pack(
 def unpack(packed: Tensor, sizes: Sizes, dtype: torch.dtype) -> dict[str, Tensor]:
     """The inverse of :func:`pack`: the tensors of :mod:`oats.format` by name."""
     parts = _parts(packed, sizes, dtype)
-    strips, tiles = _tiles(sizes)
-
-    def whole(tiled: Tensor, axes: tuple[int, ...]) -> Tensor:
-        return tiled.permute(axes).reshape(strips * 16, tiles * 64)[: sizes.d_out, : sizes.d_in]
-
-    bits = decode_mask(parts.masks.view(-1, 1), 8)
-    kept = whole(bits.view(strips, tiles, 4, 8, 2, 4, 4), _MASKS_BACK)
-    in_order = _cut(kept, sizes).permute(_VALUES)
-    dense = torch.zeros(in_order.shape, dtype=dtype, device=packed.device)
-    dense = whole(dense.masked_scatter_(in_order, parts.values), _VALUES_BACK)
+    mask = packed.new_empty(sizes.d_out, -(-sizes.d_in // 8))
+    values = packed.new_empty(sizes.nnz, dtype=dtype)
+    columns = _tiles(sizes)[1] * 64
+    first_value = 0
+    for rows, tiles in _row_groups(sizes):
+        bits = decode_mask(parts.masks.view(-1, 128)[tiles].reshape(-1, 1), 8)
+        few_rows = rows.stop - rows.start
+        strips = -(-few_rows // 16)
+        in_tiles = bits.view(strips, columns // 64, 4, 8, 2, 4, 4).permute(_MASKS_BACK)
+        in_order = in_tiles.permute(_VALUES)
+        few = parts.values[first_value : first_value + int(bits.sum())]
+        dense = torch.zeros(in_order.shape, dtype=dtype, device=packed.device)
+        dense = dense.masked_scatter_(in_order, few).permute(_VALUES_BACK)
+        kept, dense = (
+            part.reshape(strips * 16, columns)[:few_rows, : sizes.d_in] for part in (in_tiles, dense)
+        )
+        mask[rows] = encode_mask(kept)
+        values[first_value : first_value + len(few)] = dense.reshape(-1)[kept.reshape(-1)]
+        first_value += len(few)
     return {
-        "mask": encode_mask(kept),
-        "values": dense[kept],
+        "mask": mask,
+        "values": values,
         "low_rank_u": parts.u[:, : sizes.rank].clone(),
         "low_rank_v": parts.v[:, : sizes.d_in].clone(),
     }
@@ -216,7 +245,8 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 @functools.cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
+def _side_stream(device: torch.device, main: int) -> torch.cuda.Stream:
+    """One for each stream: a capture of the one does not reach what others queue."""
     return torch.cuda.Stream(device)
 
 
@@ -300,7 +330,8 @@ def _panels(packed: Tensor, parts: _Parts, sizes: Sizes) -> Iterator[tuple[int, 
     places = [packed.new_empty((min(step, sizes.d_out), columns), dtype=dtype) for _ in starts[:2]]
     main = side = None
     if packed.is_cuda:
-        main, side = torch.cuda.current_stream(packed.device), _side_stream(packed.device)
+        main = torch.cuda.current_stream(packed.device)
+        side = _side_stream(packed.device, main.cuda_stream)
         side.wait_stream(main)
     used: list[torch.cuda.Event] = []
     for number, first in enumerate(starts):
@@ -453,9 +484,14 @@ def _keep_largest_in_long_rows(rows: Tensor, count: int, out: Tensor) -> None:
 
 
 def splits_in_one_pass(rows: Tensor, count: int) -> bool:
-    """Whether :func:`split_largest_in_rows` takes rows of this length."""
+    """Whether :func:`split_largest_in_rows` takes such rows."""
     require("the matrix")
-    return bool(0 < count < rows.shape[1] and _kernels.max_group < rows.shape[1] <= _LONG_ROW)
+    return bool(
+        rows.dtype in (torch.float32, torch.float64)
+        and rows.is_contiguous()
+        and 0 < count < rows.shape[1]
+        and _kernels.max_group < rows.shape[1] <= _LONG_ROW
+    )
 
 
 def split_largest_in_rows(rows: Tensor, count: int, out: Tensor) -> Tensor:

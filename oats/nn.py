@@ -356,6 +356,7 @@ class SparseLowRankLinear(nn.Module):
         return bias is None or (
             bias.dtype is self._dtype
             and bias.shape == (self.out_features,)
+            and bias.is_contiguous()
             and not (bias.requires_grad and _is_grad_enabled())
         )
 

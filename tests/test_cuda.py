@@ -73,6 +73,27 @@ def test_half_precision(target: Target, shape: tuple[int, int, int, float]) -> N
         assert_close(packed.linear(x, bias), layer, x, bias)
 
 
+@pytest.mark.parametrize("target", CUDA_TARGETS, ids=str)
+def test_rows_of_x_lie_anywhere(target: Target) -> None:
+    layer = random_layer(70, 128, 9, 0.4, torch.bfloat16)
+    packed, memory = target.pack(layer), torch.randn(9 * 400).bfloat16().to(target.device)
+    # Sizes and strides that the kernel takes as they are, then one that is wrong in each of what it asks for.
+    for stride, first in (
+        ((128, 1), 0),
+        ((192, 1), 8),
+        ((128, 1), 3),
+        ((129, 1), 0),
+        ((1, 9), 0),
+        ((0, 1), 0),
+    ):
+        x = memory.as_strided((9, 128), stride, first)
+        assert x.is_cuda == (target.device.type == "cuda") and x.stride() == stride
+        with target.active():
+            y = cuda.linear(x, packed.tensor, None, packed.sizes).cpu()
+            assert cuda._whole_tiles(x) is x or (stride, first) not in (((128, 1), 0), ((192, 1), 8))
+        assert_close(y, layer, x.cpu(), None)
+
+
 @pytest.mark.parametrize("density", [0.03, 0.5, 0.8, 1.0])
 def test_values_go_round_the_ring(density: float) -> None:
     # 16 tiles a warp: up to eight times what the ring holds.
@@ -134,6 +155,17 @@ def test_dense_is_what_the_tensors_stand_for() -> None:
     expected = expected.addmm(layer["low_rank_u"].float(), layer["low_rank_v"].float()).bfloat16()
     with emulated():
         assert torch.equal(cuda.dense(packed.tensor, packed.sizes, torch.bfloat16), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_layer_is_laid_out_in_groups_of_rows(dtype: torch.dtype, monkeypatch) -> None:
+    layer = random_layer(150, 330, 9, 0.4, dtype)
+    whole = EMULATED.pack(layer)
+    monkeypatch.setattr(cuda, "GROUP_ELEMENTS", 3 * 16 * 384)
+    packed = EMULATED.pack(layer)
+    assert torch.equal(packed.tensor, whole.tensor)
+    unpacked = packed.unpack()
+    assert all(torch.equal(unpacked[name], tensor) for name, tensor in layer.items())
 
 
 def guarded(tensor: torch.Tensor) -> torch.Tensor:
@@ -238,7 +270,11 @@ def test_splitting_rows_is_keeping_and_what_is_left(dtype: torch.dtype) -> None:
                 assert cuda.splits_in_one_pass(left, count)
                 norms = cuda.split_largest_in_rows(left, count, out)
             assert torch.equal(out, kept) and torch.equal(left, rows - kept)
-            torch.testing.assert_close(norms, (rows - kept).double().norm(dim=1), rtol=1e-5, atol=0)
+            expected = (rows - kept).double().norm(dim=1)
+            torch.testing.assert_close(norms, expected, rtol=100 * torch.finfo(dtype).eps, atol=0)
+    with emulated():
+        assert not cuda.splits_in_one_pass(torch.ones(5, 700).bfloat16(), 300)
+        assert not cuda.splits_in_one_pass(torch.ones(700, 700).T, 300)
 
 
 def test_long_rows_are_selected_by_torch(monkeypatch) -> None:

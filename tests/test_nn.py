@@ -233,6 +233,9 @@ def test_bias_is_checked_and_owned() -> None:
     state["bias"] = state["bias"].float()
     layer.load_state_dict(state, assign=True)
     assert layer.bias.dtype == torch.bfloat16 and layer(x).any()
+    wide = torch.randn(80).bfloat16()
+    layer.bias = nn.Parameter(wide[::2], requires_grad=False)
+    assert torch.equal(layer(x)[0], wide[::2])
     layer.bias = nn.Parameter(torch.zeros(3).bfloat16(), requires_grad=False)
     with pytest.raises(ValueError, match="bias is"):
         layer(x)

@@ -110,6 +110,19 @@ inline void check(cudaError_t status) {
   if (status != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(status));
 }
 
+// Whether a device of that capability runs code in which wait_for_previous_launch() waits. From PTX for
+// capability 8, too, code is made for newer devices.
+constexpr bool can_wait(int capability) {
+#ifdef __CUDA_ARCH_LIST__
+  constexpr int kArchitectures[] = {__CUDA_ARCH_LIST__};
+#else
+  constexpr int kArchitectures[] = {900};
+#endif
+  for (const int architecture : kArchitectures)
+    if (architecture >= 900 && architecture / 100 <= capability) return true;
+  return false;
+}
+
 // A `dependent` launch need not wait for the end of the one before it, where the device can do that.
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, const Queue& queue, bool dependent,
@@ -119,7 +132,7 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, const Queue& q
   config.blockDim = block;
   config.stream = static_cast<cudaStream_t>(queue.stream);
   cudaLaunchAttribute attribute{};
-  if (dependent && queue.capability >= 9) {
+  if (dependent && can_wait(queue.capability)) {
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
     config.attrs = &attribute;

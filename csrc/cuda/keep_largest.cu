@@ -110,14 +110,14 @@ __global__ void __launch_bounds__(kThreads)
     __syncthreads();
   }
 
-  float square = 0;
+  Float square = 0;
   const auto put = [&](int64_t i, Float value, bool keep) {
     out[i] = keep ? value : Float{0};
     if (squares == nullptr) return;
     if (keep)
       in[i] = Float{0};
     else
-      square += static_cast<float>(value) * static_cast<float>(value);
+      square += value * value;
   };
   if (wanted == equal) {
     for (int64_t i = thread; i < columns; i += kThreads) {
@@ -202,8 +202,10 @@ void keep_largest_in_rows(void* in, int64_t rows, int64_t columns, int64_t count
   if (rows >= int64_t{1} << 31 && columns > kMaxGroup) throw std::invalid_argument("too many rows");
   if (value_bytes == 4)
     run<float>(in, rows, columns, count, out, squares, queue);
-  else
+  else if (value_bytes == 8)
     run<double>(in, rows, columns, count, out, squares, queue);
+  else
+    throw std::invalid_argument("the largest are kept of float32 and float64 only");
 }
 
 }  // namespace oats::cuda
