@@ -74,32 +74,38 @@ def error_of(y: Tensor, x: Tensor, weight: Tensor) -> float:
     return float(((y - x @ weight.T) / (x.square() @ weight.square().T).sqrt()).abs().max())
 
 
-def sparse_peers(shape: tuple[int, int], compression: float, cache: int) -> dict[str, dict[str, Any]]:
-    """Those whose checkouts the environment names: batches, products by copies of a weight, its bytes."""
-    checkouts = {name: os.environ.get(name) for name in ("MACKO", "SPINFER")}
-    if not any(checkouts.values()):
+def sparse_peers(
+    shape: tuple[int, int], compression: float, cache: int
+) -> dict[str, tuple[list[int], list[gpu_sparse.Product], Tensor]]:
+    """Those whose checkouts the environment names: batches, products by copies of a weight, the weight."""
+    checkouts = {name: Path(os.environ[name]) for name in ("MACKO", "SPINFER") if os.environ.get(name)}
+    if not checkouts:
         return {}
     generator = torch.Generator("cuda").manual_seed(0)
     weight = torch.randn(*shape, generator=generator, device="cuda")
-    weight = ops.keep_largest_in_rows(weight, nnz_per_row(shape[1], compression, 0.0)).half()
-    copies = max(2, min(64, -(-4 * cache // weight.numel())))
-    makers: dict[str, tuple[list[int], Callable[[], tuple[list[gpu_sparse.Product], int]]]] = {}
-    if checkouts["MACKO"]:
-        makers["macko"] = ([1], lambda: gpu_sparse.macko(Path(str(checkouts["MACKO"])), weight, copies))
-    if checkouts["SPINFER"]:
-        folder = Path(str(checkouts["SPINFER"]))
-        for split in SPLITS:
-            make = functools.partial(gpu_sparse.spinfer, folder, weight, copies, split)
-            makers[f"spinfer/{split}"] = ([8, 16, 32], make)
-    made = {}
-    for name, (batches, make_products) in makers.items():
+    count = nnz_per_row(shape[1], compression, 0.0)
+    weight = ops.keep_largest_in_rows(weight, count).half()
+    copies = max(2, min(64, -(-4 * cache // (2 * count * shape[0]))))
+    made: dict[str, tuple[list[int], list[gpu_sparse.Product], Tensor]] = {}
+    for name, checkout in checkouts.items():
         try:
-            products, size = make_products()
+            if name == "MACKO":
+                made["macko"] = [1], gpu_sparse.macko(checkout, weight, copies), weight
+            else:
+                for split, products in gpu_sparse.spinfer(checkout, weight, copies, SPLITS).items():
+                    made[f"spinfer/{split}"] = [8, 16, 32], products, weight
         except (ValueError, OSError, subprocess.CalledProcessError) as reason:
             print(f"{name} is left out at {shape[0]} x {shape[1]}: {reason}")
-            continue
-        made[name] = {"batches": batches, "products": products, "bytes": size, "weight": weight}
     return made
+
+
+def is_right(product: gpu_sparse.Product, x: Tensor, weight: Tensor) -> bool:
+    """Whether a peer computes its product at all, within `TOLERANCE`."""
+    try:
+        return error_of(product(x), x, weight) < TOLERANCE
+    except RuntimeError as reason:
+        print(reason)
+        return False
 
 
 def milliseconds(contenders: dict[str, Sequence[Call]], rounds: int = 20) -> dict[str, float]:
@@ -153,12 +159,12 @@ def product_rows(
                 "oats": [functools.partial(cuda.linear, x, w, None, layer._sizes) for w in weights],
                 "cublas": [functools.partial(nn.functional.linear, x, w) for w in dense],
             }
-            for name, peer in peers.items():
-                half = x.half()
-                if batch not in peer["batches"]:
+            half = x.half()
+            for name, (own_batches, products, weight) in peers.items():
+                if batch not in own_batches:
                     continue
-                if error_of(peer["products"][0](half), half, peer["weight"]) < TOLERANCE:
-                    contenders[name] = [functools.partial(product, half) for product in peer["products"]]
+                if is_right(products[0], half, weight):
+                    contenders[name] = [functools.partial(product, half) for product in products]
                 else:
                     print(f"{name} is left out at {d_out} x {d_in}, batch {batch}: its product is wrong")
             times = milliseconds(contenders)

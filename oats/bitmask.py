@@ -52,7 +52,7 @@ def decode_mask(mask: Tensor, d_in: int) -> Tensor:
     """
     shifts = torch.arange(8, dtype=torch.uint8, device=mask.device)
     bits = mask.unsqueeze(-1).bitwise_right_shift(shifts).bitwise_and(1)
-    return bits.view(mask.shape[0], -1)[:, :d_in].bool()
+    return bits.flatten(1)[:, :d_in].bool()
 
 
 def decode(mask: Tensor, values: Tensor, d_in: int) -> Tensor:

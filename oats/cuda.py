@@ -114,7 +114,7 @@ def _parts(packed: Tensor, sizes: Sizes, dtype: torch.dtype) -> _Parts:
     def part(begin: int, elements: int, kind: torch.dtype) -> Tensor:
         return packed[begin : begin + elements * kind.itemsize].view(kind)
 
-    strips, tiles = _tiles(sizes)
+    strips, tiles = _tiles(sizes.d_out, sizes.d_in)
     return _Parts(
         part(starts, strips * tiles + 1, torch.int64),
         part(masks, strips * tiles * 128, torch.uint8),
@@ -124,9 +124,9 @@ def _parts(packed: Tensor, sizes: Sizes, dtype: torch.dtype) -> _Parts:
     )
 
 
-def _tiles(sizes: Sizes) -> tuple[int, int]:
+def _tiles(d_out: int, d_in: int) -> tuple[int, int]:
     """Strips of the weight, and tiles of a strip."""
-    return -(-sizes.d_out // _kernels.tile_rows), -(-sizes.d_in // _kernels.tile_columns)
+    return -(-d_out // _kernels.tile_rows), -(-d_in // _kernels.tile_columns)
 
 
 # The axes of a weight in tiles: strip, output // 8 and output % 8 in it; tile, lane, step and input in it.
@@ -138,7 +138,7 @@ _MASKS_BACK = (0, 4, 3, 1, 5, 2, 6)
 
 def _cut(matrix: Tensor) -> Tensor:
     d_out, d_in = matrix.shape
-    strips, tiles = -(-d_out // 16), -(-d_in // 64)
+    strips, tiles = _tiles(d_out, d_in)
     filled = matrix.new_zeros(strips * 16, tiles * 64)
     filled[:d_out, :d_in] = matrix
     return filled.view(strips, 2, 8, tiles, 4, 4, 4)
@@ -146,7 +146,7 @@ def _cut(matrix: Tensor) -> Tensor:
 
 def _row_groups(sizes: Sizes) -> Iterator[tuple[slice, slice]]:
     """Rows, and their tiles, that are laid out at once: indices take up to 8 bytes an element meanwhile."""
-    _, tiles = _tiles(sizes)
+    _, tiles = _tiles(sizes.d_out, sizes.d_in)
     strips = max(1, GROUP_ELEMENTS // max(1, tiles * 1024))
     for first in range(0, sizes.d_out, strips * 16):
         last = min(first + strips * 16, sizes.d_out)
@@ -183,15 +183,15 @@ def pack(
     first_value = 0
     for rows, tiles in _row_groups(sizes):
         kept = decode_mask(mask[rows], d_in)
-        few = values[first_value : first_value + int(kept.sum())]
+        own = values[first_value : first_value + int(kept.sum())]
         in_tiles = _cut(kept)
         words = in_tiles.permute(_MASKS).reshape(-1, 8)
         parts.masks.view(-1, 128)[tiles] = (words * powers).sum(-1, dtype=torch.uint8).view(-1, 128)
         in_order = in_tiles.permute(_VALUES).reshape(-1)
-        dense = _cut(decode(mask[rows], few.to(dtype), d_in)).permute(_VALUES).reshape(-1)
-        parts.values[first_value : first_value + len(few)] = dense[in_order]
+        dense = _cut(decode(mask[rows], own.to(dtype), d_in)).permute(_VALUES).reshape(-1)
+        parts.values[first_value : first_value + len(own)] = dense[in_order]
         parts.starts[1:][tiles] = in_order.view(-1, 1024).sum(1)
-        first_value += len(few)
+        first_value += len(own)
     parts.starts.copy_(parts.starts.cumsum(0))
     parts.u[:, :rank] = low_rank_u
     parts.v[:, :d_in] = low_rank_v
@@ -203,23 +203,21 @@ def unpack(packed: Tensor, sizes: Sizes, dtype: torch.dtype) -> dict[str, Tensor
     parts = _parts(packed, sizes, dtype)
     mask = packed.new_empty(sizes.d_out, -(-sizes.d_in // 8))
     values = packed.new_empty(sizes.nnz, dtype=dtype)
-    columns = _tiles(sizes)[1] * 64
+    columns = _tiles(sizes.d_out, sizes.d_in)[1] * 64
     first_value = 0
     for rows, tiles in _row_groups(sizes):
         bits = decode_mask(parts.masks.view(-1, 128)[tiles].reshape(-1, 1), 8)
-        few_rows = rows.stop - rows.start
-        strips = -(-few_rows // 16)
+        count = rows.stop - rows.start
+        strips = -(-count // 16)
         in_tiles = bits.view(strips, columns // 64, 4, 8, 2, 4, 4).permute(_MASKS_BACK)
         in_order = in_tiles.permute(_VALUES)
-        few = parts.values[first_value : first_value + int(bits.sum())]
-        dense = torch.zeros(in_order.shape, dtype=dtype, device=packed.device)
-        dense = dense.masked_scatter_(in_order, few).permute(_VALUES_BACK)
-        kept, dense = (
-            part.reshape(strips * 16, columns)[:few_rows, : sizes.d_in] for part in (in_tiles, dense)
-        )
+        own = parts.values[first_value : first_value + int(bits.sum())]
+        tiled = torch.zeros(in_order.shape, dtype=dtype, device=packed.device).masked_scatter_(in_order, own)
+        dense = tiled.permute(_VALUES_BACK).reshape(strips * 16, columns)[:count, : sizes.d_in]
+        kept = in_tiles.reshape(strips * 16, columns)[:count, : sizes.d_in]
         mask[rows] = encode_mask(kept)
-        values[first_value : first_value + len(few)] = dense.reshape(-1)[kept.reshape(-1)]
-        first_value += len(few)
+        values[first_value : first_value + len(own)] = dense.reshape(-1)[kept.reshape(-1)]
+        first_value += len(own)
     return {
         "mask": mask,
         "values": values,
@@ -246,7 +244,7 @@ def _multiprocessors(device: torch.device) -> int:
 
 @functools.cache
 def _side_stream(device: torch.device, main: int) -> torch.cuda.Stream:
-    """One for each stream: a capture of the one does not reach what others queue."""
+    """One for each stream, as far as torch's pool reaches: a capture of one spares what others queue."""
     return torch.cuda.Stream(device)
 
 
@@ -483,12 +481,14 @@ def _keep_largest_in_long_rows(rows: Tensor, count: int, out: Tensor) -> None:
         into.copy_(row).masked_fill_(~(larger | (equal & first)), 0)
 
 
-def splits_in_one_pass(rows: Tensor, count: int) -> bool:
-    """Whether :func:`split_largest_in_rows` takes such rows."""
+def splits_in_one_pass(rows: Tensor, count: int, out: Tensor) -> bool:
+    """Whether :func:`split_largest_in_rows` takes such tensors."""
     require("the matrix")
     return bool(
         rows.dtype in (torch.float32, torch.float64)
+        and (out.shape, out.dtype, out.device) == (rows.shape, rows.dtype, rows.device)
         and rows.is_contiguous()
+        and out.is_contiguous()
         and 0 < count < rows.shape[1]
         and _kernels.max_group < rows.shape[1] <= _LONG_ROW
     )

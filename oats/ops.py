@@ -400,7 +400,7 @@ def split_largest_in_rows(rows: Tensor, count: int, out: Tensor) -> Tensor:
     >>> split_largest_in_rows(rows, 1, out), rows, out
     (tensor([5.], dtype=torch.float64), tensor([[3., 0., 4.]]), tensor([[ 0., -5.,  0.]]))
     """
-    if rows.is_cuda and cuda.splits_in_one_pass(rows, count):
+    if rows.is_cuda and cuda.splits_in_one_pass(rows, count, out):
         return cuda.split_largest_in_rows(rows, count, out)
     keep_largest_in_rows(rows, count, out)
     return row_norms(rows.sub_(out))

@@ -304,7 +304,8 @@ def _lanczos(
             rate = max(math.log(before[1] / excess) / (columns - before[0]), 1e-3)
             if math.log(excess) / rate > affordable or columns > 2 * affordable:
                 return None, passes
-        before = columns, excess
+        if before is None or columns >= before[0] + 2 * width:
+            before = columns, excess
         # A test takes some size³ slow operations: after every pass where that is little beside the pass.
         next_test = size + (width if 7 * size**3 < m * n else max(2 * width, size // 4))
         if size + width > capacity:
@@ -473,9 +474,10 @@ def _error_bound(matrix: Tensor, total: Tensor, u: Tensor, s: Tensor, vh: Tensor
     if float(rest) > 1e-3 * float(total):
         return (rest + 8 * eps * total).sqrt()
     rest = matrix.new_zeros((), dtype=torch.float64)
-    few = 128  # rows whose difference stays in the cache
-    difference = torch.empty_like(matrix[:few])
-    for rows, left in zip(matrix.split(few), (u * s).split(few), strict=True):
+    # So few rows that their difference stays in a CPU's cache.
+    count = 1024 if matrix.is_cuda else 128
+    difference = torch.empty_like(matrix[:count])
+    for rows, left in zip(matrix.split(count), (u * s).split(count), strict=True):
         rest += _squared_norm(torch.addmm(rows, left, vh, alpha=-1, out=difference[: len(rows)]))
     return 1.0005 * rest.sqrt() + 8 * eps * total.sqrt()
 

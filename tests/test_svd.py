@@ -203,6 +203,12 @@ def test_the_krylov_solver_and_the_dense_one_are_both_used():
     assert truncated_svd(flat(300, 340), 30, oversample=8, tol=1e-6).passes == 0
 
 
+def test_a_large_matrix_is_tested_after_every_pass():
+    # Without that the test after the first pass is followed by one after the third.
+    result = truncated_svd(flat(700, 720), 8, oversample=8, tol=0.3)
+    assert result.passes == 2 and bool(result.converged)
+
+
 def test_restarts():
     matrix = flat(700, 720)
     result = truncated_svd(matrix, 8, tol=1e-3)

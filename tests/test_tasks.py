@@ -13,6 +13,8 @@ import pytest
 from typer.testing import CliRunner
 
 from oats.cli import app
+from oats.errors import ConfigError
+from oats.evaluate.tasks import evaluate_tasks
 from tests import test_cli
 from tests.tiny import save_compressed
 
@@ -159,6 +161,11 @@ def test_a_missing_directory_of_tasks_is_refused_before_a_model_loads(tmp_path: 
     for command in ("eval", "compare"):
         refused = run(command, tmp_path, "--tasks", "quiz", "--task-path", tmp_path / "no")
         assert refused.exit_code == 2 and "--task-path" in refused.stderr
+
+
+def test_tasks_from_a_missing_directory_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="there is no directory"):
+        evaluate_tasks(None, None, ["quiz"], task_path=tmp_path / "no")
 
 
 def test_tasks_of_a_comparison(

@@ -1,7 +1,8 @@
 """Products of unstructured sparse weights on a GPU: MACKO (arXiv 2511.13061) and SpInfer (EuroSys 2025).
 
-Both are compiled with nvcc from checkouts that are not part of this project, for the GPU of this machine.
-They hold float16 and multiply by a sparse weight alone.
+Both are compiled with nvcc from checkouts that are not part of this project (github.com/vlejd/macko_spmv at
+afa7033, github.com/vlejd/SpInfer at a7aba35), for the GPU of this machine. They hold float16 and
+multiply by a sparse weight alone.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -22,8 +23,8 @@ ROOM_OF_A_TILE = 2304
 """Values of a tile of 64 × 64 that SpInfer's kernel has shared memory for."""
 
 
-def macko(checkout: Path, weight: Tensor, copies: int) -> tuple[list[Product], int]:
-    """Products with one row of x by copies of a weight (d_out, d_in), and the bytes of one copy.
+def macko(checkout: Path, weight: Tensor, copies: int) -> list[Product]:
+    """Products with one row of x, each by a copy of its own of a weight (d_out, d_in).
 
     Raises:
         ValueError: d_out is not a multiple of 32.
@@ -37,7 +38,6 @@ def macko(checkout: Path, weight: Tensor, copies: int) -> tuple[list[Product], i
     deltas = torch.empty(dense.numel() // 2 + 8, dtype=torch.uint8)
     values = torch.empty(dense.numel() + 8, dtype=torch.float16)
     count = library.macko_compress(_at(dense), rows, columns, _at(begins), _at(deltas), _at(values))
-    held = [values[:count], deltas[: count // 2], begins]
 
     def of(parts: list[Tensor]) -> Product:
         def multiply(x: Tensor) -> Tensor:
@@ -49,17 +49,20 @@ def macko(checkout: Path, weight: Tensor, copies: int) -> tuple[list[Product], i
 
         return multiply
 
-    return [of([part.to(weight.device, copy=True) for part in held]) for _ in range(copies)], _bytes(held)
+    return [of(parts) for parts in _copies([values[:count], deltas[: count // 2], begins], weight, copies)]
 
 
-def spinfer(checkout: Path, weight: Tensor, copies: int, split: int) -> tuple[list[Product], int]:
-    """Products with 8, 16, 32 or 64 rows of x by copies of a weight, and the bytes of one copy.
+def spinfer(checkout: Path, weight: Tensor, copies: int, splits: Sequence[int]) -> dict[int, list[Product]]:
+    """Products with 8, 16, 32 or 64 rows of x, each by a copy of its own of a weight.
 
     Args:
         checkout: of the repository.
         weight: (d_out, d_in).
-        copies: of the weight, one a product.
-        split: of the inputs, over so many blocks.
+        copies: of the weight.
+        splits: over how many blocks a product spreads its inputs.
+
+    Returns:
+        Split → products.
 
     Raises:
         ValueError: sizes are not multiples of 64, or a tile of 64 × 64 is too full for the kernel.
@@ -71,8 +74,9 @@ def spinfer(checkout: Path, weight: Tensor, copies: int, split: int) -> tuple[li
     dense = weight.half().cpu().contiguous()
     tiles = dense.numel() // 64**2
     values = torch.empty(dense.numel(), dtype=torch.float16)
-    offsets = torch.empty(tiles + 3, dtype=torch.int32)
-    medians = torch.empty(4 * tiles, dtype=torch.int32)
+    # The kernel looks one tile ahead.
+    offsets = torch.zeros(tiles + 3, dtype=torch.int32)
+    medians = torch.zeros(4 * (tiles + 1), dtype=torch.int32)
     bitmap = torch.empty(64 * tiles, dtype=torch.int64)
     most = library.spinfer_compress(
         _at(dense), rows, columns, _at(values), _at(offsets), _at(medians), _at(bitmap)
@@ -82,7 +86,7 @@ def spinfer(checkout: Path, weight: Tensor, copies: int, split: int) -> tuple[li
         raise ValueError(f"SpInfer has room for {ROOM_OF_A_TILE} values in a tile, one needs {most}")
     held = [values[: int(offsets[tiles])], offsets, medians, bitmap, torch.tensor([most], dtype=torch.int32)]
 
-    def of(parts: list[Tensor]) -> Product:
+    def of(parts: list[Tensor], split: int) -> Product:
         def multiply(x: Tensor) -> Tensor:
             batch = len(x)
             y, workspace = x.new_empty(batch, rows), x.new_empty(split, batch, rows)
@@ -95,7 +99,12 @@ def spinfer(checkout: Path, weight: Tensor, copies: int, split: int) -> tuple[li
 
         return multiply
 
-    return [of([part.to(weight.device, copy=True) for part in held]) for _ in range(copies)], _bytes(held)
+    placed = _copies(held, weight, copies)
+    return {split: [of(parts, split) for parts in placed] for split in splits}
+
+
+def _copies(parts: list[Tensor], weight: Tensor, copies: int) -> list[list[Tensor]]:
+    return [[part.to(weight.device, copy=True) for part in parts] for _ in range(copies)]
 
 
 def _compiled(name: str, include: Path) -> ctypes.CDLL:
@@ -122,10 +131,6 @@ def _at(tensor: Tensor) -> ctypes.c_void_p:
 
 def _stream() -> ctypes.c_void_p:
     return ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-
-
-def _bytes(parts: list[Tensor]) -> int:
-    return sum(part.nbytes for part in parts)
 
 
 def _check(status: int, name: str) -> None:

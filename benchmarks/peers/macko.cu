@@ -4,12 +4,11 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <cstdint>
 #include <cstdlib>
 
-// clang-format off: the second one needs what the first one includes.
-#include "kernels.cuh"
 #include "cpu_compressor.cuh"
-// clang-format on
+#include "kernels.cuh"
 
 extern "C" {
 

@@ -7,9 +7,9 @@
 
 extern "C" {
 
-// Rows and columns must be multiples of 64. Room: rows * columns values, a bitmap of 64 bits and four medians
-// for each tile of 64 x 64, and two offsets more than tiles, because the kernel looks ahead. Returns the most
-// values in a tile.
+// Rows and columns must be multiples of 64. Room: rows * columns values; for each tile of 64 x 64 a bitmap of
+// 64 words, and for a tile more than there are four medians, for three more an offset: the kernel looks
+// ahead. Returns the most values in a tile.
 int spinfer_compress(half* weight, int rows, int columns, half* values, int* offsets, int* medians,
                      uint64_t* bitmap) {
   half* own_values = nullptr;

@@ -92,7 +92,7 @@ __device__ __forceinline__ void wait_for_copies() {
 }
 
 // In a kernel launched as a `dependent` one: returns once the launch before it has ended and its writes can
-// be seen. Without compute capability 9 such a kernel starts only then.
+// be seen. Without code for compute capability 9 such a kernel starts only then.
 __device__ __forceinline__ void wait_for_previous_launch() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -110,8 +110,8 @@ inline void check(cudaError_t status) {
   if (status != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(status));
 }
 
-// Whether a device of that capability runs code in which wait_for_previous_launch() waits. From PTX for
-// capability 8, too, code is made for newer devices.
+// Whether a device of that capability runs code in which wait_for_previous_launch() waits: PTX for capability
+// 8 runs on newer devices too. The newest of the architectures is taken to be there as PTX, as by default.
 constexpr bool can_wait(int capability) {
 #ifdef __CUDA_ARCH_LIST__
   constexpr int kArchitectures[] = {__CUDA_ARCH_LIST__};

@@ -12,7 +12,7 @@ struct Expansion {
   const int64_t* starts;
   const uint32_t* masks;
   const Number* values;
-  unsigned blocks;                   // of a strip
+  unsigned strip_blocks;
   int64_t tiles, first_strip, rows;  // rows of the output
   Number* out;
   int64_t out_stride, columns;
@@ -43,8 +43,8 @@ __device__ __forceinline__ void store_8(const Expansion<Number>& e, int64_t row,
 template <class Number>
 __global__ void __launch_bounds__(kThreads) expand_kernel(const Expansion<Number> e) {
   const unsigned warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
-  const int64_t strip = blockIdx.x / e.blocks,
-                tile = static_cast<int64_t>(blockIdx.x % e.blocks) * kWarps + warp;
+  const int64_t strip = blockIdx.x / e.strip_blocks,
+                tile = static_cast<int64_t>(blockIdx.x % e.strip_blocks) * kWarps + warp;
   if (tile >= e.tiles) return;
   const int64_t at = (e.first_strip + strip) * e.tiles + tile;
   const Quarters q = scan_tile(__ldcs(e.masks + at * kLanes + lane), lane);
@@ -76,13 +76,13 @@ void run(const PackedWeight& weight, int64_t first, int64_t rows, void* out, int
   e.masks = reinterpret_cast<const uint32_t*>(weight.at + l.masks);
   e.values = reinterpret_cast<const Number*>(weight.at + l.values);
   e.tiles = l.tiles;
-  e.blocks = static_cast<unsigned>(divide_up(l.tiles, kWarps));
+  e.strip_blocks = static_cast<unsigned>(divide_up(l.tiles, kWarps));
   e.first_strip = first / kTileRows;
   e.rows = rows;
   e.out = static_cast<Number*>(out);
   e.out_stride = out_stride;
   e.columns = columns;
-  const dim3 grid(static_cast<unsigned>(divide_up(rows, kTileRows) * e.blocks));
+  const dim3 grid(static_cast<unsigned>(divide_up(rows, kTileRows) * e.strip_blocks));
   launch(expand_kernel<Number>, grid, dim3(kThreads), queue, false, e);
 }
 

@@ -79,6 +79,8 @@ def evaluate_tasks(
         raise ConfigError(
             f"batch and limit must be at least 1 and shots at least 0, got {batch}, {limit} and {shots}"
         )
+    if task_path is not None and not Path(task_path).is_dir():
+        raise ConfigError(f"there is no directory {task_path} with tasks; check task_path")
     require_harness()
     import lm_eval
     from datasets.exceptions import DatasetsError
@@ -86,8 +88,6 @@ def evaluate_tasks(
     from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    if task_path is not None and not Path(task_path).is_dir():
-        raise ConfigError(f"there is no directory {task_path} with tasks; check --task-path")
     include = None if task_path is None else str(task_path)
     # The thousands of files of the harness's own tasks take seconds to read: only where they are asked for.
     manager = TaskManager(include_path=include, include_defaults=False) if include else None
