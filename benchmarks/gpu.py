@@ -74,6 +74,11 @@ def error_of(y: Tensor, x: Tensor, weight: Tensor) -> float:
     return float(((y - x @ weight.T) / (x.square() @ weight.square().T).sqrt()).abs().max())
 
 
+def copies_of(nbytes: int, cache: int) -> int:
+    """How many of a weight: four times the second-level cache together, at least 2 and at most 64."""
+    return max(2, min(64, -(-4 * cache // nbytes)))
+
+
 def sparse_peers(
     shape: tuple[int, int], compression: float, cache: int
 ) -> dict[str, tuple[list[int], list[gpu_sparse.Product], Tensor]]:
@@ -85,7 +90,7 @@ def sparse_peers(
     weight = torch.randn(*shape, generator=generator, device="cuda")
     count = nnz_per_row(shape[1], compression, 0.0)
     weight = ops.keep_largest_in_rows(weight, count).half()
-    copies = max(2, min(64, -(-4 * cache // (2 * count * shape[0]))))
+    copies = copies_of(2 * count * shape[0], cache)
     made: dict[str, tuple[list[int], list[gpu_sparse.Product], Tensor]] = {}
     for name, checkout in checkouts.items():
         try:
@@ -146,7 +151,7 @@ def product_rows(
     for d_out, d_in in shapes:
         layer = random_layer(d_out, d_in, compression, device)
         assert layer.packed is not None
-        copies = max(2, min(64, -(-4 * cache // layer.packed.nbytes)))
+        copies = copies_of(layer.packed.nbytes, cache)
         weights = [layer.packed.clone() for _ in range(copies)]
         dense = [layer.to_dense() for _ in range(copies)]
         peers = sparse_peers((d_out, d_in), compression, cache)

@@ -203,18 +203,17 @@ def unpack(packed: Tensor, sizes: Sizes, dtype: torch.dtype) -> dict[str, Tensor
     parts = _parts(packed, sizes, dtype)
     mask = packed.new_empty(sizes.d_out, -(-sizes.d_in // 8))
     values = packed.new_empty(sizes.nnz, dtype=dtype)
-    columns = _tiles(sizes.d_out, sizes.d_in)[1] * 64
     first_value = 0
     for rows, tiles in _row_groups(sizes):
         bits = decode_mask(parts.masks.view(-1, 128)[tiles].reshape(-1, 1), 8)
         count = rows.stop - rows.start
-        strips = -(-count // 16)
-        in_tiles = bits.view(strips, columns // 64, 4, 8, 2, 4, 4).permute(_MASKS_BACK)
+        strips, strip_tiles = _tiles(count, sizes.d_in)
+        in_tiles = bits.view(strips, strip_tiles, 4, 8, 2, 4, 4).permute(_MASKS_BACK)
         in_order = in_tiles.permute(_VALUES)
         own = parts.values[first_value : first_value + int(bits.sum())]
         tiled = torch.zeros(in_order.shape, dtype=dtype, device=packed.device).masked_scatter_(in_order, own)
-        dense = tiled.permute(_VALUES_BACK).reshape(strips * 16, columns)[:count, : sizes.d_in]
-        kept = in_tiles.reshape(strips * 16, columns)[:count, : sizes.d_in]
+        dense = tiled.permute(_VALUES_BACK).reshape(strips * 16, strip_tiles * 64)[:count, : sizes.d_in]
+        kept = in_tiles.reshape(strips * 16, strip_tiles * 64)[:count, : sizes.d_in]
         mask[rows] = encode_mask(kept)
         values[first_value : first_value + len(own)] = dense.reshape(-1)[kept.reshape(-1)]
         first_value += len(own)
