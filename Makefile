@@ -41,7 +41,7 @@ test-sanitize: $(VENV)/cmake
 	OMP_WAIT_POLICY=passive build/sanitize/test_core
 
 # On a CUDA device; without one everything skips, and says so. docs/cuda.md has the same under compute-sanitizer.
-GPU_TESTS := $(addprefix tests/test_,cuda.py kernels.py nn.py svd.py decomposition.py)
+GPU_TESTS := tests/kernels tests/nn/test_nn.py tests/decomposition
 test-gpu: $(VENV)/installed
 	$(BIN)/python -m pytest -q $(GPU_TESTS) -k cuda
 

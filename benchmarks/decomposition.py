@@ -11,7 +11,7 @@ The full alternation is timed with `torch.linalg.svd` in float32. Where 80 take 
 seconds, fewer are timed and the time is extrapolated, which the table marks with "≈". The error after 80 is
 computed in full, from the eigenvectors of the Gram matrix in float64 (the same step), unless `--no-exact`.
 
-`--model` times the layers of one block of a model in `oats.evaluate.shapes`, on random weights, and
+`--model` times the layers of one block of a model in `oats.bench.shapes`, on random weights, and
 multiplies by the number of blocks; for `oats-hessian` with inputs that mix a few directions. `--batch` times
 random weights of one shape together against one after the other. `--accuracy` compares final errors, with
 products in float32 and in bfloat16, on layers of many kinds, and no times.
@@ -32,11 +32,11 @@ from torch import Tensor
 
 import oats
 import oats.decomposition
-from oats.budget import nnz_per_row, rank_for
-from oats.decomposition import decompose_batch
-from oats.evaluate.shapes import shapes_of
-from oats.methods import collects_hessians, decompose_by_method
-from oats.selection import keep_largest
+from oats.bench.shapes import shapes_of
+from oats.decomposition.alternating import decompose_batch
+from oats.decomposition.budget import nnz_per_row, rank_for
+from oats.decomposition.methods import collects_hessians, decompose_by_method
+from oats.decomposition.selection import keep_largest
 
 PUBLISHED = 80
 """Alternations of arXiv 2409.13652."""
@@ -185,7 +185,7 @@ def compare_errors(model: Path | None, momenta: list[float], exact: bool) -> Non
         errors = []
         for momentum in momenta:
             for smallest in (weight.numel() + 1, 0):
-                oats.decomposition.BFLOAT16_FROM = smallest
+                oats.decomposition.alternating.BFLOAT16_FROM = smallest
                 result = oats.decompose(weight, moment, compression=compression, momentum=momentum)
                 errors.append(result.relative_error)
         published = math.nan
@@ -284,7 +284,7 @@ def main() -> None:
     parser.add_argument(
         "--no-exact", action="store_true", help="leave out the error after 80 full alternations"
     )
-    parser.add_argument("--model", help="a name in oats.evaluate.shapes: time one of its blocks")
+    parser.add_argument("--model", help="a name in oats.bench.shapes: time one of its blocks")
     parser.add_argument("--batch", type=int, nargs="+", help="time so many at once against one by one")
     parser.add_argument("--method", choices=["oats", "oats-hessian"], default="oats", help="for --model")
     parser.add_argument("--accuracy", action="store_true", help="compare errors on many layers")

@@ -34,16 +34,17 @@ from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Phi3Config, PretrainedConfig
 from transformers.utils import logging
 
-from oats import OatsConfig, ops
+from oats import OatsConfig
+from oats.bench.contenders import read_time
+from oats.bench.model_latency import bytes_per_token, decode_time, generation_speed
+from oats.bench.random_model import random_model
+from oats.bench.spread import Spread
+from oats.checkpoint.stored_model import directory_bytes
 from oats.cli.console import human_bytes
-from oats.evaluate.contenders import read_time
-from oats.evaluate.generation import bytes_per_token, decode_time, generation_speed
-from oats.evaluate.random_model import random_model
-from oats.evaluate.spread import Spread
-from oats.head import quantize_head_
-from oats.integrations.stored_model import directory_bytes
-from oats.nn import SparseLowRankLinear
-from oats.quantization import quantize_
+from oats.compression.head import quantize_head_
+from oats.compression.quantize import quantize_
+from oats.kernels import ops
+from oats.nn.sparse_low_rank_linear import SparseLowRankLinear
 
 DEMO = Path(__file__).parent.parent / ".demo"
 REAL = {"gemma-3-270m": {"dense": "dense-bf16", "oats": "oats-50"}}

@@ -26,14 +26,15 @@ from llama_files import BENCH, LlamaModel
 from transformers import AutoConfig
 from transformers.utils import logging
 
-from oats import OatsConfig, ops
-from oats.atomic_file import write_text
+from oats import OatsConfig
+from oats.bench.model_latency import decode_time, generation_speed
+from oats.bench.random_model import random_model
+from oats.checkpoint.atomic_file import write_text
+from oats.compression.head import quantize_head_
 from oats.config import PRUNING
 from oats.evaluate.comparison import DENSE, Cell, Cells, header, is_dense, rows, split_codes
 from oats.evaluate.comparison_plot import draw
-from oats.evaluate.generation import decode_time, generation_speed
-from oats.evaluate.random_model import random_model
-from oats.head import quantize_head_
+from oats.kernels import ops
 
 # Format of a dense cell → file type of llama.cpp in which the layers have it.
 GGUF = {"q8_0": "Q8_0", "q4_0": "Q4_0", "q4_k": "Q4_K_S"}

@@ -34,11 +34,12 @@ import torch
 from peers import gpu_sparse
 from torch import Tensor, nn
 
-from oats import cuda, decompose, ops
-from oats.bitmask import encode
-from oats.budget import nnz_per_row, rank_for
-from oats.evaluate.shapes import shapes_of
-from oats.nn import SparseLowRankLinear
+from oats import decompose
+from oats.bench.shapes import shapes_of
+from oats.decomposition.budget import nnz_per_row, rank_for
+from oats.format.bitmask import encode
+from oats.kernels import cuda, ops
+from oats.nn.sparse_low_rank_linear import SparseLowRankLinear
 
 LLAMA_70B = [(8192, 8192), (1024, 8192), (28672, 8192), (8192, 28672)]
 QUICK = [(4096, 4096), (14336, 4096)]

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from oats.bench.contenders import TOLERANCES, Dtype, Loaded, cycled_bytes
+from oats.bench.random_layer import Form, RandomWeight
 from oats.errors import OatsError
-from oats.evaluate.contenders import TOLERANCES, Dtype, Loaded, cycled_bytes
-from oats.evaluate.layer import Form, RandomWeight
 
 
 class PeerError(OatsError):

@@ -24,14 +24,14 @@ from typing import Literal
 import torch
 from process import PeerError, PeerProcess
 
-from oats import ops
+from oats.bench import plots, summary
+from oats.bench.contenders import DTYPES, Contender, compressed, torch_dense
+from oats.bench.layer_latency import LeftOut, Row, layer_rows
+from oats.bench.random_layer import Form
+from oats.bench.shapes import LayerShape, shapes_of
 from oats.config import OatsConfig
 from oats.errors import OatsError, OutputExistsError
-from oats.evaluate import plots, report
-from oats.evaluate.contenders import DTYPES, Contender, compressed, torch_dense
-from oats.evaluate.latency import LeftOut, Row, layer_rows
-from oats.evaluate.layer import Form
-from oats.evaluate.shapes import LayerShape, shapes_of
+from oats.kernels import ops
 
 HERE = Path(__file__).resolve().parent
 
@@ -132,10 +132,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not rows:
         return 1
     # Also what was measured before a failure is kept.
-    table = report.markdown(rows, left_out)
+    table = summary.markdown(rows, left_out)
     (options.out / "table.md").write_text(table)
     seconds = round(time.monotonic() - started)
-    values = report.to_dict(rows, left_out, seconds=seconds, failure=failure)
+    values = summary.to_dict(rows, left_out, seconds=seconds, failure=failure)
     (options.out / "rows.json").write_text(json.dumps(values, indent=1) + "\n")
     if options.plot:
         plots.draw(rows, options.out)

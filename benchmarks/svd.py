@@ -22,7 +22,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from oats.svd import truncated_svd
+from oats.decomposition.truncated_svd import truncated_svd
 
 Factors = tuple[Tensor, Tensor, Tensor]
 Method = Callable[[Tensor, int], Factors]

@@ -18,11 +18,11 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from oats import ops
+from oats.bench.model_latency import generation_speed
+from oats.bench.spread import Spread
 from oats.cli.console import progress_bar, status
-from oats.evaluate.generation import generation_speed
-from oats.evaluate.spread import Spread
-from oats.evaluate.text import builtin_text
+from oats.compression.calibration_text import builtin_text
+from oats.kernels import ops
 
 PROMPT_TOKENS, NEW_TOKENS = 64, 32
 

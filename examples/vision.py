@@ -28,13 +28,14 @@ from transformers import Dinov2Config, Dinov2ForImageClassification, ViTConfig, 
 from transformers.utils import logging
 
 import oats
-from oats import ops
-from oats.atomic_file import write_text
+from oats.checkpoint.atomic_file import write_text
+from oats.checkpoint.saving import save_model
 from oats.cli.comparison_table import print_table
 from oats.cli.console import progress_bar
-from oats.evaluate import comparison, comparison_plot, rollout
-from oats.integrations.checkpoint import save_model
+from oats.evaluate import comparison, comparison_plot
+from oats.inspection import rollout
 from oats.integrations.vision import load_vision_model
+from oats.kernels import ops
 
 DEMO = Path(__file__).parent.parent / ".demo"
 FILES = {

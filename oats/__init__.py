@@ -10,55 +10,57 @@ from typing import TYPE_CHECKING, Any
 
 from oats._autoload import register
 
-__version__ = "0.1.0"
-
 if TYPE_CHECKING:
-    from oats.compress import compress_ as compress_
+    from oats._version import __version__ as __version__
+    from oats.checkpoint.model_card import write_model_card as write_model_card
+    from oats.compression.compress import compress_ as compress_
+    from oats.compression.quantize import quantize_ as quantize_
     from oats.config import OatsConfig as OatsConfig
-    from oats.decomposition import Decomposition as Decomposition
-    from oats.decomposition import decompose as decompose
+    from oats.decomposition.alternating import Decomposition as Decomposition
+    from oats.decomposition.alternating import decompose as decompose
+    from oats.decomposition.hessian import decompose_hessian as decompose_hessian
+    from oats.decomposition.truncated_svd import TruncatedSVD as TruncatedSVD
+    from oats.decomposition.truncated_svd import truncated_svd as truncated_svd
     from oats.errors import CalibrationError as CalibrationError
     from oats.errors import CheckpointError as CheckpointError
     from oats.errors import ConfigError as ConfigError
+    from oats.errors import DeviceError as DeviceError
     from oats.errors import DistributedError as DistributedError
     from oats.errors import FormatError as FormatError
     from oats.errors import OatsError as OatsError
     from oats.errors import OutputExistsError as OutputExistsError
     from oats.errors import UnsupportedModelError as UnsupportedModelError
     from oats.errors import WeightError as WeightError
-    from oats.hessian import decompose_hessian as decompose_hessian
-    from oats.integrations.model_card import write_model_card as write_model_card
-    from oats.nn import SparseLowRankLinear as SparseLowRankLinear
-    from oats.quantization import quantize_ as quantize_
-    from oats.svd import TruncatedSVD as TruncatedSVD
-    from oats.svd import truncated_svd as truncated_svd
+    from oats.nn.sparse_low_rank_linear import SparseLowRankLinear as SparseLowRankLinear
 
 # Where torch's entry points are off (TORCH_DEVICE_BACKEND_AUTOLOAD=0), whoever imports oats gets its format.
 register()
 
 _HOME = {
-    "compress_": "oats.compress",
+    "__version__": "oats._version",
+    "compress_": "oats.compression.compress",
     "OatsConfig": "oats.config",
-    "Decomposition": "oats.decomposition",
-    "decompose": "oats.decomposition",
-    "decompose_hessian": "oats.hessian",
+    "Decomposition": "oats.decomposition.alternating",
+    "decompose": "oats.decomposition.alternating",
+    "decompose_hessian": "oats.decomposition.hessian",
     "OatsError": "oats.errors",
     "CalibrationError": "oats.errors",
     "CheckpointError": "oats.errors",
     "ConfigError": "oats.errors",
+    "DeviceError": "oats.errors",
     "DistributedError": "oats.errors",
     "FormatError": "oats.errors",
     "OutputExistsError": "oats.errors",
     "UnsupportedModelError": "oats.errors",
     "WeightError": "oats.errors",
-    "SparseLowRankLinear": "oats.nn",
-    "quantize_": "oats.quantization",
-    "TruncatedSVD": "oats.svd",
-    "truncated_svd": "oats.svd",
-    "write_model_card": "oats.integrations.model_card",
+    "SparseLowRankLinear": "oats.nn.sparse_low_rank_linear",
+    "quantize_": "oats.compression.quantize",
+    "TruncatedSVD": "oats.decomposition.truncated_svd",
+    "truncated_svd": "oats.decomposition.truncated_svd",
+    "write_model_card": "oats.checkpoint.model_card",
 }
 
-__all__ = [*_HOME, "__version__"]
+__all__ = [*_HOME]
 
 
 def __getattr__(name: str) -> Any:

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from oats.errors import ConfigError
-
-if TYPE_CHECKING:
-    from oats.storage import LowRank, Storage, Values
 
 Pattern = str
 """``"row"``, ``"layer"``, or ``"N:M"`` such as ``"2:4"``."""
 
 PRUNING = ("magnitude", "wanda", "sparsegpt", "dsnot")
-"""The methods without a low-rank part: their rank ratio is 0 (:mod:`oats.baselines`)."""
+"""The methods without a low-rank part: their rank ratio is 0 (:mod:`oats.decomposition.baselines`)."""
 
 METHODS = ("oats", "oats-hessian", *PRUNING)
 BUDGETS = ("uniform", "owl", "error")
@@ -48,6 +46,85 @@ def parse_n_m(pattern: Pattern) -> tuple[int, int] | None:
     return (int(match[1]), int(match[2])) if match else None
 
 
+Values = Literal["exact", "int8", "int4"]
+LowRank = Literal["exact", "int8"]
+
+VALUES: tuple[Values, ...] = ("exact", "int8", "int4")
+"""Storages of the kept values, in the order of the core's numbers."""
+
+LOW_RANK: tuple[LowRank, ...] = ("exact", "int8")
+"""Storages of the low-rank factors, in the same order."""
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Which of a layer's numbers are stored as integer codes (docs/format.md).
+
+    A code stands for itself times the scale of its row and its `scale_columns` columns; an int4 code for an
+    int8 of the layer's codebook times that scale. S and V are then those for inputs that are multiplied by 2
+    to the `input_exponent` of each: inputs differ in size by orders of magnitude, so do the weights for them.
+
+    Args:
+        values: of the kept values: ``"exact"`` (the layer's dtype), ``"int8"``, or ``"int4"``.
+        low_rank: of U and V: ``"exact"`` or ``"int8"``.
+        scale_columns: columns that share a scale, 64 or 128; 0 where nothing is a code.
+
+    Raises:
+        ConfigError: there is no such storage.
+    """
+
+    values: Values = "exact"
+    low_rank: LowRank = "exact"
+    scale_columns: int = 0
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("values", VALUES), ("low_rank", LOW_RANK)):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"{name} are {getattr(self, name)!r}, expected one of {', '.join(allowed)}")
+        if self.scale_columns not in (SCALE_COLUMNS if self.has_codes else (0,)):
+            raise ConfigError(
+                f"scale_columns is {self.scale_columns!r}, expected "
+                + ("64 or 128" if self.has_codes else "0, because nothing has a scale")
+            )
+
+    @classmethod
+    def of(cls, values: Values, low_rank: LowRank, scale_columns: int) -> Storage:
+        """The storage of both, with scales where one of them has codes.
+
+        Raises:
+            ConfigError: there is no such storage.
+
+        >>> Storage.of("exact", "exact", 128) == EXACT
+        True
+        """
+        return cls(values, low_rank, 0 if values == low_rank == "exact" else scale_columns)
+
+    @property
+    def has_codes(self) -> bool:
+        """Whether any number is stored as a code."""
+        return self.values != "exact" or self.low_rank != "exact"
+
+    def scales(self, columns: int) -> int:
+        """Number of scales in a row of so many columns."""
+        return -(-columns // self.scale_columns)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What ``config.json`` says of a layer beyond its rank and non-zeros; nothing where all is exact."""
+        if not self.has_codes:
+            return {}
+        return {"values": self.values, "low_rank": self.low_rank, "scale_columns": self.scale_columns}
+
+    @classmethod
+    def from_dict(cls, sizes: Mapping[str, Any]) -> Storage:
+        """The inverse of :meth:`to_dict`; other keys are not looked at."""
+        given = {name: sizes[name] for name in ("values", "low_rank", "scale_columns") if name in sizes}
+        return cls(**given)
+
+
+EXACT = Storage()
+"""All in the layer's dtype."""
+
+
 @dataclass(frozen=True)
 class OatsConfig:
     """Settings of one compression run.
@@ -59,7 +136,8 @@ class OatsConfig:
     Args:
         method: ``"oats"``, the published one; ``"oats-hessian"``, which weighs a layer's error by the
             whole Hessian of its inputs instead of its diagonal (:func:`oats.decompose_hessian`); or, to
-            compare with, ``"magnitude"``, ``"wanda"``, ``"sparsegpt"``, ``"dsnot"`` (:mod:`oats.baselines`).
+            compare with, ``"magnitude"``, ``"wanda"``, ``"sparsegpt"``, ``"dsnot"``
+            (:mod:`oats.decomposition.baselines`).
         compression: share of a layer's parameters that is removed, in [0, 1).
         rank_ratio: share of the parameters kept that goes to the low-rank part, in [0, 1]; 0 for the methods
             in `PRUNING`, which have none, without being asked for.
@@ -76,10 +154,11 @@ class OatsConfig:
         moments: the inputs that a layer is fitted to: ``"sequential"``, what the compressed blocks before its
             own make of the calibration data, as published; or ``"dense"``, those of the dense model.
         block_matching: passes over the calibration data in which the kept values and the factors of each
-            block are tuned for the block's output (:mod:`oats.matching`); 0 is the published method.
-        budget: how `compression` is spread over the layers (:mod:`oats.allocation`): ``"uniform"``, the
-            published way; ``"owl"``, less of it in blocks with more outliers; ``"error"``, less of it where
-            the measured error grows faster with the parameters removed. Not with N:M patterns.
+            block are tuned for the block's output (:mod:`oats.compression.matching`); 0 is the published one.
+        budget: how `compression` is spread over the layers (:mod:`oats.compression.allocation`):
+            ``"uniform"``, the published way; ``"owl"``, less of it in blocks with more outliers; ``"error"``,
+            less of it where the measured error grows faster with the parameters removed. Not with N:M
+            patterns.
         rank_ratios: for each layer the one of these with the lowest error replaces `rank_ratio`; none of them
             leaves it.
         values: how the kept values are stored: ``"int8"`` or ``"int4"`` codes, or None for `dtype`, which
@@ -229,8 +308,6 @@ class OatsConfig:
     @property
     def storage(self) -> Storage:
         """How the tensors of a layer are stored."""
-        from oats.storage import Storage
-
         values: Values = self.values if self.values in ("int8", "int4") else "exact"
         low_rank: LowRank = (
             "int8" if self.low_rank == "int8" or (self.values and self.low_rank is None) else "exact"
@@ -248,7 +325,7 @@ class OatsConfig:
         return DEFAULT_MOMENTUM[self.svd] if self.momentum is None else self.momentum
 
     def decompose_options(self) -> dict[str, Any]:
-        """The keyword arguments of the method's function (:mod:`oats.methods`)."""
+        """The keyword arguments of the method's function (:mod:`oats.decomposition.methods`)."""
         names: tuple[str, ...] = ("compression", "pattern")
         if self.method not in PRUNING:
             names += ("rank_ratio", "svd", "iterations", "momentum", "seed")

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from oats import ops
-from oats.bitmask import encode
+from oats.format.bitmask import encode
+from oats.kernels import ops
 
 ISAS = ops.available_isas()
 DTYPES = [torch.float32, torch.bfloat16]

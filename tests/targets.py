@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from oats import cuda, ops
+from oats.kernels import cuda, ops
 from tests.cuda.emulation import emulated
 
 needs_cuda = pytest.mark.skipif(

@@ -14,7 +14,7 @@ from transformers import (
 )
 
 import oats
-from oats.compress import CompressionReport
+from oats.compression.report import CompressionReport
 
 CONTEXT = 128
 CHAT_TEMPLATE = (

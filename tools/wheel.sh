@@ -28,8 +28,8 @@ cp -r tests "$work/tests-only/"
 (
     cd "$work/tests-only"
     ../venv/bin/python -m pytest -q -p no:cacheprovider \
-        tests/test_kernels.py tests/test_nn.py tests/test_format.py tests/test_decomposition.py tests/test_budget.py \
-        tests/test_config.py tests/test_threads.py
+        tests/kernels/test_kernels.py tests/nn/test_nn.py tests/format/test_format.py tests/decomposition/test_alternating.py tests/decomposition/test_budget.py \
+        tests/test_config.py tests/kernels/test_threads.py
     ../venv/bin/oats info
 )
 cp "$wheel" "$out/"

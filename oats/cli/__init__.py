@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from oats import __version__
+from oats._version import __version__
 from oats.cli import (
     bench,
     chat,

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from oats.evaluate.contenders import Dtype
-    from oats.evaluate.latency import LeftOut, Row, Timing
-    from oats.storage import Storage
+    from oats.bench.contenders import Dtype
+    from oats.bench.layer_latency import LeftOut, Row, Timing
+    from oats.config import Storage
 
 
 def bench(
@@ -72,12 +72,12 @@ def bench(
 
     import torch
 
-    from oats import ops
+    from oats.bench import summary
+    from oats.bench.contenders import compressed, torch_dense
+    from oats.bench.layer_latency import layer_rows
+    from oats.bench.shapes import LayerShape, shapes_of
     from oats.cli.console import print_json, progress_bar, results
-    from oats.evaluate import report
-    from oats.evaluate.contenders import compressed, torch_dense
-    from oats.evaluate.latency import layer_rows
-    from oats.evaluate.shapes import LayerShape, shapes_of
+    from oats.kernels import ops
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -87,7 +87,7 @@ def bench(
             f"this machine has no instruction set {missing[0]!r}; it has " + ", ".join(ops.available_isas())
         )
     if plot is not None:
-        from oats.evaluate import plots
+        from oats.bench import plots
 
         plots.prepare(plot)
     shapes = shapes_of(model) if model is not None else (LayerShape(f"{d_out} x {d_in}", d_out, d_in),)
@@ -121,7 +121,7 @@ def bench(
     if plot is not None:
         plots.draw(rows, plot)
     if as_json:
-        print_json(report.to_dict(rows, left_out))
+        print_json(summary.to_dict(rows, left_out))
         return
     print_rows(results(), rows)
 
@@ -131,8 +131,8 @@ def print_rows(console: Console, rows: Sequence[Row]) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
+    from oats.bench.layer_latency import contender_label
     from oats.cli.console import human_bytes
-    from oats.evaluate.latency import contender_label
 
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:

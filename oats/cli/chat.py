@@ -14,7 +14,7 @@ from oats.errors import ConfigError, OatsError
 
 if TYPE_CHECKING:
     from oats.serving.engine import Engine
-    from oats.serving.generation import Sampling
+    from oats.serving.request import Sampling
 
 HELP = "/reset forgets the conversation, /exit or Ctrl-D leaves; Ctrl-C stops an answer"
 
@@ -47,7 +47,7 @@ def chat(
 
     from oats.cli.console import notes, status
     from oats.serving.engine import Engine
-    from oats.serving.generation import Sampling
+    from oats.serving.request import Sampling
 
     with status(f"Loading {directory}"):
         model, tokenizer = load_with_template(directory, dtype, chat_template)
@@ -90,7 +90,7 @@ def load_with_template(directory: str, dtype: str | None, chat_template: Path | 
     Raises:
         ConfigError: the template cannot be read.
     """
-    from oats.integrations.checkpoint import load_model
+    from oats.checkpoint.loading import load_model
 
     template = None
     if chat_template is not None:
@@ -123,7 +123,7 @@ def _answer(engine: Engine, turns: list[dict[str, str]], sampling: Sampling) -> 
     """
     from jinja2 import TemplateError
 
-    from oats.serving.generation import Event, Finished
+    from oats.serving.request import Event, Finished
 
     try:
         encoded = engine.tokenizer.apply_chat_template(

@@ -95,10 +95,18 @@ def compare(
 
     import torch
 
-    from oats import __version__, ops
-    from oats.atomic_file import write_text
+    from oats._version import __version__
+    from oats.checkpoint.atomic_file import write_text
+    from oats.checkpoint.loading import load_model
     from oats.cli.comparison_table import print_table
     from oats.cli.console import notes, print_json, progress_bar, results, settings_table, status
+    from oats.compression.calibration_text import (
+        bos_token_id,
+        builtin_text,
+        calibration_sequences,
+        read_text,
+        tokenize,
+    )
     from oats.evaluate.comparison import (
         Cell,
         Cells,
@@ -111,14 +119,13 @@ def compare(
     )  # fmt: skip
     from oats.evaluate.perplexity import default_context, perplexity
     from oats.evaluate.tasks import evaluate_tasks, require_harness
-    from oats.evaluate.text import bos_token_id, builtin_text, calibration_sequences, read_text, tokenize
-    from oats.integrations.checkpoint import load_model
+    from oats.kernels import ops
 
     planned = plan(
         common, _listed(methods, "methods"), [_number(each) for each in _listed(compressions, "compressions")]
     )
     if plot:
-        from oats.evaluate.plots import require_matplotlib
+        from oats.bench.plots import require_matplotlib
 
         require_matplotlib()
     if tasks:

@@ -30,8 +30,8 @@ from oats.errors import ConfigError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from oats.distributed import Ranks
-    from oats.integrations.staging import Staging
+    from oats.checkpoint.staging import Staging
+    from oats.compression.distributed import Ranks
 
 
 def compress(
@@ -152,8 +152,8 @@ def compress(
         head=head,  # type: ignore[arg-type]
     )
 
-    from oats.distributed import joined
-    from oats.memory import parse_size
+    from oats.compression.distributed import joined
+    from oats.compression.memory import parse_size
 
     limit = None if memory_limit is None else parse_size(memory_limit)
     with joined() as ranks:
@@ -184,13 +184,14 @@ def _run(
     memory_limit: int | None,
 ) -> dict[str, Any]:
     """Do it; returns what is to be said about it."""
+    from oats.checkpoint.loading import load_dense_source, load_model
+    from oats.checkpoint.model_card import write_model_card
+    from oats.checkpoint.saving import check_output, save_model
+    from oats.checkpoint.staging import Staging
+    from oats.checkpoint.stored_model import read_stored_model
     from oats.cli.console import layers_progress, status
-    from oats.compress import compress_
-    from oats.integrations.checkpoint import check_output, load_dense_source, load_model, save_model
-    from oats.integrations.model_card import write_model_card
-    from oats.integrations.staging import Staging
-    from oats.integrations.stored_model import read_stored_model
-    from oats.memory import peak_bytes
+    from oats.compression.compress import compress_
+    from oats.compression.memory import peak_bytes
 
     # Where an earlier run was stopped after it had given the model its name, little is left to do.
     staging = Staging(out.resolve())
@@ -215,7 +216,7 @@ def _run(
     started = time.perf_counter()
     with layers_progress() if ranks.rank == 0 else nullcontext() as progress:
         if opened is not None:
-            from oats.integrations.streaming import compress_directory
+            from oats.checkpoint.streaming import compress_directory
 
             with _telling_where_it_stopped(staging):
                 made = compress_directory(
@@ -271,7 +272,7 @@ def _sequences(
     network: Any, tokenizer: Any, calibration: Path | None, samples: int | None, length: int
 ) -> tuple[Tensor, dict[str, Any]]:
     """Token ids, and what identifies them."""
-    from oats.evaluate.text import builtin_text, calibration_sequences, read_text
+    from oats.compression.calibration_text import builtin_text, calibration_sequences, read_text
 
     samples = 64 if samples is None else samples
     text = builtin_text("first") if calibration is None else read_text(calibration)

@@ -65,10 +65,10 @@ def evaluate(
     if save:
         _check_compressed(Path(directory))
 
+    from oats.checkpoint.loading import load_model
     from oats.cli.console import print_json, progress_bar, results, settings_table, status
+    from oats.compression.calibration_text import bos_token_id, builtin_text, read_text, tokenize
     from oats.evaluate.perplexity import perplexity
-    from oats.evaluate.text import bos_token_id, builtin_text, read_text, tokenize
-    from oats.integrations.checkpoint import load_model
 
     source = builtin_text("second") if text is None else read_text(text)
     with status(f"Loading {directory}"):
@@ -108,16 +108,16 @@ def evaluate(
 
 
 def _check_compressed(directory: Path) -> None:
-    from oats.integrations.stored_model import read_stored_model
+    from oats.checkpoint.stored_model import read_stored_model
 
     if read_stored_model(directory).config is None:
         raise ConfigError(f"{directory} is not compressed, so it has no card of oats; leave --save out")
 
 
 def _save(directory: Path, evaluation: dict[str, Any]) -> None:
+    from oats.checkpoint.model_card import CARD, write_model_card
+    from oats.checkpoint.record import Record
     from oats.cli.console import notes
-    from oats.integrations.model_card import CARD, write_model_card
-    from oats.integrations.record import Record
 
     record = Record.read(directory) or Record()
     record.add_evaluation(evaluation)
@@ -142,9 +142,9 @@ def _evaluate_tasks(
     batch: int,
     as_json: bool,
 ) -> None:
+    from oats.checkpoint.loading import load_model
     from oats.cli.console import print_json, results, status
     from oats.evaluate.tasks import evaluate_tasks
-    from oats.integrations.checkpoint import load_model
 
     with status(f"Loading {directory}"):
         model, tokenizer = load_model(directory, dtype)

@@ -29,8 +29,8 @@ def generate(
     import torch
     from transformers import TextStreamer
 
+    from oats.checkpoint.loading import load_model
     from oats.cli.console import print_json, status
-    from oats.integrations.checkpoint import load_model
 
     with status(f"Loading {directory}"):
         model, tokenizer = load_model(directory, dtype)

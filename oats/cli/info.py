@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from oats import __version__
+from oats._version import __version__
 from oats.cli.options import Json
 
 if TYPE_CHECKING:
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from oats.integrations.record import Record
-    from oats.integrations.stored_model import StoredLayer, StoredModel
+    from oats.checkpoint.record import Record
+    from oats.checkpoint.stored_model import StoredLayer, StoredModel
 
 MOST_ERRORS = 5
 BAR_WIDTH = 32
@@ -40,8 +40,8 @@ def info(
 def _installation(as_json: bool) -> None:
     import torch
 
-    from oats import ops
     from oats.cli.console import print_json, results, settings_table
+    from oats.kernels import ops
 
     if as_json:
         print_json(
@@ -70,9 +70,9 @@ def _installation(as_json: bool) -> None:
 
 
 def _model(directory: Path, as_json: bool) -> None:
+    from oats.checkpoint.record import Record, in_words
+    from oats.checkpoint.stored_model import read_stored_model
     from oats.cli.console import human_bytes, print_json, results, settings_table
-    from oats.integrations.record import Record, in_words
-    from oats.integrations.stored_model import read_stored_model
 
     model = read_stored_model(directory)
     record = Record.read(directory) or Record()
@@ -192,7 +192,7 @@ def _latest_perplexity(record: Record) -> dict[str, str]:
 
 def _bytes_by_kind(model: StoredModel) -> dict[str, float]:
     """Kind of layer → stored bytes in all blocks; the largest first, everything else last."""
-    from oats.evaluate.anatomy import block_and_kind
+    from oats.inspection.anatomy import block_and_kind
 
     sizes: dict[str, float] = {}
     for layer in model.layers:

@@ -48,15 +48,15 @@ def quantize(
     No calibration is needed. With --calibrate, or a --calibration text, the error of each code is made good
     by the values after it, and later blocks are fitted to what the coded ones before them return.
     """
+    from oats.checkpoint.loading import load_model
+    from oats.checkpoint.record import Record
+    from oats.checkpoint.saving import check_output, save_model
+    from oats.checkpoint.stored_model import read_stored_model
     from oats.cli.console import human_bytes, print_json, progress_bar, results, settings_table, status
-    from oats.config import OatsConfig
-    from oats.evaluate.text import builtin_text, calibration_sequences, read_text
-    from oats.head import quantize_head_
-    from oats.integrations.checkpoint import check_output, load_model, save_model
-    from oats.integrations.record import Record
-    from oats.integrations.stored_model import read_stored_model
-    from oats.quantization import quantize_
-    from oats.storage import Storage
+    from oats.compression.calibration_text import builtin_text, calibration_sequences, read_text
+    from oats.compression.head import quantize_head_
+    from oats.compression.quantize import quantize_
+    from oats.config import OatsConfig, Storage
 
     OatsConfig(head=head)  # type: ignore[arg-type]  # checks it
     storage = Storage.of(values, low_rank, scale_columns)  # type: ignore[arg-type]  # checks them

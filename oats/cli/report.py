@@ -11,8 +11,8 @@ from oats.cli.options import CompressedModel
 from oats.errors import OatsError, OutputExistsError
 
 if TYPE_CHECKING:
-    from oats.evaluate.latency import Row
-    from oats.integrations.stored_model import StoredModel
+    from oats.bench.layer_latency import Row
+    from oats.checkpoint.stored_model import StoredModel
 
 BATCHES = (1, 16, 128)
 
@@ -35,11 +35,11 @@ def report(
 
     The file has its pictures in it and opens in any browser, also without a network.
     """
-    from oats.atomic_file import write_text
+    from oats.checkpoint.atomic_file import write_text
+    from oats.checkpoint.record import Record
+    from oats.checkpoint.stored_model import read_stored_model
     from oats.cli.console import human_bytes, progress_bar, results
-    from oats.evaluate.html_report import html_report
-    from oats.integrations.record import Record
-    from oats.integrations.stored_model import read_stored_model
+    from oats.inspection.html_report import html_report
 
     out = Path(f"{directory.resolve().name}-report.html") if out is None else out
     if out.is_dir():
@@ -68,12 +68,12 @@ def report(
 
 def _time(model: StoredModel) -> list[Row]:
     """Time each size of layer that the model has."""
+    from oats.bench.contenders import Dtype, compressed, torch_dense
+    from oats.bench.layer_latency import layer_rows
+    from oats.bench.shapes import LayerShape
+    from oats.checkpoint.quantization_config import parse_quantization_config
     from oats.cli.console import progress_bar
-    from oats.evaluate.anatomy import block_and_kind
-    from oats.evaluate.contenders import Dtype, compressed, torch_dense
-    from oats.evaluate.latency import layer_rows
-    from oats.evaluate.shapes import LayerShape
-    from oats.integrations.stored_model import parse_quantization_config
+    from oats.inspection.anatomy import block_and_kind
 
     if model.config is None or not model.layers:
         return []

@@ -17,10 +17,10 @@ def rollout(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")] = False,
 ) -> None:
     """Draw the attention rollout of a model, of its sparse part alone and of its low-rank part alone."""
+    from oats.bench.plots import require_matplotlib
     from oats.cli.console import results, status
     from oats.errors import OutputExistsError
-    from oats.evaluate.plots import require_matplotlib
-    from oats.evaluate.rollout import draw, rollouts
+    from oats.inspection.rollout import draw, rollouts
     from oats.integrations.vision import load_vision_model, read_images
 
     if out.exists() and not overwrite:

@@ -6,7 +6,7 @@ import json
 from importlib.util import find_spec
 from pathlib import Path
 
-from oats import __version__
+from oats._version import __version__
 
 STEPS = (
     ("oats compress MODEL OUT", "a directory, a .gguf file, a hub name"),

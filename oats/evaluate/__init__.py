@@ -1,1 +1,1 @@
-"""Measuring a model: perplexity on a text, and latency."""
+"""How good a model is: perplexity, tasks, and methods compared."""

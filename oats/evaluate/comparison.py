@@ -11,27 +11,26 @@ from typing import Any
 import torch
 from torch import nn
 
-from oats.atomic_file import write_text
-from oats.calibrate import Calibration
-from oats.compress import compress_
+from oats.checkpoint.atomic_file import write_text
+from oats.compression.calibration import Calibration
+from oats.compression.compress import compress_
+from oats.compression.targets import find_targets
 from oats.config import PRUNING, OatsConfig
 from oats.errors import ConfigError, FormatError, OutputExistsError
 from oats.evaluate.dense_formats import DenseFormat
-from oats.models import find_blocks
-from oats.nn import SparseLowRankLinear
-from oats.targets import find_targets
+from oats.models.blocks import find_blocks
+from oats.nn.sparse_low_rank_linear import SparseLowRankLinear
 
 DENSE = "dense"
 """The name of the model as it was, among the methods; with + and a name of `FORMATS` behind, its weights are
 rounded to that format (:mod:`oats.evaluate.dense_formats`)."""
 
 MATCHED = "+match"
-"""Behind the name of a method: each block is tuned too, in `PASSES` passes (:mod:`oats.matching`)."""
+"""Behind the name of a method: each block is tuned too, in `PASSES` passes."""
 PASSES = 2
 
 CODES = ("+int8", "+int4")
-"""Behind the name: kept values are stored as such codes (:mod:`oats.quantization`)."""
-
+"""Behind the name: kept values are stored as such codes (:mod:`oats.decomposition.codes`)."""
 
 Planned = OatsConfig | DenseFormat
 """What is done to the model for a cell."""

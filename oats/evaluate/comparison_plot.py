@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from oats.bench.plots import STYLE
 from oats.evaluate.comparison import CODES, DENSE, Cell, is_accuracy, is_cosine, is_dense, split_codes
-from oats.evaluate.plots import STYLE
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -21,7 +21,6 @@ _STORED = {"": ("-", "full"), **dict(zip(CODES, (("--", "none"), (":", "bottom")
 
 OFF_SCALE = 10
 """Perplexities of more than this many times the dense model's are named, and not drawn."""
-
 
 Speeds = Mapping[tuple[str, float], float]
 """Method and compression of a cell → decoded tokens a second."""

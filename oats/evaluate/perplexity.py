@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from oats.errors import CalibrationError, ConfigError, OatsError
+from oats.models.context import context_limit
 
 DEFAULT_CONTEXT = 2048
 """Context length of the pruning literature; a model with a shorter one uses its own."""
@@ -169,10 +170,3 @@ def _exp(nll: float) -> float:
 def default_context(model: Any) -> int:
     """Tokens of a window where none are asked for: 2048, or what the model allows if less."""
     return min(DEFAULT_CONTEXT, context_limit(model) or DEFAULT_CONTEXT)
-
-
-def context_limit(model: Any) -> int | None:
-    """Tokens that a model of transformers takes at most, where its configuration says."""
-    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-    limit = getattr(config, "max_position_embeddings", None)
-    return limit if isinstance(limit, int) and limit > 0 else None

@@ -1,1 +1,1 @@
-"""The tools that people already use: transformers and its checkpoints."""
+"""Other libraries: transformers, PEFT, and vision models."""

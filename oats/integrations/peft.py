@@ -23,7 +23,8 @@ from peft.tuners.lora import model as lora_model
 from torch import nn
 
 from oats.errors import ConfigError
-from oats.nn import SparseLowRankLinear, SplitLinear
+from oats.nn.sparse_low_rank_linear import SparseLowRankLinear
+from oats.nn.split_linear import SplitLinear
 
 INITIALISATIONS = (True, False, "gaussian")
 """Values of ``init_lora_weights`` that leave the weight as it is."""

@@ -37,30 +37,30 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from oats import format as fmt
-from oats.config import OatsConfig
-from oats.errors import CalibrationError, ConfigError, FormatError
-from oats.fusion import fuse_, unfuse_
-from oats.head import RowsOfHead, head_of, own_rows, rows_of_head
-from oats.integrations.stored_model import (
+from oats.checkpoint.layer_table import layer_table, layers_of, replacements, storable
+from oats.checkpoint.quantization_config import (
     EMBEDDING,
+    QUANT_METHOD,
     RETRY,
-    StoredTensor,
-    check_sizes,
-    check_tensors,
+    lowest_format_version,
     parse_quantization_config,
-    read_header,
+    quantization_dict,
 )
-from oats.models.experts import SplitExperts, fused_weights, split_all_
+from oats.checkpoint.stored_model import StoredTensor, check_sizes, check_tensors, read_header
+from oats.compression.saving_hook import register_saving_hook
+from oats.config import OatsConfig, Storage
+from oats.errors import CalibrationError, ConfigError, FormatError
+from oats.format.layer_spec import DTYPES
+from oats.models.experts import split_all_
 from oats.models.linear import fused_outputs, is_linear, like_linear, replace_, weight_of
-from oats.nn import SparseLowRankLinear, SplitLinear
-from oats.storage import Storage
+from oats.nn.experts import SplitExperts, fused_weights
+from oats.nn.fusion import fuse_, unfuse_
+from oats.nn.head import RowsOfHead, own_rows, rows_of_head
+from oats.nn.sparse_low_rank_linear import SparseLowRankLinear
+from oats.nn.split_linear import SplitLinear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-QUANT_METHOD = "oats"
-"""``quantization_config.quant_method`` in config.json."""
 
 
 @dataclass(kw_only=True, repr=False)
@@ -72,7 +72,7 @@ class OatsQuantizationConfig(QuantizationConfigMixin):
     Args:
         settings: of the compression run.
         layers: name of each compressed layer → its ``rank`` and ``nnz``, and where it has codes the fields of
-            its :class:`~oats.storage.Storage`; of the output head also its ``embedding``.
+            its :class:`~oats.config.Storage`; of the output head also its ``embedding``.
         calibration: of a dense model: the path of a UTF-8 text, or token ids (sequences, length); None means
             the first half of ``pydoc_data.topics``. It is not stored.
         samples: sequences cut from a calibration text.
@@ -110,7 +110,7 @@ class OatsQuantizationConfig(QuantizationConfigMixin):
     def _update(self) -> None:
         model = self._model() if self._model is not None else None
         if model is not None:
-            self.layers = _layer_table(model)
+            self.layers = layer_table(model)
 
     def __getstate__(self) -> dict[str, Any]:
         """The state without the model: a copy belongs to another one, and pickle takes no weak reference."""
@@ -120,20 +120,12 @@ class OatsQuantizationConfig(QuantizationConfigMixin):
     @property
     def format_version(self) -> int:
         """Of the tensors on disk: the lowest that can say what the layers are."""
-        if any(EMBEDDING in sizes for sizes in self.layers.values()):
-            return fmt.HEAD_VERSION
-        has_codes = any("scale_columns" in sizes for sizes in self.layers.values())
-        return fmt.CODES_VERSION if has_codes else fmt.FORMAT_VERSION
+        return lowest_format_version(self.layers)
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain JSON values."""
         self._update()
-        return {
-            "quant_method": self.quant_method,
-            "format_version": self.format_version,
-            **self.settings.to_dict(),
-            "layers": {name: dict(sizes) for name, sizes in self.layers.items()},
-        }
+        return quantization_dict(self.settings, self.layers)
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
         """Items of :meth:`to_dict`, so that ``dict(config)`` works."""
@@ -141,7 +133,7 @@ class OatsQuantizationConfig(QuantizationConfigMixin):
 
 
 class OatsQuantizer(HfQuantizer):
-    """Loads and saves models with :class:`~oats.nn.SparseLowRankLinear` layers; called by transformers."""
+    """Loads and saves models with `SparseLowRankLinear` layers; called by transformers."""
 
     quantization_config: OatsQuantizationConfig
 
@@ -178,7 +170,7 @@ class OatsQuantizer(HfQuantizer):
         Raises:
             ConfigError: `dtype` is neither float32 nor bfloat16.
         """
-        if self.pre_quantized and dtype not in fmt.DTYPES.values():
+        if self.pre_quantized and dtype not in DTYPES.values():
             raise ConfigError(
                 f"an OATS model cannot be loaded as {dtype}; pass dtype=torch.bfloat16 or "
                 "dtype=torch.float32 to from_pretrained"
@@ -214,7 +206,7 @@ class OatsQuantizer(HfQuantizer):
         for name, linear in linears.items():
             model.set_submodule(name, made[linear])
         embedding = self._read_rows_of_head(model)
-        layers = _layers(model)
+        layers = layers_of(model)
         ignored = model._keys_to_ignore_on_load_unexpected
         # A list in transformers 5.0, which adds lists of its own; a set in later releases.
         kind = set if isinstance(ignored, set) else list
@@ -256,7 +248,7 @@ class OatsQuantizer(HfQuantizer):
         if not self.pre_quantized:
             self._compress(model)
             return model
-        for name, layer in _layers(model).items():
+        for name, layer in layers_of(model).items():
             layer.pack_(f"{self._origin[name]}: {name}")
             if layer.bias is not None:
                 layer.bias.requires_grad_(False)  # transformers turns it on
@@ -267,7 +259,7 @@ class OatsQuantizer(HfQuantizer):
     def _compress(self, model: PreTrainedModel) -> None:
         from transformers.utils import logging
 
-        from oats.compress import compress_
+        from oats.compression.compress import compress_
 
         windows = _calibration_windows(model, self.quantization_config)
         with logging.tqdm(desc="Compressing", unit="layer") as bar:
@@ -291,7 +283,7 @@ class OatsQuantizer(HfQuantizer):
         experts = {name: m for name, m in model.named_modules() if isinstance(m, SplitExperts)}
         fused = split_all_(original, experts.__contains__)
         made: dict[nn.Module, nn.Module] = {}
-        for name, layer in _replacements(model).items():
+        for name, layer in replacements(model).items():
             if layer not in made:
                 bias = None if layer.bias is None else layer.bias.detach().to(wanted)
                 made[layer] = like_linear(original.get_submodule(name), layer.weight.to(wanted), bias)
@@ -313,7 +305,7 @@ class OatsQuantizer(HfQuantizer):
         """What ``save_pretrained`` writes, by the layers that the model has now."""
         if getattr(model, "_hf_peft_config_loaded", False):
             return None, {}  # only the adapters are saved
-        layers = _layer_table(model)
+        layers = layer_table(model)
         if not layers:
             # Nothing to say: a reader without this package shall load it as the dense model that it is.
             if hasattr(model.config, "quantization_config"):
@@ -321,7 +313,7 @@ class OatsQuantizer(HfQuantizer):
             return None, {}
         self.quantization_config.follow(model)
         model.config.quantization_config = self.quantization_config
-        return storable(model, model.state_dict(), layers.keys() | _replacements(model).keys()), {}
+        return storable(model, model.state_dict(), layers.keys() | replacements(model).keys()), {}
 
     def is_serializable(self) -> bool:
         """Whether ``save_pretrained`` works."""
@@ -342,8 +334,8 @@ def _calibration_windows(model: PreTrainedModel, config: OatsQuantizationConfig)
     """Token ids to compress a model on, (sequences, length)."""
     from transformers import AutoTokenizer
 
-    from oats.evaluate.perplexity import context_limit
-    from oats.evaluate.text import builtin_text, calibration_sequences, read_text
+    from oats.compression.calibration_text import builtin_text, calibration_sequences, read_text
+    from oats.models.context import context_limit
 
     if isinstance(config.calibration, Tensor):
         return config.calibration
@@ -374,74 +366,12 @@ def attach(model: Any, config: OatsConfig) -> None:
         model: a ``PreTrainedModel``.
         config: the settings that its layers are compressed with.
     """
-    quantizer = OatsQuantizer(OatsQuantizationConfig(settings=config, layers=_layer_table(model)))
+    quantizer = OatsQuantizer(OatsQuantizationConfig(settings=config, layers=layer_table(model)))
     quantizer.quantization_config.follow(model)
     model.hf_quantizer = quantizer
     model.is_quantized = True
     model.quantization_method = QUANT_METHOD
     model.config.quantization_config = quantizer.quantization_config
-
-
-def storable(model: Any, state_dict: dict[str, Tensor], layers: Collection[str]) -> dict[str, Tensor]:
-    """The tensors of a compressed model, or of a part of it, as its files shall hold them.
-
-    Args:
-        model: that they are from.
-        state_dict: full name → tensor; changed in place.
-        layers: full names of the compressed layers among them, and of fused projections they are parts of.
-    """
-    for name in layers:
-        # save_pretrained writes a tensor once, but each name of a shared layer needs all of its
-        # tensors: only so can a model that has two layers there load them.
-        if f"{name}.bias" in state_dict:
-            state_dict[f"{name}.bias"] = state_dict[f"{name}.bias"].clone()
-        # A marker that would be fused with other weights is in the way.
-        if not _saved_as_it_is(model, f"{name}.weight", fmt.MARKER):
-            state_dict.pop(f"{name}.weight", None)
-    return state_dict
-
-
-def compressed_layers(module: nn.Module, prefix: str = "") -> tuple[dict[str, dict[str, Any]], set[str]]:
-    """What a model, or a part of it, has of compressed layers.
-
-    Args:
-        module: to look through.
-        prefix: of the names, such as ``"model.layers.0."``.
-
-    Returns:
-        Name of each layer → its entry in ``quantization_config.layers``; and those names with those of fused
-        projections.
-    """
-    table = {prefix + name: sizes for name, sizes in _layer_table(module).items()}
-    return table, {*table, *(prefix + name for name in _replacements(module))}
-
-
-def _layers(model: nn.Module) -> dict[str, SparseLowRankLinear]:
-    """Every name of every layer: one that the model has in several places has several."""
-    modules = model.named_modules(remove_duplicate=False)
-    return {name: module for name, module in modules if isinstance(module, SparseLowRankLinear)}
-
-
-def _layer_table(model: nn.Module) -> dict[str, dict[str, Any]]:
-    head, embedding = head_of(model)
-    return {
-        name: {"rank": layer.rank, "nnz": layer.nnz, **layer.storage.to_dict()}
-        | ({EMBEDDING: embedding} if layer is head else {})
-        for name, layer in _layers(model).items()
-    }
-
-
-def _replacements(model: nn.Module) -> dict[str, SparseLowRankLinear | SplitLinear]:
-    """Every name of what stands in the place of a linear layer."""
-    parts = {
-        part for module in model.modules() if isinstance(module, SplitLinear) for part in module.values()
-    }
-    modules = model.named_modules(remove_duplicate=False)
-    return {
-        name: module
-        for name, module in modules
-        if isinstance(module, (SparseLowRankLinear, SplitLinear)) and module not in parts
-    }
 
 
 def _find_linear(model: PreTrainedModel, saved_name: str) -> tuple[str, str]:
@@ -571,21 +501,11 @@ def _stored_tensors(model: PreTrainedModel, checkpoint_files: list[str]) -> dict
     return stored
 
 
-def _saved_as_it_is(model: PreTrainedModel, key: str, tensor: Tensor) -> bool:
-    """Whether `tensor` passes the conversions of ``save_pretrained``, which may fuse it with others."""
-    from transformers.core_model_loading import revert_weight_conversion
-
-    try:
-        saved = revert_weight_conversion(model, {key: tensor})
-    except Exception:
-        return False
-    return [value.shape for value in saved.values()] == [tensor.shape]
-
-
 def _register() -> None:
     # Not register_quantizer(), which raises where the method is known already.
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = OatsQuantizationConfig
     auto.AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = OatsQuantizer
+    register_saving_hook(attach)
 
 
 _register()

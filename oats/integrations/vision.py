@@ -31,7 +31,7 @@ def load_vision_model(directory: str | Path, **options: Any) -> Any:
     """
     import transformers
 
-    from oats.integrations.stored_model import read_config
+    from oats.checkpoint.stored_model import read_config
 
     file = Path(directory) / "config.json"
     if not file.is_file():
@@ -70,7 +70,7 @@ def read_images(paths: Sequence[str | Path], model: Any, directory: str | Path) 
     import numpy as np
     from PIL import Image, ImageOps
 
-    from oats.integrations.stored_model import read_config
+    from oats.checkpoint.stored_model import read_config
 
     file, channels = Path(directory) / "preprocessor_config.json", model.config.num_channels
     settings = read_config(file) if file.is_file() else {}

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from oats.serving.generation import Generation
+from oats.serving.request import Generation
 
 
 class _Listener(BaseStreamer, StoppingCriteria):

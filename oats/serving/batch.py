@@ -18,7 +18,7 @@ from torch.nn import functional
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from oats.serving.generation import Generation
+from oats.serving.request import Generation
 
 CHUNK = 256
 """Tokens of a prompt that are computed in one call: how long the texts that run may have to wait."""

@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from oats.errors import ConfigError, QueueFullError
-from oats.evaluate.perplexity import context_limit
+from oats.models.context import context_limit
 from oats.serving.alone import generate_alone
 from oats.serving.batch import Batch, NextToken, Text, can_batch
 from oats.serving.decoding import IncrementalDecoder
-from oats.serving.generation import Event, Generation, Sampling
+from oats.serving.request import Event, Generation, Sampling
 
 GREEDY_BELOW = 1e-5
 """A temperature under which only the most likely token has a chance; dividing by it would overflow."""

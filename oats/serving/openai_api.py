@@ -31,7 +31,7 @@ from starlette.exceptions import HTTPException
 
 from oats.errors import ConfigError, QueueFullError
 from oats.serving.engine import Engine
-from oats.serving.generation import Event, Finished, Generation, Sampling
+from oats.serving.request import Event, Finished, Generation, Sampling
 
 DEFAULT_MAX_TOKENS = 512
 """Tokens generated where a request does not say, or less where the context ends."""

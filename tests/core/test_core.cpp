@@ -3,7 +3,7 @@
 //
 // Layers of small integers make every sum exact, in any order: their products are compared bit for bit, and
 // one term that is missing, doubled or taken from elsewhere shows. Layers of normal values, and of codes, are
-// compared within the bounds of tests/test_kernels.py.
+// compared within the bounds of tests/kernels/test_kernels.py.
 #include <algorithm>
 #include <cmath>
 #include <cstdarg>
@@ -300,7 +300,7 @@ struct Case {
     }
   }
 
-  // |y - ŷ| <= bound() * (|S| |x| + |U| (|V| |x|) + |b|), as tests/test_kernels.py derives it.
+  // |y - ŷ| <= bound() * (|S| |x| + |U| (|V| |x|) + |b|), as tests/kernels/test_kernels.py derives it.
   double bound() const {
     const double d_in = static_cast<double>(shape.d_in), rank = static_cast<double>(shape.rank);
     const double sums = std::ldexp(8 + 4 * (std::sqrt(d_in) + std::sqrt(rank)), -24);

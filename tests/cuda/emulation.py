@@ -17,7 +17,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from oats import cuda
+from oats.kernels import cuda
 from tests.compiler import COMPILER
 
 ROOT = Path(__file__).parents[2]
@@ -58,7 +58,7 @@ def emulated_kernels() -> ModuleType:
 
 @contextlib.contextmanager
 def emulated(multiprocessors: int = 4) -> Iterator[None]:
-    """Let `oats.cuda` compute with the emulated kernels, on tensors of the CPU.
+    """Let `oats.kernels.cuda` compute with the emulated kernels, on tensors of the CPU.
 
     Args:
         multiprocessors: that the device seems to have; with many, blocks share the inputs of a strip.

@@ -1,4 +1,4 @@
-// Exhaustive checks of csrc/cuda/tiles.h on the host; tests/test_cuda.py builds and runs it.
+// Exhaustive checks of csrc/cuda/tiles.h on the host; tests/kernels/test_cuda.py builds and runs it.
 #include <cstdarg>
 #include <cstdint>
 #include <cstdio>

@@ -1,0 +1,185 @@
+"""Latency of whole models: prefill and decode tokens a second."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from oats.bench.spread import Spread
+from oats.errors import ConfigError
+from oats.models.linear import is_linear
+from oats.nn.sparse_low_rank_linear import SparseLowRankLinear
+
+
+@dataclass(frozen=True)
+class GenerationSpeed:
+    """Speed of one model.
+
+    Attributes:
+        decode: tokens a second after the first one, each from one forward pass with a KV cache.
+        prefill: tokens of the prompt a second, until the first new token is there.
+    """
+
+    decode: Spread
+    prefill: Spread
+
+
+@runtime_checkable
+class TimesItself(Protocol):
+    """A model that something else runs."""
+
+    def timed_generate(self, prompt: Tensor, new_tokens: int) -> tuple[float, list[float]]:
+        """Generate (greedy, batch 1, KV cache): when it began, and when each new token was there."""
+
+
+def generation_speed(
+    models: Mapping[str, Any],
+    prompt: Tensor,
+    *,
+    new_tokens: int = 32,
+    repetitions: int = 5,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> dict[str, GenerationSpeed]:
+    """Time ``generate`` (greedy, batch 1, KV cache) of several models, alternating between them.
+
+    Each model warms up once. A repetition times one ``generate`` call: from its start to the first new
+    token is prefill, from the first to the last new token is decoding.
+
+    Args:
+        models: name → causal language model of transformers, or one that :class:`TimesItself`.
+        prompt: (n,) token ids.
+        new_tokens: generated in each call, at least 2.
+        repetitions: timed calls of each model.
+        progress: called as progress(done, total, name) after each call.
+
+    Raises:
+        ConfigError: the prompt is empty, or there are too few new tokens or repetitions.
+    """
+    if prompt.numel() < 1 or new_tokens < 2 or repetitions < 1:
+        raise ConfigError(
+            "timing generation needs a prompt of at least 1 token, 2 new tokens and 1 repetition, got "
+            f"{prompt.numel()}, {new_tokens} and {repetitions}"
+        )
+    decode: dict[str, list[float]] = {name: [] for name in models}
+    prefill: dict[str, list[float]] = {name: [] for name in models}
+    total = (repetitions + 1) * len(models)
+    for repetition in range(repetitions + 1):
+        for index, (name, model) in enumerate(models.items()):
+            if isinstance(model, TimesItself):
+                start, arrivals = model.timed_generate(prompt, new_tokens)
+            else:
+                start, arrivals = _timed_generate(model, prompt, new_tokens)
+            if len(arrivals) != new_tokens:
+                raise ConfigError(f"{name} made {len(arrivals)} tokens of {new_tokens}; it cannot be timed")
+            if repetition > 0:
+                decode[name].append((new_tokens - 1) / (arrivals[-1] - arrivals[0]))
+                prefill[name].append(prompt.numel() / (arrivals[0] - start))
+            if progress is not None:
+                progress(repetition * len(models) + index + 1, total, name)
+    return {name: GenerationSpeed(Spread.of(decode[name]), Spread.of(prefill[name])) for name in models}
+
+
+def bytes_per_token(model: Any) -> int:
+    """Bytes of weights that decoding one token reads: all of them, and one row of the input embedding.
+
+    Args:
+        model: causal language model of transformers, dense or compressed.
+    """
+    embedding = model.get_input_embeddings().weight
+    head = model.get_output_embeddings()
+    tied = isinstance(head, nn.Linear) and head.weight is embedding
+    packed = [
+        m.packed.nbytes
+        for m in model.modules()
+        if isinstance(m, SparseLowRankLinear) and m.packed is not None
+    ]
+    others = [p.nbytes for p in model.parameters() if p is not embedding or tied]
+    total: int = sum(packed) + sum(others)
+    return total
+
+
+@dataclass(frozen=True)
+class DecodeTime:
+    """Where the time of a decoded token goes, in seconds.
+
+    Attributes:
+        linear: in the linear layers of the blocks.
+        head: in the output embedding.
+        rest: attention, norms and activations, and all that Python does between.
+    """
+
+    linear: float
+    head: float
+    rest: float
+
+
+def decode_time(model: Any, prompt: Tensor, *, new_tokens: int = 32) -> DecodeTime:
+    """Divide the time of decoding (greedy, batch 1, KV cache); clocks around each layer add a little to it.
+
+    Args:
+        model: causal language model of transformers.
+        prompt: (n,) token ids.
+        new_tokens: generated, at least 2.
+    """
+    head = model.get_output_embeddings()
+    spent = {"linear": 0.0, "head": 0.0}
+    clock = _Clock()
+    started = 0.0
+
+    def before(*_: Any) -> None:
+        nonlocal started
+        started = time.perf_counter()
+
+    def after(module: nn.Module, *_: Any) -> None:
+        if len(clock.times) > 1:  # the prompt and the first new token have come
+            spent["head" if module is head else "linear"] += time.perf_counter() - started
+
+    layers = [m for m in model.modules() if is_linear(m) or isinstance(m, SparseLowRankLinear)]
+    handles = [layer.register_forward_pre_hook(before) for layer in layers]
+    handles += [layer.register_forward_hook(after) for layer in layers]
+    try:
+        _timed_generate(model, prompt, new_tokens, clock)
+    finally:
+        for handle in handles:
+            handle.remove()
+    tokens = new_tokens - 1
+    linear, of_head = spent["linear"] / tokens, spent["head"] / tokens
+    return DecodeTime(linear, of_head, (clock.times[-1] - clock.times[1]) / tokens - linear - of_head)
+
+
+def _timed_generate(
+    model: Any, prompt: Tensor, new_tokens: int, clock: _Clock | None = None
+) -> tuple[float, list[float]]:
+    """When the call started, and when each new token came."""
+    clock = clock or _Clock()
+    start = time.perf_counter()
+    model.generate(
+        prompt[None],
+        attention_mask=torch.ones_like(prompt)[None],
+        # Nothing ends the text: enforcing a least number of tokens takes a pass over the vocabulary for each.
+        eos_token_id=None,
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        use_cache=True,
+        streamer=clock,
+    )
+    # The first thing that `generate` hands to a streamer is the prompt.
+    return start, clock.times[1:]
+
+
+class _Clock:
+    """A streamer, in the sense of transformers, that keeps the time of each call."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass

@@ -1,0 +1,153 @@
+"""A dense model on disk whose blocks are in memory one at a time."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from oats.checkpoint.stored_model import read_config, read_header
+from oats.format.layer_spec import DTYPES, storage_dtype
+from oats.models.blocks import find_blocks
+
+_TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+
+
+class DenseSource:
+    """A model whose blocks have no weights until they are read from its safetensors files.
+
+    The files are mapped into memory: pages are read when they are used, and belong to the process only until
+    the block is released.
+
+    Made by :meth:`open`.
+
+    Attributes:
+        directory: that holds the model.
+        model: the model; all but its blocks has weights.
+        path: dotted path of the list of blocks.
+        blocks: that list.
+        files: the safetensors files.
+    """
+
+    def __init__(self, directory: Path, model: Any, path: str, places: dict[str, tuple[Path, str]]) -> None:
+        """Take a complete model, and release its blocks."""
+        self.directory, self.model, self.path = directory, model, path
+        self.blocks: nn.ModuleList = model.get_submodule(path)
+        self.files = checkpoint_files(directory)
+        self._places = places
+        for index in range(len(self.blocks)):
+            self.release(index)
+
+    @staticmethod
+    def open(directory: Path, model: Any, blocks: str | None = None) -> DenseSource | None:
+        """Release the blocks of a model that has just been loaded.
+
+        Args:
+            directory: that it was loaded from.
+            model: a ``PreTrainedModel``.
+            blocks: dotted path of its list of blocks; None means that :mod:`oats.models.blocks` knows it.
+
+        Returns:
+            None where blocks cannot be read one at a time: transformers makes their weights out of several
+            stored tensors, or they share weights with each other or with the rest of the model.
+
+        Raises:
+            UnsupportedModelError: the list of blocks was not found.
+        """
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+        path, _ = find_blocks(model, blocks)
+        if getattr(model, "is_quantized", False):
+            return None
+        conversions = get_model_conversion_mapping(model)
+        renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+        if len(renamings) < len(conversions):
+            return None
+        state = model.state_dict()
+        places: dict[str, tuple[Path, str]] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
+        for file in checkpoint_files(directory):
+            for key, tensor in read_header(file).items():
+                name, _ = rename_source_key(key, renamings, [], model.base_model_prefix, state)
+                if name not in state and key in state:
+                    name = key
+                places[name], shapes[name] = (file, key), tensor.shape
+        inside = {name: tensor for name, tensor in state.items() if name.startswith(f"{path}.")}
+        if any(shapes.get(name) != tuple(tensor.shape) for name, tensor in inside.items()):
+            return None
+        places_of = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+        if any(places_of[id(parameter)] > 1 for parameter in model.get_submodule(path).parameters()):
+            return None
+        return DenseSource(directory, model, path, places)
+
+    def fill(self, index: int, dtype: torch.dtype) -> None:
+        """Give a block its weights, in `dtype`."""
+        from safetensors import safe_open
+
+        for name in self._names(index):
+            file, key = self._places[name]
+            with safe_open(file, framework="pt") as opened:
+                tensor = opened.get_tensor(key)
+            self._set(name, tensor.to(dtype) if tensor.is_floating_point() else tensor)
+
+    def release(self, index: int) -> None:
+        """Take a block's weights away. What is not stored (rotary frequencies) stays."""
+        for name in self._names(index):
+            owner, _, attribute = name.rpartition(".")
+            tensor = getattr(self.model.get_submodule(owner), attribute)
+            self._set(name, torch.empty_like(tensor, device="meta"))
+
+    def _names(self, index: int) -> list[str]:
+        prefix = f"{self.path}.{index}."
+        return [prefix + name for name in self.blocks[index].state_dict()]
+
+    def _set(self, name: str, tensor: torch.Tensor) -> None:
+        owner, _, attribute = name.rpartition(".")
+        module = self.model.get_submodule(owner)
+        if attribute in module._parameters:
+            module._parameters[attribute] = nn.Parameter(tensor, requires_grad=False)
+        else:
+            module._buffers[attribute] = tensor
+
+
+def checkpoint_files(directory: Path) -> list[Path]:
+    """The safetensors files that the checkpoint in a directory consists of; empty where it has none.
+
+    Raises:
+        FormatError: the index is damaged.
+    """
+    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    # In the order in which transformers looks.
+    if single.is_file():
+        return [single]
+    weight_map = read_config(index).get("weight_map") if index.is_file() else None
+    return sorted({directory / str(name) for name in weight_map.values()}) if weight_map else []
+
+
+def stored_float_dtype(directory: Path) -> torch.dtype:
+    """The floating dtype that most elements of a checkpoint's files have."""
+    sizes: Counter[torch.dtype] = Counter()
+    for file in checkpoint_files(directory):
+        for tensor in read_header(file).values():
+            if tensor.dtype in _TORCH_DTYPES:
+                sizes[_TORCH_DTYPES[tensor.dtype]] += tensor.nbytes
+    return sizes.most_common(1)[0][0] if sizes else torch.float32
+
+
+def compressed_dtype(directory: Path, dtype: str | None) -> torch.dtype:
+    """The dtype of what a model is compressed to.
+
+    Args:
+        directory: that holds the model.
+        dtype: ``"bf16"`` or ``"fp32"``, or None for the one that the model is loaded in.
+    """
+    if dtype is not None:
+        return DTYPES[dtype]
+    config = read_config(directory / "config.json")
+    name = config.get("dtype") or config.get("torch_dtype")
+    named = getattr(torch, name, None) if isinstance(name, str) else None
+    return storage_dtype(named if isinstance(named, torch.dtype) else stored_float_dtype(directory))

@@ -1,0 +1,1 @@
+"""The walk over a model: statistics, decomposition, replacement, block by block."""

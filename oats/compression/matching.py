@@ -1,0 +1,163 @@
+"""Block-wise matching: the compressed layers of one block are tuned together for the block's output.
+
+Layer by layer, each fit takes the others for exact. Here the kept values (supports stay) and the low-rank
+factors of a whole block are moved by Adam towards what the dense block returns on the calibration data, as in
+the transformer matching of 3BASiL (arXiv 2603.01376). Nothing else of the model changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from oats.compression.block_runner import BlockRunner, Held, replaced_forward
+from oats.compression.calibration import token_mask
+from oats.errors import CalibrationError
+from oats.format.bitmask import decode, decode_mask
+from oats.nn.sparse_low_rank_linear import SparseLowRankLinear
+
+TOKENS_PER_STEP = 1024
+"""Sequences that make one step of Adam hold about this many tokens."""
+
+RATE = 1e-3
+"""First step size, as a share of the root mean square of the tensor that moves; it falls linearly to 0."""
+
+BETAS = 0.9, 0.95
+
+
+def match_block(
+    runner: BlockRunner,
+    index: int,
+    layers: Sequence[SparseLowRankLinear],
+    targets: Held,
+    passes: int,
+) -> tuple[float, float]:
+    """Tune layers of a block, in place, so that the block returns what the dense block returned.
+
+    The loss is the mean over tokens of ``‖y − t‖² / ‖t‖²``: what comes next normalises each token, and a few
+    tokens of huge norm would otherwise be all that counts. Tokens that an attention mask excludes do not
+    count. Where tuning did not lower the loss, the layers stay as they were.
+
+    Args:
+        runner: stands before block `index`.
+        index: the block.
+        layers: which are tuned; no layer of an earlier block.
+        targets: for each batch what the block is to return: a tensor (…, d), or a tuple that begins with one.
+        passes: over the calibration data, at least 1.
+
+    Returns:
+        The loss before and after.
+
+    Raises:
+        CalibrationError: the block does not return a tensor, or its loss is not finite.
+    """
+    before = _loss(runner, index, targets)
+    held = [layer.canonical() for layer in layers]
+    for layer, tuned in zip(layers, _tune(runner, index, layers, targets, passes), strict=True):
+        _store(layer, tuned)
+    after = _loss(runner, index, targets)
+    if after < before:
+        return before, after
+    for layer, canonical in zip(layers, held, strict=True):
+        _store(layer, canonical)
+    return before, before
+
+
+class _Tunable:
+    """A layer's values and factors as float32 tensors that autograd follows."""
+
+    def __init__(self, layer: SparseLowRankLinear) -> None:
+        canonical = layer.canonical()
+        mask, values = canonical["mask"], canonical["values"].float()
+        self._bias, self._nnz = layer.bias, layer.nnz
+        self._kept = decode_mask(mask, layer.in_features).float()
+        self._sparse = decode(mask, values, layer.in_features).requires_grad_()
+        self._u = canonical["low_rank_u"].float().requires_grad_()
+        self._v = canonical["low_rank_v"].float().requires_grad_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = torch.addmm(self._sparse * self._kept, self._u, self._v)
+        return nn.functional.linear(x, weight.to(x.dtype), self._bias)
+
+    def groups(self) -> Iterator[dict[str, Any]]:
+        """What Adam moves, each at its own scale."""
+        sizes = {self._sparse: self._nnz, self._u: self._u.numel(), self._v: self._v.numel()}
+        for tensor, count in sizes.items():
+            if count:
+                yield {"params": [tensor], "scale": RATE * float(tensor.detach().norm()) / count**0.5}
+
+    def tuned(self) -> dict[str, Tensor]:
+        values = self._sparse.detach()[self._kept != 0]
+        return {"values": values, "low_rank_u": self._u.detach(), "low_rank_v": self._v.detach()}
+
+
+def _tune(
+    runner: BlockRunner,
+    index: int,
+    layers: Sequence[SparseLowRankLinear],
+    targets: Held,
+    passes: int,
+) -> list[dict[str, Tensor]]:
+    tunables = [_Tunable(layer) for layer in layers]
+    optimizer = torch.optim.Adam(
+        [group for tunable in tunables for group in tunable.groups()], betas=BETAS, fused=True
+    )
+    parameters = [group["params"][0] for group in optimizer.param_groups]
+    steps, step = passes * len(targets), 0
+    with ExitStack() as stack:
+        stack.enter_context(torch.enable_grad())
+        for layer, tunable in zip(layers, tunables, strict=True):
+            stack.enter_context(replaced_forward(layer, tunable.forward))
+        for _ in range(passes):
+            for output, target in zip(runner.run(index), targets, strict=True):
+                loss = _relative_error(output, target, runner.batch)
+                # Not backward(): the block's norms, and the embedding before the first block, stay out of it.
+                gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+                for parameter, gradient in zip(parameters, gradients, strict=True):
+                    parameter.grad = gradient
+                for group in optimizer.param_groups:
+                    group["lr"] = group["scale"] * (1 - step / steps)
+                optimizer.step()
+                step += 1
+    return [tunable.tuned() for tunable in tunables]
+
+
+def _store(layer: SparseLowRankLinear, tensors: dict[str, Tensor]) -> None:
+    """Replace values and factors by others, rounded to the layer's dtype."""
+    state = layer.state_dict()
+    state.update({name: tensor.to(layer.dtype) for name, tensor in tensors.items() if name != "mask"})
+    layer.load_state_dict(state)
+
+
+def _loss(runner: BlockRunner, index: int, targets: Held) -> float:
+    losses = [
+        float(_relative_error(output, target, runner.batch))
+        for output, target in zip(runner.run(index), targets, strict=True)
+    ]
+    mean = sum(losses) / len(losses)
+    if not torch.isfinite(torch.tensor(mean)):
+        raise CalibrationError(f"block {index}: what it returns on the calibration data is not finite")
+    return mean
+
+
+def _relative_error(output: Any, target: Any, batch: dict[str, Tensor]) -> Tensor:
+    y, t = _hidden(output), _hidden(target)
+    each = (y - t).square().sum(-1) / t.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
+    mask = token_mask(batch)
+    if mask is not None and each.shape in (mask.shape, (mask.numel(),)):
+        each = each.reshape(-1)[mask.reshape(-1)]
+    return each.mean()
+
+
+def _hidden(output: Any) -> Tensor:
+    hidden = output[0] if isinstance(output, tuple) else output
+    if not isinstance(hidden, Tensor):
+        raise CalibrationError(
+            f"a block returns a {type(hidden).__name__}, and matching needs a tensor, or a tuple that begins "
+            "with one; compress this model with block_matching=0"
+        )
+    return hidden.float()

@@ -1,0 +1,1 @@
+"""``W ≈ S + U V`` for one matrix. Nothing here knows of a model."""

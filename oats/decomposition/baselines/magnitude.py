@@ -1,0 +1,47 @@
+"""Magnitude pruning: the largest weights stay (Han et al., NeurIPS 2015, arXiv 1506.02626)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from oats.config import Pattern
+from oats.decomposition.alternating import Decomposition, check_second_moment, root_moment
+from oats.decomposition.baselines.pruning import check_budget, keep
+from oats.decomposition.selection import keep_largest
+
+
+@torch.no_grad()
+def prune_magnitude(
+    weight: Tensor,
+    second_moment: Tensor,
+    *,
+    compression: float = 0.5,
+    pattern: Pattern = "row",
+    name: str | None = None,
+) -> Decomposition:
+    """Keep the weights of largest magnitude.
+
+    Args:
+        weight: (d_out, d_in), any floating dtype, finite.
+        second_moment: (d_in,), ``Σ x_j²`` over the calibration tokens, for the error that is reported; what
+            is kept does not depend on it.
+        compression: share of the weights that is removed, in [0, 1).
+        pattern: ``"row"`` compares the weights of a row, ``"layer"`` those of the matrix, ``"N:M"`` those of
+            M contiguous inputs.
+        name: of the layer, for error messages.
+
+    Returns:
+        A decomposition of rank 0; what is kept is as in the weight.
+
+    Raises:
+        ConfigError, WeightError: as :func:`oats.decompose`.
+
+    >>> prune_magnitude(torch.tensor([[1.0, -3.0, 2.0, 0.5]]), torch.ones(4)).sparse
+    tensor([[ 0., -3.,  2.,  0.]])
+    """
+    layer = name or "weight"
+    count = check_budget(weight, compression, pattern, layer)
+    check_second_moment(second_moment, weight.shape[1], layer)
+    kept = keep_largest(weight.detach().float().contiguous(), count, pattern)
+    return keep(weight, kept != 0, root_moment(second_moment).float())

@@ -1,0 +1,92 @@
+"""SparseGPT: what is pruned is made good by the weights that come after it (arXiv 2301.00774)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from oats.config import Pattern, parse_n_m
+from oats.decomposition.alternating import Decomposition
+from oats.decomposition.baselines.pruning import as_decomposition, check_budget
+from oats.decomposition.error_feedback import inverse_factor, settle_columns
+from oats.decomposition.hessian import check_hessian
+from oats.decomposition.selection import keep_largest
+
+BLOCK = 128
+"""Columns whose masks are chosen together (the paper's B_s = B)."""
+
+
+@torch.no_grad()
+def prune_sparsegpt(
+    weight: Tensor,
+    hessian: Tensor,
+    *,
+    compression: float = 0.5,
+    pattern: Pattern = "row",
+    name: str | None = None,
+) -> Decomposition:
+    """Prune column by column, each time with the optimal update of the columns to come.
+
+    With the upper Cholesky factor U of the inverse of the damped Hessian (arXiv 2301.00774, algorithm 1):
+    blocks of 128 columns keep the weights of largest ``w² / U_jj²``; then, from left to right, the error
+    ``(w_j − s_j) / U_jj`` of a column times ``U_j,·`` is taken off the columns to its right (the update of
+    the Optimal Brain Surgeon under the masks chosen so far).
+
+    Args:
+        weight: (d_out, d_in), any floating dtype, finite.
+        hessian: (d_in, d_in), ``X Xᵀ`` summed over the calibration tokens; its scale does not matter.
+        compression: share of the weights that is removed, in [0, 1).
+        pattern: ``"layer"``, the published one, compares all weights of a block, ``"row"`` those of a row
+            of the block, ``"N:M"`` those of M contiguous inputs.
+        name: of the layer, for error messages.
+
+    Returns:
+        A decomposition of rank 0. Its relative_error is ``‖(W − S) X‖_F / ‖W X‖_F``.
+
+    Raises:
+        ConfigError, WeightError: as :func:`oats.decompose_hessian`.
+
+    >>> weight, hessian = torch.tensor([[1.0, 0.9]]), torch.tensor([[1.0, 0.5], [0.5, 1.0]])
+    >>> prune_sparsegpt(weight, hessian).sparse.shape
+    torch.Size([1, 2])
+    """
+    layer = name or "weight"
+    count = check_budget(weight, compression, pattern, layer)
+    d_in = weight.shape[1]
+    check_hessian(hessian, d_in, layer)
+    hessian = hessian.detach().double()
+    left = weight.detach().float().clone()
+    left[:, hessian.diagonal() == 0] = 0  # what multiplies inputs that are always zero
+    factor = inverse_factor(hessian, layer).float()
+    diagonal = factor.diagonal()
+
+    n_m = parse_n_m(pattern)
+    width = BLOCK if n_m is None else max(BLOCK // n_m[1], 1) * n_m[1]
+    # Columns whose masks are chosen together, and those masks.
+    together = n_m[1] if n_m else width
+    mask = torch.empty(0)
+
+    def prune(j: int, block: Tensor) -> Tensor:
+        nonlocal mask
+        if j % together == 0:
+            columns = block[:, :together]
+            stop = j + columns.shape[1]
+            # Every block has its share of the row's, or the layer's, budget.
+            kept = count if n_m else count * stop // d_in - count * j // d_in
+            mask = keep_largest((columns / diagonal[j:stop]).contiguous(), kept, pattern) != 0
+        return block[:, 0] * mask[:, j % together]
+
+    settle_columns(left, factor, prune, width)
+    return as_decomposition(weight, left, _output_error(weight, left, hessian))
+
+
+def _output_error(weight: Tensor, sparse: Tensor, hessian: Tensor) -> float:
+    """``‖(W − S) X‖_F / ‖W X‖_F``, with ``tr(E H Eᵀ) = ‖E X‖_F²``."""
+    original = weight.detach().double()
+    error, norm = (
+        float(((matrix @ hessian) * matrix).sum().clamp_min(0))
+        for matrix in (original - sparse.double(), original)
+    )
+    return math.sqrt(error / norm) if norm else 0.0

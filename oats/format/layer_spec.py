@@ -1,0 +1,154 @@
+"""What a layer's tensors are: their names, dtypes and shapes (docs/format.md).
+
+========== ============== =========================== =============================================
+tensor     dtype          shape                       content
+========== ============== =========================== =============================================
+mask       uint8          (d_out, ceil(d_in / 8))     one bit an element, least significant first;
+                                                      padding bits are zero
+values     bf16 or fp32   (nnz,)                      kept values, in the row-major order of the mask
+low_rank_u as values      (d_out, rank)
+low_rank_v as values      (rank, d_in)
+========== ============== =========================== =============================================
+
+Where values or factors are integer codes, a layer has more tensors, for their scales.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from oats.config import EXACT, Storage
+from oats.format.bitmask import decode, mask_columns, mask_population
+from oats.format.nibbles import unpack_nibbles
+
+FORMAT_VERSION = 1
+"""Version of the format of a model without codes: what readers of either version can load."""
+
+CODES_VERSION = 2
+"""Version of the format of a model in which a layer has codes."""
+
+HEAD_VERSION = 3
+"""Version of the format of a model whose output head has codes."""
+
+VERSIONS = (FORMAT_VERSION, CODES_VERSION, HEAD_VERSION)
+"""What this release reads."""
+
+TENSORS = ("mask", "values", "low_rank_u", "low_rank_v")
+"""Names of the tensors that every layer has, in the order in which functions take them."""
+
+MARKER = torch.zeros(1, dtype=torch.uint8)
+"""Stored as ``weight`` of each layer: a reader who does not know the format, and expects a dense weight
+there, stops at its shape instead of going on without one (docs/format.md)."""
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+"""Dtypes of stored values, by the name that `OatsConfig.dtype` uses."""
+
+
+def storage_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a weight of `dtype` is stored: fp32 as fp32, everything else as bf16.
+
+    >>> storage_dtype(torch.float16)
+    torch.bfloat16
+    """
+    return torch.float32 if dtype in (torch.float32, torch.float64) else torch.bfloat16
+
+
+CODEBOOK = 16
+"""Entries of the codebook that int4 codes index."""
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """The sizes of a layer and how its numbers are stored: enough to know each of its tensors.
+
+    Args:
+        d_out: outputs.
+        d_in: inputs.
+        rank: of the low-rank part.
+        nnz: number of kept values.
+        dtype: of the numbers that are no codes, torch.bfloat16 or torch.float32.
+        storage: which numbers are codes.
+
+    >>> spec = LayerSpec(4, 256, 2, 100, torch.bfloat16, Storage("int8", "int8", 128))
+    >>> spec.tensors()["values_scale"]
+    (torch.bfloat16, (4, 2))
+    """
+
+    d_out: int
+    d_in: int
+    rank: int
+    nnz: int
+    dtype: torch.dtype
+    storage: Storage = EXACT
+
+    def tensors(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Name → dtype and shape of each tensor."""
+        d_out, d_in, rank, nnz, storage = self.d_out, self.d_in, self.rank, self.nnz, self.storage
+        values: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+            "exact": (self.dtype, (nnz,)),
+            "int8": (torch.int8, (nnz,)),
+            "int4": (torch.uint8, ((nnz + 1) // 2,)),
+        }
+        factor = self.dtype if storage.low_rank == "exact" else torch.int8
+        tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+            "mask": (torch.uint8, (d_out, mask_columns(d_in))),
+            "values": values[storage.values],
+            "low_rank_u": (factor, (d_out, rank)),
+            "low_rank_v": (factor, (rank, d_in)),
+        }
+        if storage.has_codes:
+            tensors["input_exponent"] = torch.int8, (d_in,)
+        if storage.values != "exact":
+            tensors["values_scale"] = torch.bfloat16, (d_out, storage.scales(d_in))
+        if storage.values == "int4":
+            tensors["values_codebook"] = torch.int8, (CODEBOOK,)
+        if storage.low_rank != "exact":
+            tensors["low_rank_u_scale"] = torch.bfloat16, (d_out, storage.scales(rank))
+            tensors["low_rank_v_scale"] = torch.bfloat16, (rank, storage.scales(d_in))
+        return tensors
+
+
+def tensor_names(storage: Storage) -> tuple[str, ...]:
+    """Names of the tensors of a layer.
+
+    >>> tensor_names(EXACT)
+    ('mask', 'values', 'low_rank_u', 'low_rank_v')
+    """
+    return tuple(LayerSpec(0, 0, 0, 0, torch.float32, storage).tensors())
+
+
+def stored_values(mask: Tensor, values: Tensor, d_in: int, storage: Storage) -> int:
+    """Number of kept values that are stored; of int4, two in a byte, only the mask tells."""
+    return mask_population(mask, d_in) if storage.values == "int4" else values.numel()
+
+
+def exact_parts(tensors: Mapping[str, Tensor], storage: Storage) -> tuple[Tensor, Tensor, Tensor]:
+    """S (d_out, d_in), U (d_out, rank) and V (rank, d_in) that the tensors stand for, in float32.
+
+    Args:
+        tensors: those of :meth:`LayerSpec.tensors`.
+        storage: which of them are codes.
+    """
+    values, u, v = tensors["values"], tensors["low_rank_u"].float(), tensors["low_rank_v"].float()
+    d_in = v.shape[1]
+    if storage.values == "int4":
+        values = tensors["values_codebook"][unpack_nibbles(values).long()]
+    sparse = decode(tensors["mask"], values.float(), d_in)
+    if storage.values != "exact":
+        sparse *= _spread(tensors["values_scale"], d_in, storage)
+    if storage.low_rank != "exact":
+        u *= _spread(tensors["low_rank_u_scale"], u.shape[1], storage)
+        v *= _spread(tensors["low_rank_v_scale"], d_in, storage)
+    if storage.has_codes:
+        powers = tensors["input_exponent"].float().exp2()
+        sparse, v = sparse * powers, v * powers
+    return sparse, u, v
+
+
+def _spread(scale: Tensor, columns: int, storage: Storage) -> Tensor:
+    """The scale of each element, (rows, columns) float32, from (rows, scales)."""
+    return scale.float().repeat_interleave(storage.scale_columns, 1)[:, :columns]

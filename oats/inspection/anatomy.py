@@ -1,0 +1,137 @@
+"""What the layers of a compressed model on disk look like: spectra, sparsity, bytes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from oats.checkpoint.stored_model import StoredLayer, StoredModel, read_header
+from oats.format.bitmask import decode_mask
+from oats.format.layer_spec import TENSORS, exact_parts, tensor_names
+
+CELLS = 64
+"""Rows and columns of a picture of a sparse part, at most."""
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """Of one layer.
+
+    Attributes:
+        layer: its sizes.
+        block: number of its transformer block, None where its name has none.
+        kind: its name within the block, e.g. ``"mlp.up_proj"``.
+        spectrum: (rank,) float32, singular values of ``U V``, the largest first.
+        part_bytes: name of each tensor in `TENSORS` → its bytes, with those of its scales.
+    """
+
+    layer: StoredLayer
+    block: int | None
+    kind: str
+    spectrum: Tensor
+    part_bytes: dict[str, int]
+
+
+def block_and_kind(name: str) -> tuple[int | None, str]:
+    """The number of a layer's block, and the layer's name within it.
+
+    >>> block_and_kind("model.layers.3.mlp.up_proj"), block_and_kind("head")
+    ((3, 'mlp.up_proj'), (None, 'head'))
+    """
+    found = re.search(r"(?:^|\.)(\d+)\.(.+)$", name)
+    return (int(found[1]), found[2]) if found else (None, name)
+
+
+def spectrum(low_rank_u: Tensor, low_rank_v: Tensor) -> Tensor:
+    """Singular values of ``U V``, the largest first, without forming the product.
+
+    With ``U = Q R`` and ``Vᵀ = P T``, ``U V = Q (R Tᵀ) Pᵀ``: those of the rank × rank matrix ``R Tᵀ``.
+
+    Args:
+        low_rank_u: (d_out, r).
+        low_rank_v: (r, d_in).
+
+    Returns:
+        (r,) float32.
+
+    >>> spectrum(torch.tensor([[3.0], [4.0]]), torch.tensor([[2.0, 0.0]]))
+    tensor([10.])
+    """
+    left = torch.linalg.qr(low_rank_u.float(), mode="r").R
+    right = torch.linalg.qr(low_rank_v.float().T, mode="r").R
+    values: Tensor = torch.linalg.svdvals(left @ right.T)
+    return values
+
+
+def density_picture(mask: Tensor, d_in: int, cells: int = CELLS) -> Tensor:
+    """Share of kept elements in each tile of a sparse part.
+
+    Args:
+        mask: uint8 (d_out, ⌈d_in / 8⌉), as stored.
+        d_in: number of columns.
+        cells: rows and columns of the picture, at most.
+
+    Returns:
+        float32 (min(cells, d_out), min(cells, d_in)).
+
+    >>> density_picture(torch.tensor([[0b1111], [0b0000]], dtype=torch.uint8), 8, cells=2)
+    tensor([[1., 0.],
+            [0., 0.]])
+    """
+    kept = decode_mask(mask, d_in).float()
+    tiles: Tensor = torch.nn.functional.adaptive_avg_pool2d(
+        kept[None], (min(cells, kept.shape[0]), min(cells, d_in))
+    )
+    return tiles[0]
+
+
+def anatomies(model: StoredModel) -> Iterator[Anatomy]:
+    """Every compressed layer of a model, one after another; only one is held.
+
+    Args:
+        model: of :func:`oats.checkpoint.stored_model.read_stored_model`.
+    """
+    tensors = _Tensors(model)
+    for layer in model.layers:
+        block, kind = block_and_kind(layer.name)
+        names = list(tensor_names(layer.storage))
+        # Scales and what else codes need count with what they belong to.
+        parts = dict.fromkeys(TENSORS, 0)
+        for part in names:
+            owner = next((tensor for tensor in TENSORS if part.startswith(tensor)), "values")
+            parts[owner] += tensors.nbytes(f"{layer.stored_name}.{part}")
+        stored = {part: tensors.read(f"{layer.stored_name}.{part}") for part in names}
+        _, u, v = exact_parts(stored, layer.storage)
+        yield Anatomy(layer, block, kind, spectrum(u, v), parts)
+
+
+def pictures(model: StoredModel, names: list[str]) -> dict[str, Tensor]:
+    """Pictures of the sparse parts of some layers, see :func:`density_picture`."""
+    tensors = _Tensors(model)
+    layers = {layer.name: layer for layer in model.layers}
+    return {
+        name: density_picture(tensors.read(f"{layers[name].stored_name}.mask"), layers[name].d_in)
+        for name in names
+    }
+
+
+class _Tensors:
+    """The tensors of a model directory, read one at a time."""
+
+    def __init__(self, model: StoredModel) -> None:
+        self._headers = {}
+        for file in sorted(Path(model.directory).glob("*.safetensors")):
+            self._headers.update(read_header(file))
+
+    def read(self, name: str) -> Tensor:
+        with safe_open(self._headers[name].path, framework="pt") as file:
+            return file.get_tensor(name)  # type: ignore[no-any-return]
+
+    def nbytes(self, name: str) -> int:
+        return self._headers[name].nbytes

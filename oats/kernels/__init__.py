@@ -1,0 +1,1 @@
+"""The C++ and CUDA kernels as torch operators."""

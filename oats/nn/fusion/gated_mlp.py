@@ -1,0 +1,48 @@
+"""Gated MLPs, ``down(act(gate(x)) * up(x))``, that compute gate and up in one call of the kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from oats.kernels import ops
+from oats.nn.fusion.known_forward import known_class, same_code, set_forward_
+from oats.nn.sparse_low_rank_linear import SparseLowRankLinear, projections_of
+
+
+def merge_gated_mlps_(model: nn.Module) -> None:
+    """Let the compressed gated MLPs of a model read their input once.
+
+    What they return stays the same, bit for bit: gate and up are computed together where
+    :func:`oats.nn.projections_of` allows it, and as before elsewhere. Nothing is kept from one call to the
+    next.
+
+    Args:
+        model: changed in place; only where a module's ``forward`` is that of transformers' Llama and its many
+            relatives.
+    """
+    for module in model.modules():
+        gate, up = (module._modules.get(name) for name in ("gate_proj", "up_proj"))
+        if (
+            isinstance(gate, SparseLowRankLinear)
+            and isinstance(up, SparseLowRankLinear)
+            and same_code(type(module).forward, _forward)
+        ):
+            set_forward_(module, merged_forward)
+
+
+def _forward(self: Any, x: Tensor) -> Tensor:
+    # Written as transformers' classes have it: a class is known by the code of its forward.
+    down_proj = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+    return down_proj  # type: ignore[no-any-return]
+
+
+def merged_forward(self: Any, x: Tensor) -> Tensor:
+    """What it becomes."""
+    modules: dict[str, Any] = self._modules
+    projections = projections_of((modules["gate_proj"], modules["up_proj"]), x)
+    if projections is None:
+        return known_class(self).forward(self, x)  # type: ignore[no-any-return]
+    gate, up = ops.linear_many(x, projections)
+    return self.down_proj(self.act_fn(gate) * up)  # type: ignore[no-any-return]

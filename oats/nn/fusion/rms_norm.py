@@ -1,0 +1,81 @@
+"""Root mean square norms, in one call of the core instead of ten of torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from oats.kernels import ops
+from oats.nn.fusion.known_forward import known_class, same_code, set_forward_
+
+
+def fuse_norms_(model: nn.Module) -> None:
+    """Let the norms of a model take one call each, where a text is decoded mostly of Python.
+
+    What they return differs by the rounding of a sum at most. Where autograd or a compiler follows the input,
+    or it is no contiguous tensor on the CPU, they compute as before.
+
+    Args:
+        model: changed in place; only where a module's ``forward`` is that of transformers' Llama or Gemma and
+            their many relatives.
+    """
+    for module in model.modules():
+        kind = type(module)
+        if same_code(kind.forward, _llama):
+            set_forward_(module, round_then_scale)
+        elif same_code(kind.forward, _gemma) and same_code(getattr(kind, "_norm", None), _gemma_norm):
+            set_forward_(module, scale_by_one_plus)
+
+
+# Written as transformers' classes have them: a class is known by the code of its forward.
+
+
+def _llama(self: Any, hidden_states: Tensor) -> Tensor:
+    input_dtype = hidden_states.dtype
+    hidden_states = hidden_states.to(torch.float32)
+    variance = hidden_states.pow(2).mean(-1, keepdim=True)
+    hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
+    return self.weight * hidden_states.to(input_dtype)  # type: ignore[no-any-return]
+
+
+def _gemma(self: Any, x: Tensor) -> Tensor:
+    output = self._norm(x.float())
+    output = output * (1.0 + self.weight.float())
+    return output.type_as(x)  # type: ignore[no-any-return]
+
+
+def _gemma_norm(self: Any, x: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+
+
+def round_then_scale(self: Any, hidden_states: Tensor) -> Tensor:
+    """What Llama's becomes: the weight multiplies what was rounded."""
+    weight = self._parameters.get("weight")
+    if weight is not None and _fusible(hidden_states, weight):
+        return ops.rms_norm(hidden_states, weight, self.variance_epsilon, one_plus=False)
+    return known_class(self).forward(self, hidden_states)  # type: ignore[no-any-return]
+
+
+def scale_by_one_plus(self: Any, x: Tensor) -> Tensor:
+    """What Gemma's becomes: one plus the weight multiplies, and the product is rounded."""
+    weight = self._parameters.get("weight")
+    if weight is not None and _fusible(x, weight):
+        return ops.rms_norm(x, weight, self.eps, one_plus=True)
+    return known_class(self).forward(self, x)  # type: ignore[no-any-return]
+
+
+def _fusible(x: Tensor, weight: Tensor) -> bool:
+    return (
+        ops.is_plain(x)
+        and x.is_cpu
+        and x.dtype is weight.dtype
+        and (x.dtype is torch.bfloat16 or x.dtype is torch.float32)
+        and weight.is_cpu
+        and x.dim() > 0
+        and x.shape[-1] == weight.numel()
+        and x.is_contiguous()
+        and weight.is_contiguous()
+        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+    )

@@ -1,0 +1,72 @@
+"""`SplitLinear`: a fused projection as its parts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from oats.format.layer_spec import MARKER
+from oats.kernels import ops
+from oats.nn.sparse_low_rank_linear import SparseLowRankLinear, projections_of
+
+
+class SplitLinear(nn.ModuleDict):
+    """A projection that computes several at once, as its parts: their outputs, one after another.
+
+    The parts are computed in one call of the kernels, where nothing (a hook, autograd, a compiler) needs to
+    see each of them.
+
+    Args:
+        parts: name → :class:`SparseLowRankLinear` of the same inputs, in the order of their outputs.
+
+    >>> from oats import OatsConfig
+    >>> q, k = (SparseLowRankLinear.from_linear(nn.Linear(8, n), torch.ones(8), OatsConfig()) for n in (4, 2))
+    >>> SplitLinear({"q": q, "k": k})(torch.zeros(3, 8)).shape
+    torch.Size([3, 6])
+    """
+
+    def __init__(self, parts: Mapping[str, SparseLowRankLinear]) -> None:
+        """Hold the parts."""
+        super().__init__(parts)
+        layers = list(parts.values())
+        self.in_features, self.out_features = layers[0].in_features, sum(p.out_features for p in layers)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, (d_out, d_in). Computed at each access: for inspection, not for speed."""
+        return torch.cat([cast(SparseLowRankLinear, part).to_dense() for part in self.values()])
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The biases of the parts, (d_out,), or None; a copy."""
+        biases = [part.bias for part in self.values()]
+        return None if None in biases else torch.cat(cast(list[Tensor], biases))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute the outputs of all parts.
+
+        Args:
+            x: (…, in_features), the dtype and device of the parts.
+
+        Returns:
+            (…, out_features), in the same dtype.
+        """
+        projections = projections_of(self._modules.values(), x)
+        if projections is None:
+            return torch.cat([part(x) for part in self.values()], dim=-1)
+        return ops.linear_joined(x, projections)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if all(part.packed is not None for part in self.values()):
+            # For readers who expect one dense weight; the markers of the parts do not stop them.
+            destination[prefix + "weight"] = MARKER.clone()
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        marker = state_dict.get(prefix + "weight")
+        if marker is not None and marker.shape == MARKER.shape:
+            del state_dict[prefix + "weight"]
+        super()._load_from_state_dict(state_dict, prefix, *args)

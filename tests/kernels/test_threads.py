@@ -1,0 +1,161 @@
+"""One OpenMP pool with torch: its thread count is obeyed, and a forked child does not wait for ever."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from oats.kernels import ops
+from tests.conftest import random_layer
+from tests.kernels.test_kernels import assert_close
+
+D_OUT, D_IN = 400, 700
+SECONDS = 60
+
+
+@pytest.fixture(scope="module")
+def layer() -> dict[str, Tensor]:
+    return random_layer(D_OUT, D_IN, 50, 0.4, torch.float32)
+
+
+@pytest.fixture(scope="module")
+def packed(layer: dict[str, Tensor]) -> Tensor:
+    """Large enough that two threads share the work."""
+    return ops.pack(**layer)
+
+
+def start_the_pool() -> None:
+    """Both torch's own regions and ours have run on two threads."""
+    torch.set_num_threads(2)
+    torch.randn(1000, 1000).exp_()
+    ops.keep_largest_in_rows(torch.randn(64, 200), 50)
+
+
+@pytest.mark.parametrize("batch", [1, 5, 100])
+def test_any_thread_count_of_torch(layer: dict[str, Tensor], packed: Tensor, batch: int) -> None:
+    x = torch.randn(batch, D_IN)
+    for threads in (2, 1, 2, 4, 1):
+        torch.set_num_threads(threads)
+        assert_close(ops.linear(x, packed, None, D_OUT), layer, x, None)
+        kept = ops.keep_largest_in_rows(x, 30)
+        assert torch.equal(kept.count_nonzero(1), torch.full((batch,), 30))
+        unpacked = ops.unpack(ops.pack(**layer))
+        assert all(torch.equal(unpacked[name], tensor) for name, tensor in layer.items())
+
+
+_ONE_RUNTIME = """
+import os, sys, torch
+from oats import ops
+from tests.conftest import random_layer
+
+def threads():
+    return len(os.listdir("/proc/self/task"))
+
+layer = random_layer(400, 700, 50, 0.4, torch.float32)
+torch.set_num_threads(3)
+torch.randn(1000, 1000).exp_()
+pool = threads()
+packed = ops.pack(**layer)
+ops.linear(torch.randn(1, 700), packed, None, 400)
+ops.linear(torch.randn(200, 700), packed, None, 400)
+ops.keep_largest_in_rows(torch.randn(64, 200), 50)
+assert pool >= 3, f"torch has {pool} threads"
+assert threads() == pool, f"oats started {threads() - pool} threads beside torch's"
+names = {line.split()[-1] for line in open("/proc/self/maps") if "/" in line}
+runtimes = sorted(n for n in names if os.path.basename(n).startswith(("libgomp", "libomp", "libiomp")))
+assert len(runtimes) == 1, runtimes
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="needs /proc")
+def test_one_openmp_runtime_and_one_pool_in_the_process() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _ONE_RUNTIME], capture_output=True, text=True, timeout=SECONDS
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def in_forked_child(work: Callable[[], bool]) -> None:
+    """`work()` in a fork of this process returns True, before SECONDS have passed."""
+    child = os.fork()
+    if child == 0:
+        status = 2
+        try:
+            status = 0 if work() else 1
+        finally:
+            os._exit(status)
+    for _ in range(SECONDS * 50):
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            assert status == 0, f"the forked child ended with {status}"
+            return
+        time.sleep(0.02)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    pytest.fail("the forked child hangs")
+
+
+@pytest.mark.skipif(not hasattr(os, "register_at_fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+@pytest.mark.parametrize("batch", [1, 100])
+def test_forked_child(layer: dict[str, Tensor], packed: Tensor, batch: int) -> None:
+    x = torch.randn(batch, D_IN)
+    start_the_pool()
+    expected = ops.linear(x, packed, None, D_OUT)
+    kept = ops.keep_largest_in_rows(x, 30)
+
+    def work() -> bool:
+        return (
+            torch.get_num_threads() == 2
+            and torch.equal(ops.linear(x, packed, None, D_OUT), expected)
+            and torch.equal(ops.linear(x, ops.pack(**layer), None, D_OUT), expected)
+            and torch.equal(ops.keep_largest_in_rows(x, 30), kept)
+            # torch's own regions too: a model is never made of our layers alone.
+            and bool(torch.zeros(1000, 1000).exp_().eq(1).all())
+        )
+
+    in_forked_child(work)
+    # The parent is as it was.
+    assert torch.equal(ops.linear(x, packed, None, D_OUT), expected)
+    in_forked_child(work)
+
+
+class Products(Dataset[Tensor]):
+    """Item i is the layer's output for row i, computed in the worker on `threads` threads."""
+
+    def __init__(self, x: Tensor, packed: Tensor, threads: int | None) -> None:
+        self.x, self.packed, self.threads = x, packed, threads
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, i: int) -> Tensor:
+        if self.threads:
+            torch.set_num_threads(self.threads)
+        return ops.linear(self.x[i], self.packed, None, D_OUT)
+
+
+@pytest.mark.skipif(not hasattr(os, "register_at_fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+@pytest.mark.parametrize("threads", [None, 2], ids=["torch's one thread", "two threads"])
+def test_forked_data_loader_worker(packed: Tensor, threads: int | None) -> None:
+    x = torch.randn(6, D_IN)
+    start_the_pool()
+    expected = torch.stack([ops.linear(row, packed, None, D_OUT) for row in x])
+    loader = DataLoader(
+        Products(x, packed, threads),
+        batch_size=2,
+        num_workers=1,
+        multiprocessing_context="fork",
+        timeout=SECONDS,
+    )
+    assert torch.equal(torch.cat(list(loader)), expected)
