@@ -106,7 +106,6 @@ class InProcess:
         version: str,
         isa: str = "",
     ) -> None:
-        """Wrap `make`, which gives an endless supply of modules that compute with a weight."""
         self.name, self.version, self.dtype, self.form, self.isa = name, version, dtype, form, isa
         self.stored_dtype: str = dtype
         self.compression: float | None = None

@@ -33,7 +33,6 @@ class DenseSource:
     """
 
     def __init__(self, directory: Path, model: Any, path: str, places: dict[str, tuple[Path, str]]) -> None:
-        """Take a complete model, and release its blocks."""
         self.directory, self.model, self.path = directory, model, path
         self.blocks: nn.ModuleList = model.get_submodule(path)
         self.files = checkpoint_files(directory)

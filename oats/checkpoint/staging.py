@@ -48,7 +48,6 @@ class Staging:
     """
 
     def __init__(self, out: Path) -> None:
-        """Look at nothing yet."""
         self.out = out
         self.directory = out.with_name(f".{out.name}.unfinished")
         self.model = self.directory / MODEL
@@ -273,7 +272,6 @@ class StoredStates:
     """
 
     def __init__(self, directory: Path, batches: int, staging: Staging) -> None:
-        """Name the directory."""
         self._directory, self._batches, self._staging = directory, batches, staging
 
     def __len__(self) -> int:

@@ -50,7 +50,6 @@ class Bar:
     """A progress bar of one task; in a log, a line a minute."""
 
     def __init__(self, progress: Progress, task: TaskID, log: Callable[[str], None] | None = None) -> None:
-        """Wrap one task of a rich display; `log` takes the lines, None where there are none."""
         self._progress, self._task, self._log = progress, task, log
         self._started = self._written = time.monotonic()
 

@@ -49,7 +49,6 @@ class BlockRunner:
         held: Held | None = None,
         ranks: Ranks | None = None,
     ) -> None:
-        """Stand before the block whose inputs are held."""
         self._model, self._blocks, self._batches = model, blocks, batches
         self.held: Held = [None] * len(batches) if held is None else held
         """What the block before returned for each batch: a tensor, or a tuple."""

@@ -40,7 +40,6 @@ class Ranks:
     """
 
     def __init__(self, rank: int = 0, size: int = 1) -> None:
-        """Note who is who."""
         self.rank, self.size = rank, size
 
     def share(self, items: Sequence[T]) -> list[T]:

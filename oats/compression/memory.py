@@ -136,7 +136,6 @@ class Limit:
     """
 
     def __init__(self, limit: int | None = None) -> None:
-        """Take the limit."""
         self.limit = limit
 
     def allows(self, need: Mapping[str, int]) -> bool:

@@ -76,7 +76,6 @@ class Walk:
         progress: Progress | None = None,
         report: CompressionReport | None = None,
     ) -> None:
-        """Stand before the first block that is not done."""
         self._model, self._path, self._targets, self._config = model, path, targets, config
         self._compressions = compressions or {}
         self._batches, self._ranks, self._progress = batches, ranks or Ranks(), progress

@@ -584,7 +584,6 @@ class WarmSubspace:
         oversampling: int = OVERSAMPLING,
         metric: Tensor | None = None,
     ) -> None:
-        """Draw the random start."""
         # Drawn on the CPU: the same seed starts alike on every device.
         generator = torch.Generator(device="cpu").manual_seed(seed)
         start = torch.randn(

@@ -131,7 +131,6 @@ class Cells:
     """
 
     def __init__(self, directory: str | Path, settings: Mapping[str, Any]) -> None:
-        """Open the directory."""
         self.directory = Path(directory)
         self.settings = json.loads(json.dumps(settings))
         file = self.directory / "settings.json"

@@ -138,7 +138,6 @@ class OatsQuantizer(HfQuantizer):
     quantization_config: OatsQuantizationConfig
 
     def __init__(self, quantization_config: OatsQuantizationConfig | OatsConfig, **kwargs: Any) -> None:
-        """Take the configuration of a checkpoint, or the one that a dense model is to be compressed with."""
         if isinstance(quantization_config, OatsConfig):
             quantization_config = OatsQuantizationConfig(settings=quantization_config)
         super().__init__(quantization_config, **kwargs)

@@ -22,7 +22,6 @@ class Expert(nn.Module):
     """
 
     def __init__(self, gate_up: Tensor, down: Tensor, activation: Callable[[Tensor], Tensor]) -> None:
-        """Hold the weights, which are not copied."""
         super().__init__()
         gate, up = gate_up.chunk(2)
         self.gate, self.up, self.down = (_linear(weight) for weight in (gate, up, down))
@@ -53,7 +52,6 @@ class SplitExperts(nn.ModuleList):
     routed: Tensor | None = None
 
     def __init__(self, experts: list[Expert]) -> None:
-        """Hold the experts."""
         super().__init__(experts)
         self.register_state_dict_post_hook(_as_it_was)  # type: ignore[no-untyped-call]
 

@@ -29,7 +29,6 @@ class SemiStructuredLinear(nn.Module):
     """
 
     def __init__(self, layer: SparseLowRankLinear) -> None:
-        """Convert the weight of `layer`, which is left as it is."""
         super().__init__()
         if not fits(layer):
             raise DeviceError(

@@ -88,7 +88,6 @@ class SparseLowRankLinear(nn.Module):
         device: torch.device | str | None = None,
         storage: Storage = EXACT,
     ) -> None:
-        """Make an uninitialised canonical layer."""
         super().__init__()
         dtype = self._dtype = _supported(dtype or torch.get_default_dtype())
         self.in_features, self.out_features, self.rank, self.nnz = in_features, out_features, rank, nnz

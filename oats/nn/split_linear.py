@@ -29,7 +29,6 @@ class SplitLinear(nn.ModuleDict):
     """
 
     def __init__(self, parts: Mapping[str, SparseLowRankLinear]) -> None:
-        """Hold the parts."""
         super().__init__(parts)
         layers = list(parts.values())
         self.in_features, self.out_features = layers[0].in_features, sum(p.out_features for p in layers)

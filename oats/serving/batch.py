@@ -49,7 +49,6 @@ class NextToken:
     """
 
     def __init__(self, model: Any, config: Any, prompt: list[int], seed: int | None) -> None:
-        """Make the processors."""
         model._prepare_special_tokens(config, kwargs_has_attention_mask=True, device="cpu")
         # Some processors look for the prompt's tokens again.
         self._processors = model._get_logits_processor(
@@ -102,7 +101,6 @@ class Batch:
     """
 
     def __init__(self, model: Any) -> None:
-        """Start with no text."""
         self._model = model
         # Releases of transformers differ in what they call it.
         names = inspect.signature(type(model).forward).parameters

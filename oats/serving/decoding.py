@@ -27,7 +27,6 @@ class IncrementalDecoder:
     """
 
     def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
-        """Start with nothing decoded."""
         self._tokenizer, self._stop = tokenizer, [text for text in stop if text]
         self._ids: list[int] = []
         # The text of a token depends on the one before it (spaces), not on all: the window that is decoded

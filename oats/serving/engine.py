@@ -37,7 +37,6 @@ class Engine:
     """
 
     def __init__(self, model: Any, tokenizer: Any, max_waiting: int = 64, max_batch: int = MAX_BATCH) -> None:
-        """Start the thread."""
         if max_waiting < 1:
             raise ConfigError(f"at least 1 request must be able to wait, got {max_waiting}")
         if max_batch < 1:

@@ -116,7 +116,6 @@ class ApiError(Exception):
     """An error with the status and the body that OpenAI's clients expect."""
 
     def __init__(self, status: int, message: str, code: str | None = None, param: str | None = None) -> None:
-        """Hold what the client is told."""
         super().__init__(message)
         self.status, self.code, self.param = status, code, param
 
@@ -130,7 +129,6 @@ class Metrics:
     """What ``/metrics`` says."""
 
     def __init__(self, engine: Engine) -> None:
-        """Register everything in a registry of its own."""
         self.registry = CollectorRegistry()
         self.requests = Counter(
             "oats_requests", "Requests answered.", ["endpoint", "status"], registry=self.registry

@@ -58,7 +58,6 @@ class Generation:
         decoder: IncrementalDecoder,
         deliver: Callable[[Event], None],
     ) -> None:
-        """Hold what is asked for."""
         self.ids, self.sampling, self.deliver = list(ids), sampling, deliver
         self.tokens = 0
         self.submitted = time.perf_counter()
