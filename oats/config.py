@@ -131,7 +131,7 @@ class OatsConfig:
 
     The names and the default budget are the paper's (arXiv 2409.13652, section 3). The default low-rank
     step is not: ``svd="exact"`` is the published algorithm to the letter, ``svd="fast"``
-    reaches an error at least as low in a fraction of the time (docs/design.md).
+    reaches an error at least as low in a fraction of the time (docs/decomposition.md).
 
     Args:
         method: ``"oats"``, the published one; ``"oats-hessian"``, which weighs a layer's error by the
