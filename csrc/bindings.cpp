@@ -15,6 +15,8 @@
 
 namespace py = pybind11;
 
+void bind_decoder(py::module_& m);  // decoder_bindings.cpp
+
 namespace {
 
 template <class T = void>
@@ -55,6 +57,7 @@ const oats::PackedHeader& header(uintptr_t packed, size_t bytes) {
 }  // namespace
 
 PYBIND11_MODULE(_core, m) {
+  bind_decoder(m);
   m.doc() = "The C++ core of oats: addresses and sizes, no checks. Use oats.ops.";
 
   m.def("best_isa", [] { return oats::isa_name(oats::best_isa()); });

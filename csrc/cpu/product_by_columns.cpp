@@ -52,6 +52,7 @@ struct Panel {
   };
   char* scratch;
   size_t scratch_bytes;
+  Panel* self;
 
   Panel(const Call& call, int64_t first, Workspace& workspace)
       : call(call),
@@ -82,6 +83,7 @@ struct Panel {
   }
 
   void cut(Cutter& memory) {
+    self = memory.take<Panel>(1);
     activations = memory.take<uint32_t>(w->groups * vectors * lanes);
     low_rank = memory.take<uint32_t*>(call.count);
     for (int i = 0; i < call.count; ++i) {
@@ -195,14 +197,16 @@ struct Panel {
     }
   }
 
-  void run_part(int part, int parts) const {
+  int64_t rows_planned() const { return columns; }
+  int stages() const { return 2 + (call.rank_blocks() > 0); }
+
+  void run_stage(int stage, int part, int parts) const {
+    if (stage == 0) return prepare(w->groups * part / parts, w->groups * (part + 1) / parts);
     Cutter memory(scratch + part * scratch_bytes);
     const Scratch mine = cut_scratch(memory);
-    prepare(w->groups * part / parts, w->groups * (part + 1) / parts);
-    wait_for_all(parts);
-    if (call.rank_blocks()) {
-      call.for_rank_blocks(part, parts, [&](int i, int64_t block) { low_rank_inputs(i, block, mine); });
-      wait_for_all(parts);
+    if (stage + 1 < stages()) {
+      return call.for_rank_blocks(part, parts,
+                                  [&](int i, int64_t block) { low_rank_inputs(i, block, mine); });
     }
     call.split(block_boundary(call, part, parts, false), block_boundary(call, part + 1, parts, false),
                [&](int i, int64_t begin, int64_t end) {
@@ -218,8 +222,12 @@ struct Panel {
 void product_by_columns(const Call& call, Workspace& workspace) {
   for (int64_t first = 0; first < call.batch; first += kPanelColumns) {
     const Panel panel(call, first, workspace);
-    in_team(call, [&](int part, int parts) { panel.run_part(part, parts); });
+    in_team(call, [&](int part, int parts) { run_stages(panel, part, parts); });
   }
+}
+
+PlannedProduct plan_by_columns(const Call& call, int64_t first, Workspace& workspace) {
+  return planned(Panel(call, first, workspace));
 }
 
 }  // namespace oats

@@ -31,6 +31,7 @@ struct Tile {
   Activations plain, scaled;  // x: [groups][columns]; those that a kernel asks for
   bool with_plain, with_scaled;
   Sums* sums;  // of each projection
+  Tile* self;
 
   Tile(const Call& call, int64_t first, Workspace& workspace)
       : call(call),
@@ -54,6 +55,7 @@ struct Tile {
   }
 
   void cut(Cutter& memory) {
+    self = memory.take<Tile>(1);
     plain = {memory.take<uint32_t>(with_plain && !direct ? w->groups * columns : 0), nullptr};
     // Of whole groups of codes.
     const int64_t scales = with_scaled ? divide_up(w->shape.d_in, kScaledColumns) : 0;
@@ -114,27 +116,26 @@ struct Tile {
                  call.output(i, first, row), call.projections[i].y_stride);
   }
 
-  void run_part(int part, int parts) const {
-    if (with_scaled || !direct) {
-      prepare(part, parts);
-      wait_for_all(parts);
-    }
+  bool prepares() const { return with_scaled || !direct; }
+  int64_t rows_planned() const { return columns; }
+  int stages() const { return prepares() + 1 + (call.rank_blocks() > 0); }
+
+  void run_stage(int stage, int part, int parts) const {
+    if (prepares() && stage-- == 0) return prepare(part, parts);
     const auto finish_blocks = [&](int i, int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) finish(i, b);
     };
     const int64_t blocks = call.blocks();
+    if (stage == 1) {
+      return call.split(blocks * part / parts, blocks * (part + 1) / parts, finish_blocks);
+    }
     const int64_t begin = block_boundary(call, part, parts, true),
                   end = block_boundary(call, part + 1, parts, true);
     call.for_rank_blocks(part, parts, [&](int i, int64_t block) { low_rank_inputs(i, block); });
     call.split(begin, end, [&](int i, int64_t first_block, int64_t last) {
       for (int64_t b = first_block; b < last; ++b) sparse(i, b);
     });
-    if (call.rank_blocks() == 0) {
-      call.split(begin, end, finish_blocks);
-      return;
-    }
-    wait_for_all(parts);
-    call.split(blocks * part / parts, blocks * (part + 1) / parts, finish_blocks);
+    if (call.rank_blocks() == 0) call.split(begin, end, finish_blocks);
   }
 };
 
@@ -143,8 +144,12 @@ struct Tile {
 void product_by_strips(const Call& call, Workspace& workspace) {
   for (int64_t first = 0; first < call.batch; first += kTileColumns) {
     const Tile tile(call, first, workspace);
-    in_team(call, [&](int part, int parts) { tile.run_part(part, parts); });
+    in_team(call, [&](int part, int parts) { run_stages(tile, part, parts); });
   }
+}
+
+PlannedProduct plan_by_strips(const Call& call, int64_t first, Workspace& workspace) {
+  return planned(Tile(call, first, workspace));
 }
 
 }  // namespace oats

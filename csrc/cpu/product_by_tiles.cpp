@@ -42,6 +42,7 @@ struct Panel {
   };
   char* scratch;
   size_t scratch_bytes;
+  Panel* self;
 
   Panel(const Call& call, int64_t first, int64_t rows, Workspace& workspace)
       : call(call),
@@ -66,6 +67,7 @@ struct Panel {
   }
 
   void cut(Cutter& memory) {
+    self = memory.take<Panel>(1);
     inputs = memory.take<uint32_t>(divide_up(w->groups, kTileGroups) * row_tiles * tile_units);
     low_rank = memory.take<uint32_t*>(call.count);
     for (int i = 0; i < call.count; ++i) {
@@ -188,16 +190,21 @@ struct Panel {
     }
   }
 
-  void run_part(int part, int parts) const {
+  int64_t rows_planned() const { return rows; }
+  int stages() const { return 2 + (call.rank_blocks() > 0); }
+
+  void run_stage(int stage, int part, int parts) const {
+    if (stage == 0) {
+      const int64_t tiles = divide_up(w->groups, kTileGroups);
+      return prepare(tiles * part / parts, tiles * (part + 1) / parts);
+    }
     Cutter memory(scratch + part * scratch_bytes);
     const Scratch mine = cut_scratch(memory);
     const TileState before = values.configure(tile_rows);
-    const int64_t tiles = divide_up(w->groups, kTileGroups);
-    prepare(tiles * part / parts, tiles * (part + 1) / parts);
-    wait_for_all(parts);
-    if (call.rank_blocks()) {
+    if (stage + 1 < stages()) {
       call.for_rank_blocks(part, parts, [&](int i, int64_t block) { low_rank_inputs(i, block, mine); });
-      wait_for_all(parts);
+      values.restore(before);
+      return;
     }
     call.split(block_boundary(call, part, parts, false), block_boundary(call, part + 1, parts, false),
                [&](int i, int64_t begin, int64_t end) {
@@ -213,8 +220,12 @@ struct Panel {
 void product_by_tiles(const Call& call, Workspace& workspace) {
   in_steps(0, call.batch, divide_up(call.batch, kPanelRows), [&](int64_t first, int64_t end) {
     const Panel panel(call, first, end - first, workspace);
-    in_team(call, [&](int part, int parts) { panel.run_part(part, parts); });
+    in_team(call, [&](int part, int parts) { run_stages(panel, part, parts); });
   });
+}
+
+PlannedProduct plan_by_tiles(const Call& call, int64_t first, Workspace& workspace) {
+  return planned(Panel(call, first, std::min(call.batch - first, kPanelRows), workspace));
 }
 
 }  // namespace oats

@@ -163,17 +163,51 @@ inline void wait_for_all(int parts) {
   }
 }
 
+// A part of a call's batch whose work is planned: stages that the parts of a team run one after the other, all
+// of them waiting for each other in between.
+struct PlannedProduct {
+  void (*run)(const void* plan, int stage, int part, int parts) = nullptr;
+  const void* plan = nullptr;
+  int stages = 0;
+  int64_t rows = 0;  // of the batch
+};
+
+// Places a panel, of whatever order of work, where its `self` points, behind the call.
+template <class Panel>
+PlannedProduct planned(const Panel& panel) {
+  return {[](const void* plan, int stage, int part, int parts) {
+            static_cast<const Panel*>(plan)->run_stage(stage, part, parts);
+          },
+          new (panel.self) Panel(panel), panel.stages(), panel.rows_planned()};
+}
+
+// A panel's stages in a team.
+template <class Panel>
+void run_stages(const Panel& panel, int part, int parts) {
+  for (int stage = 0; stage < panel.stages(); ++stage) {
+    if (stage) wait_for_all(parts);
+    panel.run_stage(stage, part, parts);
+  }
+}
+
 // The block where part `i` of `n` begins, so that each has the same number of bytes to read: of S and U, or
 // of S and of an even share of the blocks of V.
 int64_t block_boundary(const Call& call, int i, int n, bool with_v);
 
 // Lanes are outputs: an expansion of the weights serves all columns. Bound by memory where they are few.
 void product_by_strips(const Call& call, Workspace& workspace);
+PlannedProduct plan_by_strips(const Call& call, int64_t first, Workspace& workspace);
 
 // Lanes are columns: zero units are skipped. Bound by arithmetic.
 void product_by_columns(const Call& call, Workspace& workspace);
+PlannedProduct plan_by_columns(const Call& call, int64_t first, Workspace& workspace);
 
 // Tiles of the batch times tiles of expanded cells, where the ISA has tile_kernels().
 void product_by_tiles(const Call& call, Workspace& workspace);
+PlannedProduct plan_by_tiles(const Call& call, int64_t first, Workspace& workspace);
+
+// The plan of the next rows of a call, from `first` on, in the best order of work. The call outlives it, and
+// its inputs are scaled already.
+PlannedProduct plan_product(const Call& call, int64_t first, Workspace& workspace);
 
 }  // namespace oats

@@ -35,6 +35,16 @@ void scale_inputs(const T* x, int64_t batch, int64_t x_stride, int64_t d_in, con
   }
 }
 
+enum class Order { strips, columns, tiles };
+
+Order best_order(const Call& call) {
+  const PackedHeader* w = call.first();
+  const TileKernels* tiles = tile_kernels(w->isa, w->shape.dtype, w->shape.values);
+  if (tiles && call.batch >= tiles->min_batch) return Order::tiles;
+  const int64_t least = column_kernels(w->isa, w->shape.dtype, w->shape.values).min_columns;
+  return call.batch < least ? Order::strips : Order::columns;
+}
+
 // Below this many packed bytes a thread, waking it costs more than it saves.
 constexpr int64_t kBytesPerThread = 32 << 10;
 
@@ -71,16 +81,31 @@ void sparse_low_rank_linear(const Projection* projections, int count, const void
   const int64_t useful = std::min<int64_t>(call.blocks(), bytes / kBytesPerThread);
   if (batch == 0 || call.blocks() == 0) return;
   call.team = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, useful)));
-  const TileKernels* tiles = tile_kernels(first->isa, first->shape.dtype, first->shape.values);
-  if (tiles && batch >= tiles->min_batch) {
-    product_by_tiles(call, workspace);
-  } else if (batch < column_kernels(first->isa, first->shape.dtype, first->shape.values).min_columns) {
-    product_by_strips(call, workspace);
-  } else {
-    product_by_columns(call, workspace);
+  switch (best_order(call)) {
+    case Order::tiles:
+      product_by_tiles(call, workspace);
+      break;
+    case Order::strips:
+      product_by_strips(call, workspace);
+      break;
+    case Order::columns:
+      product_by_columns(call, workspace);
+      break;
   }
   workspace.trim();
   scaled_x.trim();
+}
+
+PlannedProduct plan_product(const Call& call, int64_t first, Workspace& workspace) {
+  switch (best_order(call)) {
+    case Order::tiles:
+      return plan_by_tiles(call, first, workspace);
+    case Order::strips:
+      return plan_by_strips(call, first, workspace);
+    case Order::columns:
+      break;
+  }
+  return plan_by_columns(call, first, workspace);
 }
 
 namespace {

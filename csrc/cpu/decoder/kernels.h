@@ -1,0 +1,73 @@
+// What one instruction set offers the decoder, for one dtype: the loops of the phases in step.cpp.
+#pragma once
+
+#include <cstdint>
+
+#include "oats/decoder.h"
+
+namespace oats {
+
+// Rows of queries that share keys: query rows of a sequence times heads of a group.
+constexpr int kQueryRows = 24;
+
+// Tokens of the cache that one unit of attention reads. A fixed number: a result does not depend on how many
+// threads share the work.
+constexpr int64_t kRangeTokens = 512;
+
+// Of a head, at most; a multiple of 16.
+constexpr int64_t kMostHeadDim = 512;
+
+// What one row of queries has seen: the largest score, the sum of the weights relative to it, and the weighted
+// sum of the values, head_dim floats.
+struct PartialAttention {
+  float largest, sum;
+};
+
+struct AttentionUnit {
+  const void* queries;       // [rows][head_dim / group] units
+  int rows;                  // at most kQueryRows
+  const int64_t* positions;  // of each
+  int64_t begin, end;        // tokens
+  int64_t head_dim, window;
+  float scale, softcap;
+  const int32_t* pages;  // of the sequence
+  const char* cache;     // keys of the head in page 0
+  int64_t page_bytes;    // from page to page
+  int64_t values_bytes;  // from the keys of the head to its values
+  PartialAttention* partial;  // [rows]
+  float* sums;                // [rows][head_dim]
+};
+
+struct DecoderKernels {
+  // y = the norm of n floats, times 2 to `exponents` (powers, in the dtype) where they are not null.
+  void (*norm)(const float* x, int64_t n, const DecoderNorm& norm, const void* powers, void* y);
+  // x += scale * norm(y), or scale * y where the norm has no weight.
+  void (*add)(float* x, int64_t n, const void* y, const DecoderNorm& norm, float scale);
+  // x = scale * y.
+  void (*widen)(const void* y, int64_t n, float scale, float* x);
+  // The norm of a head, in place; then its rotation: pairs (i, i + n) by cosine and sine. head_dim elements.
+  void (*norm_and_rotate)(void* x, int64_t head_dim, const DecoderNorm& norm, const float* cosine,
+                          const float* sine, int64_t n);
+  // y = gate(g) * up, or gate(g) where up is null; times powers as in norm.
+  void (*gate)(Gate kind, const void* g, const void* up, int64_t n, const void* powers, void* y);
+  // One key of a head into its page, and a value.
+  void (*write_key)(const void* key, int64_t head_dim, void* page, int64_t token);
+  void (*attend)(const AttentionUnit& unit);
+  // y = the sums of `ranges` partial results, `stride` apart, merged; the partial results are used up.
+  void (*merge)(PartialAttention* partials, const float* sums, int64_t ranges, int64_t partial_stride,
+                int64_t sums_stride, int64_t head_dim, const void* powers, void* y);
+  // Outputs [begin, end) of a dense weight, for `columns` rows of x.
+  void (*dense)(const DecoderLinear& linear, int64_t begin, int64_t end, const void* x, int64_t columns,
+                int64_t x_stride, void* y, int64_t y_stride);
+  // y = softcap * tanh(scale * y / softcap), or scale * y.
+  void (*cap)(void* y, int64_t n, float scale, float softcap);
+};
+
+const DecoderKernels& decoder_kernels_scalar(Dtype dtype);
+const DecoderKernels& decoder_kernels_avx2(Dtype dtype);
+const DecoderKernels& decoder_kernels_avx512(Dtype dtype);
+const DecoderKernels& decoder_kernels_avx512_bf16(Dtype dtype);
+
+const DecoderKernels& decoder_kernels(Isa isa, Dtype dtype);
+
+}  // namespace oats

@@ -1,0 +1,387 @@
+// The loops of DecoderKernels. Each kernels_<isa>.cpp includes this once, inside its own flags.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "kernels.h"
+#include "vectors_inl.h"
+
+namespace oats {
+namespace {
+
+template <int N>
+using Constant = std::integral_constant<int, N>;
+
+// Calls f(Constant<n>{}) for an n of 1 to Most.
+template <int Most, class F>
+inline void with_constant(int n, const F& f) {
+  if constexpr (Most >= 1) {
+    if (n == Most) return f(Constant<Most>{});
+    with_constant<Most - 1>(n, f);
+  }
+}
+
+template <class Element>
+struct DecoderLoops {
+  static constexpr int kGroup = 4 / sizeof(Element);  // dimensions in a unit of keys and queries
+  // Rows x vectors of sums that fit into the registers, with the vectors of keys and one broadcast.
+  static constexpr int kVectors = 4;
+  static constexpr int kRows = kWidth == 16 ? 6 : 2;
+
+  static const Element* elements(const void* from) { return static_cast<const Element*>(from); }
+  static Element* elements(void* to) { return static_cast<Element*>(to); }
+
+  template <class Source>
+  static float inverse_norm(const Source* x, int64_t n, float eps) {
+    Floats sums[2] = {Floats{}, Floats{}};
+    int64_t i = 0;
+    for (; i + 2 * kWidth <= n; i += 2 * kWidth) {
+      const Floats a = load_floats(x + i), b = load_floats(x + i + kWidth);
+      sums[0] += a * a;
+      sums[1] += b * b;
+    }
+    float sum = sum_of(sums[0] + sums[1]);
+    for (; i < n; ++i) sum += to_float(x[i]) * to_float(x[i]);
+    return 1.f / std::sqrt(sum / static_cast<float>(n) + eps);
+  }
+
+  // visit(load, store position): the weighted, normalised elements, a vector or one at a time.
+  static void norm(const float* x, int64_t n, const DecoderNorm& norm, const void* powers, void* y) {
+    const float scale = norm.weight ? inverse_norm(x, n, norm.eps) : 1.f;
+    const Element* w = elements(norm.weight);
+    const Element* p = elements(powers);
+    const float one = norm.one_plus ? 1.f : 0.f;
+    int64_t i = 0;
+    for (; i + kWidth <= n; i += kWidth) {
+      Floats v = load_floats(x + i) * scale;
+      if (w) v *= load_floats(w + i) + one;
+      if (p) v *= load_floats(p + i);
+      store_floats(elements(y) + i, v);
+    }
+    for (; i < n; ++i) {
+      float v = x[i] * scale;
+      if (w) v *= to_float(w[i]) + one;
+      if (p) v *= to_float(p[i]);
+      from_float(v, elements(y) + i);
+    }
+  }
+
+  static void add(float* x, int64_t n, const void* y, const DecoderNorm& norm, float scale) {
+    const Element* in = elements(y);
+    const Element* w = elements(norm.weight);
+    const float one = norm.one_plus ? 1.f : 0.f;
+    if (w) scale *= inverse_norm(in, n, norm.eps);
+    int64_t i = 0;
+    for (; i + kWidth <= n; i += kWidth) {
+      Floats v = load_floats(in + i) * scale;
+      if (w) v *= load_floats(w + i) + one;
+      store_floats(x + i, load_floats(x + i) + v);
+    }
+    for (; i < n; ++i) x[i] += to_float(in[i]) * scale * (w ? to_float(w[i]) + one : 1.f);
+  }
+
+  static void widen(const void* y, int64_t n, float scale, float* x) {
+    for (int64_t i = 0; i < n; ++i) x[i] = to_float(elements(y)[i]) * scale;
+  }
+
+  static void norm_and_rotate(void* x, int64_t head_dim, const DecoderNorm& norm, const float* cosine,
+                              const float* sine, int64_t n) {
+    Element* head = elements(x);
+    float values[kMostHeadDim];
+    const float scale = norm.weight ? inverse_norm(head, head_dim, norm.eps) : 1.f;
+    const Element* w = elements(norm.weight);
+    const float one = norm.one_plus ? 1.f : 0.f;
+    for (int64_t i = 0; i < head_dim; i += kWidth) {
+      Floats v = load_floats(head + i) * scale;
+      if (w) v *= load_floats(w + i) + one;
+      store_floats(values + i, v);
+    }
+    int64_t i = 0;
+    for (; i + kWidth <= n; i += kWidth) {
+      const Floats a = load_floats(values + i), b = load_floats(values + n + i);
+      const Floats c = load_floats(cosine + i), s = load_floats(sine + i);
+      store_floats(values + i, a * c - b * s);
+      store_floats(values + n + i, b * c + a * s);
+    }
+    for (; i < n; ++i) {
+      const float a = values[i], b = values[n + i];
+      values[i] = a * cosine[i] - b * sine[i];
+      values[n + i] = b * cosine[i] + a * sine[i];
+    }
+    for (int64_t j = 0; j < head_dim; j += kWidth) store_floats(head + j, load_floats(values + j));
+  }
+
+  static Floats gated(Gate kind, Floats v) {
+    switch (kind) {
+      case Gate::silu:
+        return v / (1.f + exp_of(-v));
+      case Gate::gelu_tanh:
+        return 0.5f * v * (1.f + tanh_of(0.7978845608f * (v + 0.044715f * v * v * v)));
+      case Gate::relu:
+        return larger(v, Floats{});
+      case Gate::gelu: {
+        float values[kWidth];
+        store_floats(values, v);
+        for (float& value : values) value = 0.5f * value * (1.f + std::erf(value * 0.70710678f));
+        return load_floats(values);
+      }
+      case Gate::none:
+        break;
+    }
+    return v;
+  }
+
+  static void gate(Gate kind, const void* g, const void* up, int64_t n, const void* powers, void* y) {
+    const auto at = [&](const Element* from, int64_t i, int64_t count) {
+      if (count == kWidth) return load_floats(from + i);
+      Element some[kWidth] = {};
+      std::copy_n(from + i, count, some);
+      return load_floats(some);
+    };
+    for (int64_t i = 0; i < n; i += kWidth) {
+      const int64_t count = std::min<int64_t>(kWidth, n - i);
+      Floats v = gated(kind, at(elements(g), i, count));
+      if (up) v *= at(elements(up), i, count);
+      if (powers) v *= at(elements(powers), i, count);
+      Element out[kWidth];
+      store_floats(out, v);
+      std::copy_n(out, count, elements(y) + i);
+    }
+  }
+
+  static void write_key(const void* key, int64_t head_dim, void* page, int64_t token) {
+    auto* units = static_cast<uint32_t*>(page) + token;
+    const auto* from = static_cast<const char*>(key);
+    for (int64_t i = 0; i < head_dim / kGroup; ++i) std::memcpy(units + i * kPageTokens, from + 4 * i, 4);
+  }
+
+  // sum += keys of kWidth tokens times a unit of a query.
+  static Floats multiply_add(Floats sum, Units keys, uint32_t query) {
+    if constexpr (kGroup == 1) {
+      float q;
+      std::memcpy(&q, &query, 4);
+      return sum + (Floats)keys * q;
+    } else {
+#ifdef __AVX512BF16__
+      return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)keys,
+                                      (__m512bh)_mm512_set1_epi32(static_cast<int>(query)));
+#else
+      const uint32_t first = query << 16, second = query & 0xffff0000u;
+      float a, b;
+      std::memcpy(&a, &first, 4);
+      std::memcpy(&b, &second, 4);
+      return sum + (Floats)(keys << 16) * a + (Floats)(keys & 0xffff0000u) * b;
+#endif
+    }
+  }
+
+  // scores [rows][kPageTokens] = queries times the keys of a page.
+  template <int Rows>
+  static void scores_of(const uint32_t* queries, int64_t units, const uint32_t* keys, float* scores) {
+    for (int64_t t = 0; t < kPageTokens; t += kVectors * kWidth) {
+      Floats sums[Rows][kVectors];
+      for (auto& row : sums)
+        for (auto& sum : row) sum = Floats{};
+      for (int64_t i = 0; i < units; ++i) {
+        Units k[kVectors];
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) k[v] = load_vector<Units>(keys + i * kPageTokens + t + v * kWidth);
+#pragma GCC unroll 6
+        for (int r = 0; r < Rows; ++r) {
+          const uint32_t query = queries[r * units + i];
+#pragma GCC unroll 4
+          for (int v = 0; v < kVectors; ++v) sums[r][v] = multiply_add(sums[r][v], k[v], query);
+        }
+      }
+      for (int r = 0; r < Rows; ++r)
+        for (int v = 0; v < kVectors; ++v)
+          store_floats(scores + r * kPageTokens + t + v * kWidth, sums[r][v]);
+    }
+  }
+
+  // sums [rows][head_dim] += weights [rows][kPageTokens] times `count` values.
+  template <int Rows, int Vectors>
+  static void add_values(const float* weights, int64_t count, const Element* values, int64_t head_dim,
+                         int64_t d, float* sums) {
+    Floats s[Rows][Vectors];
+    for (int r = 0; r < Rows; ++r)
+      for (int v = 0; v < Vectors; ++v) s[r][v] = load_floats(sums + r * head_dim + d + v * kWidth);
+    for (int64_t t = 0; t < count; ++t) {
+      Floats value[Vectors];
+#pragma GCC unroll 4
+      for (int v = 0; v < Vectors; ++v) value[v] = load_floats(values + t * head_dim + d + v * kWidth);
+#pragma GCC unroll 6
+      for (int r = 0; r < Rows; ++r) {
+        const Floats weight = broadcast(weights[r * kPageTokens + t]);
+#pragma GCC unroll 4
+        for (int v = 0; v < Vectors; ++v) s[r][v] += weight * value[v];
+      }
+    }
+    for (int r = 0; r < Rows; ++r)
+      for (int v = 0; v < Vectors; ++v) store_floats(sums + r * head_dim + d + v * kWidth, s[r][v]);
+  }
+
+  // Softmax as it goes: `state` and the sums are rescaled whenever a page has a larger score (Milakov and
+  // Gimelshein, arXiv 1805.02867). Scores become weights.
+  static void to_weights(const AttentionUnit& unit, int row, int64_t page_begin, float* scores) {
+    PartialAttention& state = unit.partial[row];
+    const int64_t position = unit.positions[row];
+    int64_t first = unit.begin, last = std::min(unit.end, position + 1);
+    if (unit.window) first = std::max(first, position + 1 - unit.window);
+    first = std::max<int64_t>(first - page_begin, 0);
+    last = std::min<int64_t>(last - page_begin, kPageTokens);
+    if (first >= last) {
+      std::fill_n(scores, kPageTokens, 0.f);
+      return;
+    }
+    const Floats low = broadcast(-std::numeric_limits<float>::infinity());
+    Ints index;
+    for (int i = 0; i < kWidth; ++i) index[i] = i;
+    Floats largest = low;
+    for (int64_t t = 0; t < kPageTokens; t += kWidth) {
+      Floats s = load_floats(scores + t) * unit.scale;
+      if (unit.softcap != 0.f) s = unit.softcap * tanh_of(s / unit.softcap);
+      const Ints at = index + static_cast<int32_t>(t);
+      s = select((at >= static_cast<int32_t>(first)) & (at < static_cast<int32_t>(last)), s, low);
+      store_floats(scores + t, s);
+      largest = larger(s, largest);
+    }
+    const float before = state.largest;
+    state.largest = std::max(before, largest_of(largest));
+    const float kept = before == -std::numeric_limits<float>::infinity() ? 0.f : std::exp(before - state.largest);
+    if (kept != 1.f) {
+      float* sums = unit.sums + row * unit.head_dim;
+      for (int64_t d = 0; d < unit.head_dim; d += kWidth) store_floats(sums + d, load_floats(sums + d) * kept);
+    }
+    Floats sum = Floats{};
+    for (int64_t t = 0; t < kPageTokens; t += kWidth) {
+      const Floats weight = exp_of(load_floats(scores + t) - state.largest);
+      store_floats(scores + t, weight);
+      sum += weight;
+    }
+    state.sum = state.sum * kept + sum_of(sum);
+  }
+
+  static void attend(const AttentionUnit& unit) {
+    alignas(64) float scores[kQueryRows * kPageTokens];
+    const int64_t units = unit.head_dim / kGroup;
+    const auto* queries = static_cast<const uint32_t*>(unit.queries);
+    for (int r = 0; r < unit.rows; ++r) unit.partial[r] = {-std::numeric_limits<float>::infinity(), 0.f};
+    std::fill_n(unit.sums, unit.rows * unit.head_dim, 0.f);
+    for (int64_t page = unit.begin / kPageTokens; page * kPageTokens < unit.end; ++page) {
+      if (unit.pages[page] < 0) continue;  // it left the window
+      const char* keys = unit.cache + unit.pages[page] * unit.page_bytes;
+      const auto* values = reinterpret_cast<const Element*>(keys + unit.values_bytes);
+      const int64_t begin = page * kPageTokens, count = std::min(unit.end - begin, kPageTokens);
+      for (int r = 0; r < unit.rows; r += kRows) {
+        with_constant<kRows>(std::min(kRows, unit.rows - r), [&](auto rows) {
+          float* mine = scores + r * kPageTokens;
+          scores_of<rows>(queries + r * units, units, reinterpret_cast<const uint32_t*>(keys), mine);
+          for (int i = 0; i < rows; ++i) to_weights(unit, r + i, begin, mine + i * kPageTokens);
+          float* sums = unit.sums + r * unit.head_dim;
+          int64_t d = 0;
+          for (; d + kVectors * kWidth <= unit.head_dim; d += kVectors * kWidth)
+            add_values<rows, kVectors>(mine, count, values, unit.head_dim, d, sums);
+          for (; d < unit.head_dim; d += kWidth)
+            add_values<rows, 1>(mine, count, values, unit.head_dim, d, sums);
+        });
+      }
+    }
+  }
+
+  static void merge(PartialAttention* partials, const float* sums, int64_t ranges, int64_t partial_stride,
+                    int64_t sums_stride, int64_t head_dim, const void* powers, void* y) {
+    float largest = -std::numeric_limits<float>::infinity(), sum = 0;
+    for (int64_t i = 0; i < ranges; ++i) largest = std::max(largest, partials[i * partial_stride].largest);
+    for (int64_t i = 0; i < ranges; ++i) {
+      PartialAttention& one = partials[i * partial_stride];
+      one.largest = one.sum > 0 ? std::exp(one.largest - largest) : 0.f;  // from here on the range's share
+      sum += one.sum * one.largest;
+    }
+    for (int64_t d = 0; d < head_dim; d += kWidth) {
+      Floats v = Floats{};
+      for (int64_t i = 0; i < ranges; ++i)
+        v += partials[i * partial_stride].largest * load_floats(sums + i * sums_stride + d);
+      v /= sum;
+      if (powers) v *= load_floats(elements(powers) + d);
+      store_floats(elements(y) + d, v);
+    }
+  }
+
+  // sums += weights times x, of a vector of elements, or two halves of one.
+  static Floats dot(Floats sum, const Element* w, const Element* x) {
+#ifdef __AVX512BF16__
+    if constexpr (kGroup == 2) {
+      return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)load_vector<Units>(w),
+                                      (__m512bh)load_vector<Units>(x));
+    }
+#endif
+    for (int i = 0; i < kStep; i += kWidth) sum += load_floats(w + i) * load_floats(x + i);
+    return sum;
+  }
+  static constexpr int kStep = kWidth * kGroup;  // elements of dot()
+
+  template <int Rows, int Columns>
+  static void dense_square(const DecoderLinear& linear, int64_t row, const Element* x, int64_t x_stride,
+                           Element* y, int64_t y_stride) {
+    const int64_t d_in = linear.d_in;
+    const Element* w = elements(linear.dense) + row * d_in;
+    Floats sums[Rows][Columns];
+    for (auto& of_row : sums)
+      for (auto& sum : of_row) sum = Floats{};
+    int64_t i = 0;
+    for (; i + kStep <= d_in; i += kStep) {
+#pragma GCC unroll 4
+      for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 4
+        for (int c = 0; c < Columns; ++c)
+          sums[r][c] = dot(sums[r][c], w + r * d_in + i, x + c * x_stride + i);
+    }
+    const Element* bias = elements(linear.bias);
+    for (int r = 0; r < Rows; ++r) {
+      for (int c = 0; c < Columns; ++c) {
+        float sum = sum_of(sums[r][c]);
+        for (int64_t j = i; j < d_in; ++j) sum += to_float(w[r * d_in + j]) * to_float(x[c * x_stride + j]);
+        from_float(bias ? sum + to_float(bias[row + r]) : sum, y + c * y_stride + row + r);
+      }
+    }
+  }
+
+  static void dense(const DecoderLinear& linear, int64_t begin, int64_t end, const void* x, int64_t columns,
+                    int64_t x_stride, void* y, int64_t y_stride) {
+    constexpr int kBlock = kWidth == 4 ? 2 : 4;
+    for (int64_t row = begin; row < end; row += kBlock) {
+      with_constant<kBlock>(static_cast<int>(std::min<int64_t>(kBlock, end - row)), [&](auto rows) {
+        for (int64_t c = 0; c < columns; c += kBlock) {
+          with_constant<kBlock>(static_cast<int>(std::min<int64_t>(kBlock, columns - c)), [&](auto wide) {
+            dense_square<rows, wide>(linear, row, elements(x) + c * x_stride, x_stride,
+                                     elements(y) + c * y_stride, y_stride);
+          });
+        }
+      });
+    }
+  }
+
+  static void cap(void* y, int64_t n, float scale, float softcap) {
+    for (int64_t i = 0; i < n; i += kWidth) {
+      const int64_t count = std::min<int64_t>(kWidth, n - i);
+      Element some[kWidth] = {};
+      std::copy_n(elements(y) + i, count, some);
+      Floats v = load_floats(some) * scale;
+      if (softcap != 0.f) v = softcap * tanh_of(v / softcap);
+      store_floats(some, v);
+      std::copy_n(some, count, elements(y) + i);
+    }
+  }
+
+  static const DecoderKernels& table() {
+    static const DecoderKernels kernels{norm,   add,   widen, norm_and_rotate, gate, write_key,
+                                        attend, merge, dense, cap};
+    return kernels;
+  }
+};
+
+}  // namespace
+}  // namespace oats

@@ -1,0 +1,488 @@
+// A step in one parallel region. All rows of all sequences go through a layer together:
+//
+//   norm             rows of the residual stream → inputs of q, k and v
+//   q, k, v          one product, or one for each that scales its inputs (csrc/cpu/products.h: its stages)
+//   rotate, store    q and k of each head; k and v go into the pages of the cache
+//   attend           units of at most kQueryRows queries, over ranges of kRangeTokens tokens
+//   merge            the ranges of a unit
+//   output           one product
+//   add, norm        → inputs of gate and up
+//   gate, up         one product
+//   gate * up
+//   down             one product
+//   add
+//
+// with a barrier between two lines, and between the stages of a product. Products and attention at few rows are
+// bound by reading weights and cache, the rest by barriers.
+#include <omp.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+
+#include "../products.h"
+#include "kernels.h"
+#include "oats/sparse_low_rank_linear.h"
+
+namespace oats {
+
+namespace {
+
+// Linear layers that read the same rows: what of them is one product, and what scales its inputs.
+struct ProductGroup {
+  struct Part {
+    const DecoderLinear* first;
+    int count;
+    int64_t offset;      // of its outputs in a row
+    const void* powers;  // that multiply its inputs, or null
+    int copy;            // which copy of the inputs it reads
+  };
+  static constexpr int kMostParts = 4;
+  Part parts[kMostParts];
+  int count = 0, copies = 0;
+  int64_t d_in = 0, d_out = 0;
+  const void* powers_of_copy[kMostParts] = {};
+
+  ProductGroup() = default;
+  explicit ProductGroup(const std::vector<DecoderLinear>& linears) {
+    for (const DecoderLinear& linear : linears) add(linear);
+  }
+  explicit ProductGroup(const DecoderLinear& linear) { add(linear); }
+
+  void add(const DecoderLinear& linear) {
+    const PackedHeader* w = linear.packed;
+    const void* powers = w && w->inputs_at ? reinterpret_cast<const char*>(w) + w->inputs_at : nullptr;
+    d_in = linear.d_in;
+    Part* last = count ? &parts[count - 1] : nullptr;
+    if (last && w && !powers && !last->powers && last->first->packed && last->first->packed->isa == w->isa &&
+        &linear == last->first + last->count) {
+      ++last->count;
+    } else {
+      int copy = 0;
+      while (copy < copies && (powers || powers_of_copy[copy])) ++copy;
+      if (copy == copies) powers_of_copy[copies++] = powers;
+      parts[count++] = {&linear, 1, d_out, powers, copy};
+    }
+    d_out += linear.d_out;
+  }
+};
+
+struct LayerPlan {
+  ProductGroup qkv, output, gate_up, down;
+};
+
+int64_t align(int64_t bytes) {
+  return (bytes + 63) / 64 * 64;
+}
+
+}  // namespace
+
+struct Decoder::State {
+  DecoderModel model;
+  const DecoderKernels& kernels;
+  std::vector<LayerPlan> plans;
+  ProductGroup head;
+  int64_t element;  // bytes
+  int64_t widest_input = 0, widest_qkv = 0, widest_mlp = 0, widest_attended = 0, copies = 1, frequencies = 0;
+
+  // Of a step; they grow with its rows.
+  Workspace memory, workspaces[ProductGroup::kMostParts];
+  Call calls[ProductGroup::kMostParts];
+  Projection projections[ProductGroup::kMostParts][ProductGroup::kMostParts];
+  PlannedProduct planned[ProductGroup::kMostParts];
+  float *x, *cosines, *sines, *scratch, *sums;
+  PartialAttention* partials;
+  char *inputs, *qkv, *attended, *mlp, *gated, *out;
+  int64_t *positions, *row_sequence;
+  int64_t copy_bytes, scratch_floats;
+  std::atomic<int64_t> next_item{0};
+  const DecoderStep* step;
+  int team;
+
+  explicit State(DecoderModel given)
+      : model(std::move(given)),
+        kernels(decoder_kernels(active_isa(), model.dtype)),
+        element(static_cast<int64_t>(dtype_bytes(model.dtype))) {
+    widest_input = model.hidden;
+    plans.reserve(model.layers.size());
+    for (const DecoderLayer& layer : model.layers) {
+      plans.push_back({ProductGroup(layer.qkv), ProductGroup(layer.attention_out), ProductGroup(layer.gate_up),
+                       ProductGroup(layer.down)});
+      const LayerPlan& plan = plans.back();
+      widest_qkv = std::max(widest_qkv, plan.qkv.d_out);
+      widest_mlp = std::max(widest_mlp, plan.gate_up.d_out);
+      widest_attended = std::max(widest_attended, layer.heads * layer.head_dim);
+      copies = std::max<int64_t>({copies, plan.qkv.copies, plan.gate_up.copies});
+    }
+    head = ProductGroup(model.head);
+    for (const Rope& rope : model.ropes)
+      frequencies = std::max(frequencies, static_cast<int64_t>(rope.frequencies.size()));
+  }
+
+  // Tokens that the largest unit of attention looks at.
+  int64_t most_ranges() const {
+    int64_t tokens = 0;
+    for (int64_t i = 0; i < step->sequence_count; ++i)
+      tokens = std::max(tokens, step->sequences[i].start + step->sequences[i].rows);
+    return divide_up(std::max<int64_t>(tokens, 1), kRangeTokens);
+  }
+
+  // Units of a layer: of each sequence and head of keys, kQueryRows rows of queries.
+  int64_t units_of(const DecoderLayer& layer, const DecoderSequence& sequence) const {
+    return layer.kv_heads * divide_up(sequence.rows * (layer.heads / layer.kv_heads), kQueryRows);
+  }
+  int64_t units_of(const DecoderLayer& layer) const {
+    int64_t units = 0;
+    for (int64_t i = 0; i < step->sequence_count; ++i) units += units_of(layer, step->sequences[i]);
+    return units;
+  }
+  bool splits_ranges(int64_t units) const { return units < 4 * team; }
+
+  void cut(Cutter& cutter) {
+    const int64_t rows = step->rows, ranges = most_ranges();
+    int64_t split_units = 0, head_dim = 0;
+    for (const DecoderLayer& layer : model.layers) {
+      const int64_t units = units_of(layer);
+      if (splits_ranges(units)) split_units = std::max(split_units, units);
+      head_dim = std::max(head_dim, layer.head_dim);
+    }
+    x = cutter.take<float>(rows * model.hidden);
+    copy_bytes = align(rows * widest_input * element);
+    inputs = cutter.take<char>(copy_bytes * copies);
+    qkv = cutter.take<char>(rows * widest_qkv * element);
+    attended = cutter.take<char>(rows * widest_attended * element);
+    mlp = cutter.take<char>(rows * widest_mlp * element);
+    gated = cutter.take<char>(rows * widest_mlp * element);
+    out = cutter.take<char>(rows * model.hidden * element);
+    cosines = cutter.take<float>(rows * frequencies * static_cast<int64_t>(model.ropes.size()));
+    sines = cutter.take<float>(rows * frequencies * static_cast<int64_t>(model.ropes.size()));
+    positions = cutter.take<int64_t>(rows);
+    row_sequence = cutter.take<int64_t>(rows);
+    partials = cutter.take<PartialAttention>(split_units * ranges * kQueryRows);
+    sums = cutter.take<float>(split_units * ranges * kQueryRows * head_dim);
+    // Of a thread: queries, then partial results of all ranges.
+    scratch_floats = align((kQueryRows * head_dim + ranges * kQueryRows * (head_dim + 2)) * 4) / 4;
+    scratch = cutter.take<float>(scratch_floats * team);
+  }
+
+  void run(const DecoderStep& given, int threads) {
+    step = &given;
+    team = threads;
+    Cutter size(nullptr);
+    cut(size);
+    Cutter cutter(memory.reserve(std::max<size_t>(size.used(), 64)));
+    cut(cutter);
+    for (int64_t i = 0; i < given.sequence_count; ++i) {
+      const DecoderSequence& sequence = given.sequences[i];
+      for (int64_t row = 0; row < sequence.rows; ++row) {
+        positions[sequence.first_row + row] = sequence.start + row;
+        row_sequence[sequence.first_row + row] = i;
+      }
+    }
+    if (model.packed_embedding)
+      read_sparse_rows(model.packed_embedding, given.tokens, given.rows, out, threads);
+    if (threads == 1) {
+      run_part(0, 1);
+    } else {
+#pragma omp parallel num_threads(threads)
+      run_part(omp_get_thread_num(), omp_get_num_threads());
+    }
+  }
+
+  // The rows [begin, end) of a part.
+  template <class Visit>
+  static void share(int64_t count, int part, int parts, const Visit& visit) {
+    for (int64_t i = count * part / parts; i < count * (part + 1) / parts; ++i) visit(i);
+  }
+
+  void run_part(int part, int parts) {
+    const int64_t rows = step->rows, hidden = model.hidden;
+    share(rows, part, parts, [&](int64_t row) {
+      const char* from = model.packed_embedding ? out + row * hidden * element
+                                                : static_cast<const char*>(model.embedding) +
+                                                      step->tokens[row] * hidden * element;
+      kernels.widen(from, hidden, model.embedding_scale, x + row * hidden);
+      for (size_t i = 0; i < model.ropes.size(); ++i) rotate_row(i, row);
+    });
+    for (size_t i = 0; i < model.layers.size(); ++i) layer(model.layers[i], plans[i], part, parts);
+    if (step->logits_count == 0) return;
+    wait_for_all(parts);
+    share(step->logits_count, part, parts, [&](int64_t i) {
+      kernels.norm(x + step->logits_rows[i] * hidden, hidden, model.final_norm, head.powers_of_copy[0],
+                   inputs + i * hidden * element);
+    });
+    wait_for_all(parts);
+    product(head, inputs, hidden, step->logits_count, static_cast<char*>(step->logits), model.vocabulary, part,
+            parts);
+    if (model.logits_scale != 1.f || model.logits_softcap != 0.f) {
+      share(step->logits_count * parts, part, parts, [&](int64_t i) {
+        // A row is cut into as many pieces as there are parts.
+        const int64_t row = i / parts, begin = model.vocabulary * (i % parts) / parts,
+                      end = model.vocabulary * (i % parts + 1) / parts;
+        kernels.cap(static_cast<char*>(step->logits) + (row * model.vocabulary + begin) * element, end - begin,
+                    model.logits_scale, model.logits_softcap);
+      });
+    }
+  }
+
+  float* angles_of(float* all, size_t rope, int64_t row) const {
+    return all + (static_cast<int64_t>(rope) * step->rows + row) * frequencies;
+  }
+
+  void rotate_row(size_t index, int64_t row) const {
+    const Rope& rope = model.ropes[index];
+    float *cosine = angles_of(cosines, index, row), *sine = angles_of(sines, index, row);
+    const auto position = static_cast<float>(positions[row]);
+    for (size_t i = 0; i < rope.frequencies.size(); ++i) {
+      const float angle = position * rope.frequencies[i];
+      cosine[i] = std::cos(angle) * rope.scale;
+      sine[i] = std::sin(angle) * rope.scale;
+    }
+  }
+
+  void layer(const DecoderLayer& l, const LayerPlan& plan, int part, int parts) {
+    const int64_t rows = step->rows, hidden = model.hidden, q_width = l.heads * l.head_dim;
+    norm_inputs(l.before_attention, plan.qkv, part, parts);
+    wait_for_all(parts);
+    product(plan.qkv, inputs, hidden, rows, qkv, plan.qkv.d_out, part, parts);
+    rotate_and_store(l, plan.qkv.d_out, part, parts);
+    wait_for_all(parts);
+    attention(l, plan, part, parts);
+    wait_for_all(parts);
+    product(plan.output, attended, q_width, rows, out, hidden, part, parts);
+    add_and_norm(l.after_attention, &l.before_mlp, &plan.gate_up, part, parts);
+    wait_for_all(parts);
+    product(plan.gate_up, inputs, hidden, rows, mlp, plan.gate_up.d_out, part, parts);
+    const int64_t width = plan.down.d_in;
+    // In pieces of a row, so that one row keeps all threads at work.
+    share(rows * parts, part, parts, [&](int64_t i) {
+      const int64_t row = i / parts, begin = width * (i % parts) / parts, end = width * (i % parts + 1) / parts;
+      const char* g = mlp + (row * plan.gate_up.d_out + begin) * element;
+      const void* powers = at(plan.down.powers_of_copy[0], begin);
+      kernels.gate(l.gate, g, l.gated ? g + width * element : nullptr, end - begin, powers,
+                   gated + (row * width + begin) * element);
+    });
+    wait_for_all(parts);
+    product(plan.down, gated, width, rows, out, hidden, part, parts);
+    add_and_norm(l.after_mlp, nullptr, nullptr, part, parts);
+  }
+
+  const void* at(const void* powers, int64_t index) const {
+    return powers ? static_cast<const char*>(powers) + index * element : nullptr;
+  }
+
+  // Rows of x, normalised, for each copy of the inputs.
+  void norm_inputs(const DecoderNorm& norm, const ProductGroup& group, int part, int parts) const {
+    share(step->rows, part, parts, [&](int64_t row) { norm_row(norm, group, row); });
+  }
+  void norm_row(const DecoderNorm& norm, const ProductGroup& group, int64_t row) const {
+    for (int copy = 0; copy < group.copies; ++copy) {
+      kernels.norm(x + row * model.hidden, model.hidden, norm, group.powers_of_copy[copy],
+                   inputs + copy * copy_bytes + row * model.hidden * element);
+    }
+  }
+  void add_and_norm(const DecoderNorm& after, const DecoderNorm* norm, const ProductGroup* group, int part,
+                    int parts) const {
+    share(step->rows, part, parts, [&](int64_t row) {
+      kernels.add(x + row * model.hidden, model.hidden, out + row * model.hidden * element, after,
+                  model.residual_scale);
+      if (norm) norm_row(*norm, *group, row);
+    });
+  }
+
+  // Ends with a barrier: its outputs are there for all.
+  void product(const ProductGroup& group, const char* x_rows, int64_t x_stride, int64_t rows, char* y,
+               int64_t y_stride, int part, int parts) {
+    int64_t done[ProductGroup::kMostParts] = {};
+    for (bool first = true;; first = false) {
+      if (part == 0) {
+        for (int i = 0; i < group.count; ++i)
+          if (group.parts[i].first->packed && done[i] < rows)
+            plan(group.parts[i], i, x_rows, x_stride, rows, y, y_stride, done[i]);
+      }
+      wait_for_all(parts);
+      int stages = 0;
+      for (int i = 0; i < group.count; ++i)
+        if (group.parts[i].first->packed && done[i] < rows) stages = std::max(stages, planned[i].stages);
+      for (int stage = 0; stage < std::max(stages, 1); ++stage) {
+        if (stage) wait_for_all(parts);
+        for (int i = 0; i < group.count; ++i) {
+          const ProductGroup::Part& one = group.parts[i];
+          if (one.first->packed) {
+            if (done[i] < rows && stage < planned[i].stages) planned[i].run(planned[i].plan, stage, part, parts);
+          } else if (first && stage == 0) {
+            const int64_t d_out = one.first->d_out;
+            // Whole cache lines of outputs.
+            const int64_t lines = divide_up(d_out, 32);
+            const int64_t begin = lines * part / parts * 32, end = std::min(lines * (part + 1) / parts * 32, d_out);
+            kernels.dense(*one.first, begin, end, x_rows + one.copy * copy_bytes, rows, x_stride,
+                          y + one.offset * element, y_stride);
+          }
+        }
+      }
+      bool all = true;
+      for (int i = 0; i < group.count; ++i) {
+        if (!group.parts[i].first->packed) continue;
+        if (done[i] < rows) done[i] += planned[i].rows;
+        all = all && done[i] >= rows;
+      }
+      wait_for_all(parts);
+      if (all) return;
+    }
+  }
+
+  void plan(const ProductGroup::Part& one, int i, const char* x_rows, int64_t x_stride, int64_t rows, char* y,
+            int64_t y_stride, int64_t first) {
+    int64_t offset = one.offset;
+    for (int j = 0; j < one.count; ++j) {
+      const DecoderLinear& linear = one.first[j];
+      projections[i][j] = {linear.packed, static_cast<const char*>(linear.bias), y + offset * element, y_stride};
+      offset += linear.d_out;
+    }
+    calls[i] = {projections[i], one.count, x_rows + one.copy * copy_bytes, rows, x_stride, team};
+    planned[i] = plan_product(calls[i], first, workspaces[i]);
+  }
+
+  char* page_of(const DecoderLayer& l, int32_t page) const {
+    const KvCache& cache = step->caches[l.cache];
+    return static_cast<char*>(cache.pages) +
+           (l.cache_layer * cache.layer_stride + page * cache.page_stride) * element;
+  }
+  int64_t head_bytes(const DecoderLayer& l) const { return kPageTokens * l.head_dim * element; }
+
+  void rotate_and_store(const DecoderLayer& l, int64_t width, int part, int parts) const {
+    const int64_t heads = l.heads + l.kv_heads, q_width = l.heads * l.head_dim, kv_width = l.kv_heads * l.head_dim;
+    const int64_t rotated = l.rope < 0 ? 0 : static_cast<int64_t>(model.ropes[l.rope].frequencies.size());
+    share(step->rows * heads, part, parts, [&](int64_t i) {
+      const int64_t row = i / heads, head = i % heads;
+      char* of_row = qkv + row * width * element;
+      char* vector = of_row + head * l.head_dim * element;
+      const size_t rope = l.rope < 0 ? 0 : static_cast<size_t>(l.rope);
+      const bool is_q = head < l.heads;
+      kernels.norm_and_rotate(vector, l.head_dim, is_q ? l.q_norm : l.k_norm, angles_of(cosines, rope, row),
+                              angles_of(sines, rope, row), rotated);
+      if (is_q) return;
+      const int64_t kv_head = head - l.heads, position = positions[row];
+      const int32_t page = step->sequences[row_sequence[row]].pages[l.cache][position / kPageTokens];
+      char* keys = page_of(l, page) + kv_head * head_bytes(l);
+      kernels.write_key(vector, l.head_dim, keys, position % kPageTokens);
+      char* values = page_of(l, page) + (l.kv_heads + kv_head) * head_bytes(l);
+      std::memcpy(values + position % kPageTokens * l.head_dim * element,
+                  of_row + (q_width + kv_width + kv_head * l.head_dim) * element,
+                  static_cast<size_t>(l.head_dim * element));
+    });
+  }
+
+  // One unit: queries gathered from their rows.
+  AttentionUnit unit_of(const DecoderLayer& l, int64_t width, int64_t index, uint32_t* queries,
+                        int64_t* of_queries) const {
+    const int64_t group = l.heads / l.kv_heads;
+    int64_t sequence = 0;
+    while (index >= units_of(l, step->sequences[sequence])) index -= units_of(l, step->sequences[sequence++]);
+    const DecoderSequence& s = step->sequences[sequence];
+    const int64_t kv_head = index % l.kv_heads, first = index / l.kv_heads * kQueryRows;
+    AttentionUnit unit{};
+    unit.rows = static_cast<int>(std::min<int64_t>(kQueryRows, s.rows * group - first));
+    const int64_t bytes = l.head_dim * element;
+    for (int j = 0; j < unit.rows; ++j) {
+      const int64_t row = s.first_row + (first + j) / group, head = kv_head * group + (first + j) % group;
+      std::memcpy(reinterpret_cast<char*>(queries) + j * bytes, qkv + (row * width + head * l.head_dim) * element,
+                  static_cast<size_t>(bytes));
+      of_queries[j] = positions[row];
+    }
+    unit.queries = queries;
+    unit.positions = of_queries;
+    const int64_t earliest = of_queries[0], latest = of_queries[unit.rows - 1];
+    unit.begin = l.window ? std::max<int64_t>(0, earliest + 1 - l.window) : 0;
+    unit.end = latest + 1;
+    unit.head_dim = l.head_dim;
+    unit.window = l.window;
+    unit.scale = l.attention_scale;
+    unit.softcap = l.attention_softcap;
+    unit.pages = s.pages[l.cache];
+    unit.cache = page_of(l, 0) + kv_head * head_bytes(l);
+    unit.page_bytes = step->caches[l.cache].page_stride * element;
+    unit.values_bytes = l.kv_heads * head_bytes(l);
+    return unit;
+  }
+
+  // A unit's outputs from the partial results of its ranges.
+  void merge(const DecoderLayer& l, const LayerPlan& plan, int64_t index, const AttentionUnit& unit,
+             PartialAttention* partial, const float* of_values, int64_t ranges) const {
+    const int64_t group = l.heads / l.kv_heads;
+    int64_t sequence = 0;
+    while (index >= units_of(l, step->sequences[sequence])) index -= units_of(l, step->sequences[sequence++]);
+    const DecoderSequence& s = step->sequences[sequence];
+    const int64_t kv_head = index % l.kv_heads, first = index / l.kv_heads * kQueryRows;
+    for (int j = 0; j < unit.rows; ++j) {
+      const int64_t row = s.first_row + (first + j) / group, head = kv_head * group + (first + j) % group;
+      kernels.merge(partial + j, of_values + j * l.head_dim, ranges, kQueryRows, kQueryRows * l.head_dim, l.head_dim,
+                    at(plan.output.powers_of_copy[0], head * l.head_dim),
+                    attended + (row * l.heads + head) * l.head_dim * element);
+    }
+  }
+
+  void attention(const DecoderLayer& l, const LayerPlan& plan, int part, int parts) {
+    const int64_t width = plan.qkv.d_out, units = units_of(l), ranges = most_ranges();
+    const bool split = splits_ranges(units);
+    const int64_t items = split ? units * ranges : units;
+    float* mine = scratch + part * scratch_floats;
+    auto* queries = reinterpret_cast<uint32_t*>(mine);
+    auto* own_sums = mine + kQueryRows * l.head_dim;
+    auto* own_partials = reinterpret_cast<PartialAttention*>(own_sums + ranges * kQueryRows * l.head_dim);
+    int64_t of_queries[kQueryRows];
+    const auto range = [&](AttentionUnit unit, int64_t r, PartialAttention* p, float* s) {
+      unit.begin = std::max(unit.begin, r * kRangeTokens);
+      unit.end = std::min(unit.end, (r + 1) * kRangeTokens);
+      unit.partial = p;
+      unit.sums = s;
+      kernels.attend(unit);
+    };
+    share(items, part, parts, [&](int64_t item) {
+      if (split) {
+        const AttentionUnit unit = unit_of(l, width, item / ranges, queries, of_queries);
+        range(unit, item % ranges, partials + item * kQueryRows, sums + item * kQueryRows * l.head_dim);
+      } else {
+        const AttentionUnit unit = unit_of(l, width, item, queries, of_queries);
+        for (int64_t r = 0; r < ranges; ++r)
+          range(unit, r, own_partials + r * kQueryRows, own_sums + r * kQueryRows * l.head_dim);
+        merge(l, plan, item, unit, own_partials, own_sums, ranges);
+      }
+    });
+    if (!split) return;
+    wait_for_all(parts);
+    share(units, part, parts, [&](int64_t index) {
+      const AttentionUnit unit = unit_of(l, width, index, queries, of_queries);
+      merge(l, plan, index, unit, partials + index * ranges * kQueryRows,
+            sums + index * ranges * kQueryRows * l.head_dim, ranges);
+    });
+  }
+};
+
+Decoder::Decoder(DecoderModel model) : state_(std::make_unique<State>(std::move(model))) {}
+Decoder::~Decoder() = default;
+
+void Decoder::step(const DecoderStep& step, int threads) {
+  if (step.rows > 0) state_->run(step, std::max(threads, 1));
+}
+
+const DecoderKernels& decoder_kernels(Isa isa, Dtype dtype) {
+#ifdef OATS_X86
+  switch (isa) {
+    case Isa::amx_bf16:
+    case Isa::avx512_bf16:
+      return decoder_kernels_avx512_bf16(dtype);
+    case Isa::avx512:
+      return decoder_kernels_avx512(dtype);
+    case Isa::avx2:
+      return decoder_kernels_avx2(dtype);
+    case Isa::scalar:
+      break;
+  }
+#endif
+  static_cast<void>(isa);
+  return decoder_kernels_scalar(dtype);
+}
+
+}  // namespace oats

@@ -1,0 +1,1 @@
+"""Whole decoder models in one call of the core a step."""

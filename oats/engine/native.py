@@ -1,0 +1,161 @@
+"""A described decoder as the core's own structures, and one step of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from oats import _core
+from oats.errors import UnsupportedModelError
+from oats.models.decoders import Decoder, Layer, Norm
+from oats.models.linear import is_linear
+from oats.nn import SparseLowRankLinear, SplitLinear
+from oats.nn.head import RowsOfHead
+
+_GATES = {
+    "silu": _core.Gate.silu,
+    "gelu": _core.Gate.gelu,
+    "gelu_pytorch_tanh": _core.Gate.gelu_tanh,
+    "gelu_new": _core.Gate.gelu_tanh,
+    "relu": _core.Gate.relu,
+}
+
+
+class NativeDecoder:
+    """The core's decoder for one model.
+
+    It reads the model's own memory: what it points to is kept alive here, and must not be replaced.
+
+    Args:
+        decoder: from :func:`oats.models.decoders.describe_decoder`.
+
+    Attributes:
+        caches: of each cache: its layers, heads of keys, head_dim and window.
+        dtype: of weights, activations and cache.
+
+    Raises:
+        UnsupportedModelError: a part has no kernel.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._kept: list[Any] = []
+        self.dtype = decoder.final_norm.weight.dtype
+        if self.dtype not in (torch.float32, torch.bfloat16):
+            raise UnsupportedModelError(f"the engine computes in float32 and bfloat16, and the model is {self.dtype}")
+        self.vocabulary, hidden = _shape(decoder.head)
+        packed = dense = 0
+        if isinstance(decoder.embedding, RowsOfHead):
+            packed = self._packed(decoder.embedding.head)
+        else:
+            dense = self._address(decoder.embedding.weight)  # type: ignore[arg-type]
+        model = _core.DecoderModel(
+            value_bytes=self.dtype.itemsize,
+            hidden=hidden,
+            vocabulary=self.vocabulary,
+            embedding=dense,
+            packed_embedding=packed,
+        )
+        model.embedding_scale, model.residual_scale = decoder.embedding_scale, decoder.residual_scale
+        model.logits_scale, model.logits_softcap = decoder.logits_scale, decoder.logits_softcap
+        model.ropes = [_core.Rope(frequencies.tolist(), scale) for frequencies, scale in decoder.ropes]
+        model.final_norm = self._norm(decoder.final_norm)
+        model.head = self._linear(decoder.head)
+        keys = [(layer.window, layer.kv_heads, layer.head_dim) for layer in decoder.layers]
+        self.caches = list(dict.fromkeys(keys))
+        self.layers_of = [keys.count(key) for key in self.caches]
+        places = [(self.caches.index(key), keys[:index].count(key)) for index, key in enumerate(keys)]
+        model.layers = [self._layer(layer, *place) for layer, place in zip(decoder.layers, places, strict=True)]
+        self._decoder = _core.Decoder(model)
+
+    def step(
+        self,
+        tokens: Sequence[int],
+        sequences: Sequence[Any],
+        pages: Sequence[Tensor],
+        logits_rows: Sequence[int],
+    ) -> Tensor:
+        """Run tokens through the model.
+
+        Args:
+            tokens: of all sequences, one after another.
+            sequences: ``_core.DecoderSequence`` each.
+            pages: of each cache, (pages, layers, 2, kv_heads, page tokens · head_dim).
+            logits_rows: for which of the tokens logits are wanted.
+
+        Returns:
+            (len(logits_rows), vocabulary), the model's dtype.
+        """
+        logits = torch.empty(len(logits_rows), self.vocabulary, dtype=self.dtype)
+        self._decoder.step(
+            list(tokens),
+            list(sequences),
+            [(pool.data_ptr(), pool.stride(1), pool.stride(0)) for pool in pages],
+            list(logits_rows),
+            logits.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return logits
+
+    def _layer(self, layer: Layer, cache: int, cache_layer: int) -> Any:
+        if layer.head_dim % 16 or layer.head_dim > 512:
+            raise UnsupportedModelError(
+                f"heads have {layer.head_dim} dimensions; the engine takes multiples of 16 up to 512"
+            )
+        made = _core.DecoderLayer()
+        made.before_attention, made.before_mlp = self._norm(layer.before_attention), self._norm(layer.before_mlp)
+        made.after_attention, made.after_mlp = self._norm(layer.after_attention), self._norm(layer.after_mlp)
+        made.q_norm, made.k_norm = self._norm(layer.q_norm), self._norm(layer.k_norm)
+        made.qkv = [self._linear(part) for module in layer.qkv for part in _parts(module)]
+        made.attention_out = self._linear(layer.attention_out)
+        made.gate_up = [self._linear(part) for module in layer.gate_up for part in _parts(module)]
+        made.down = self._linear(layer.down)
+        made.heads, made.kv_heads, made.head_dim = layer.heads, layer.kv_heads, layer.head_dim
+        made.attention_scale, made.attention_softcap = layer.scale, layer.softcap
+        made.window, made.rope = layer.window, layer.rope
+        made.cache, made.cache_layer = cache, cache_layer
+        if layer.activation not in _GATES:
+            raise UnsupportedModelError(f"the engine does not know the activation {layer.activation!r}")
+        made.gate = _GATES[layer.activation]
+        return made
+
+    def _norm(self, norm: Norm | None) -> Any:
+        if norm is None:
+            return _core.DecoderNorm()
+        return _core.DecoderNorm(weight=self._address(norm.weight), eps=norm.eps, one_plus=norm.one_plus)
+
+    def _linear(self, module: nn.Module) -> Any:
+        d_out, d_in = _shape(module)
+        bias = getattr(module, "bias", None)
+        address = 0 if bias is None else self._address(bias)
+        if isinstance(module, SparseLowRankLinear):
+            return _core.DecoderLinear(d_out=d_out, d_in=d_in, packed=self._packed(module), bias=address)
+        if not is_linear(module) or not isinstance(module, nn.Linear):
+            raise UnsupportedModelError(f"the engine has no kernel for a {type(module).__name__}")
+        return _core.DecoderLinear(d_out=d_out, d_in=d_in, dense=self._address(module.weight), bias=address)
+
+    def _packed(self, layer: SparseLowRankLinear) -> int:
+        packed = layer.pack_().packed
+        assert packed is not None
+        if not packed.is_cpu or layer.dtype != self.dtype:
+            raise UnsupportedModelError(f"a layer is {layer.dtype} on {packed.device}, the model {self.dtype}")
+        self._kept.append(packed)
+        return packed.data_ptr()
+
+    def _address(self, tensor: Tensor) -> int:
+        if tensor.dtype != self.dtype or not tensor.is_cpu or not tensor.is_contiguous():
+            raise UnsupportedModelError(
+                f"a weight is {tensor.dtype} on {tensor.device}, expected contiguous {self.dtype} on the CPU"
+            )
+        self._kept.append(tensor)
+        return tensor.data_ptr()
+
+
+def _parts(module: nn.Module) -> list[nn.Module]:
+    return list(module.values()) if isinstance(module, SplitLinear) else [module]
+
+
+def _shape(module: Any) -> tuple[int, int]:
+    return int(module.out_features), int(module.in_features)

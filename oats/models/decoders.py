@@ -1,0 +1,202 @@
+"""What the engine must know of a decoder-only architecture: one entry each, and what the loaded model says itself.
+
+An entry says how an architecture differs from Llama. Sizes, projections, biases, windows and rotary frequencies are
+read from the modules. The engine compares its logits with the model's own ``forward`` before it is used, so a wrong
+entry is found, not believed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from oats.errors import UnsupportedModelError
+
+
+@dataclass(frozen=True)
+class DecoderEntry:
+    """How an architecture differs from Llama.
+
+    Attributes:
+        one_plus: norms multiply by one plus their weight.
+        norms_after: there are norms behind attention and MLP too, before their outputs are added.
+        embedding_scale: of the configuration: what embeddings are multiplied by.
+        residual_scale: the same, of what a block adds.
+        logits_scale: the same, of the logits.
+        window_everywhere: ``config.sliding_window`` holds in all layers, where no ``layer_types`` say otherwise.
+    """
+
+    one_plus: bool = False
+    norms_after: bool = False
+    embedding_scale: Callable[[Any], float] = lambda config: 1.0
+    residual_scale: Callable[[Any], float] = lambda config: 1.0
+    logits_scale: Callable[[Any], float] = lambda config: 1.0
+    window_everywhere: bool = False
+
+
+def _root_of_hidden(config: Any) -> float:
+    # Rounded as the embedding's dtype rounds it.
+    scale = torch.tensor(config.hidden_size**0.5)
+    return float(scale.to(config.dtype) if isinstance(config.dtype, torch.dtype) else scale)
+
+
+_GEMMA = DecoderEntry(one_plus=True, norms_after=True, embedding_scale=_root_of_hidden)
+
+DECODERS: dict[str, DecoderEntry] = {
+    "llama": DecoderEntry(),
+    "mistral": DecoderEntry(window_everywhere=True),
+    "qwen2": DecoderEntry(),
+    "qwen3": DecoderEntry(),
+    "phi3": DecoderEntry(window_everywhere=True),
+    "gemma": DecoderEntry(one_plus=True, embedding_scale=_root_of_hidden),
+    "gemma2": _GEMMA,
+    "gemma3_text": _GEMMA,
+    "granite": DecoderEntry(
+        embedding_scale=lambda config: config.embedding_multiplier,
+        residual_scale=lambda config: config.residual_multiplier,
+        logits_scale=lambda config: 1 / config.logits_scaling,
+    ),
+}
+"""``config.model_type`` → entry."""
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A root mean square norm: weight (n,), and what is added to the mean of the squares."""
+
+    weight: Tensor
+    eps: float
+    one_plus: bool
+
+
+@dataclass
+class Layer:
+    """One block. Projections are modules: of :mod:`oats.nn`, or dense linear layers."""
+
+    before_attention: Norm
+    before_mlp: Norm
+    qkv: list[nn.Module]
+    attention_out: nn.Module
+    gate_up: list[nn.Module]
+    down: nn.Module
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    softcap: float
+    window: int
+    rope: int
+    activation: str
+    after_attention: Norm | None = None
+    after_mlp: Norm | None = None
+    q_norm: Norm | None = None
+    k_norm: Norm | None = None
+
+
+@dataclass
+class Decoder:
+    """A whole model, in the order in which it runs."""
+
+    embedding: nn.Module
+    final_norm: Norm
+    head: nn.Module
+    layers: list[Layer] = field(default_factory=list)
+    ropes: list[tuple[Tensor, float]] = field(default_factory=list)
+    """Frequencies, and what sines and cosines are multiplied by."""
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logits_scale: float = 1.0
+    logits_softcap: float = 0.0
+    longest: int | None = None
+    """Tokens of a sequence at most; None where nothing limits them."""
+
+
+def describe_decoder(model: Any) -> Decoder:
+    """Read what the engine needs from a causal language model of transformers.
+
+    Raises:
+        UnsupportedModelError: the architecture has no entry, or a part of the model is not what its entry says.
+    """
+    config = getattr(model, "config", None)
+    entry = DECODERS.get(getattr(config, "model_type", ""))
+    if entry is None or config is None:
+        known = ", ".join(sorted(DECODERS))
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is of the type {getattr(config, 'model_type', None)!r}; the engine knows {known}"
+        )
+    try:
+        return _describe(model, config, entry)
+    except AttributeError as error:
+        raise UnsupportedModelError(f"{type(model).__name__} is not built as its type says: {error}") from error
+
+
+def _describe(model: Any, config: Any, entry: DecoderEntry) -> Decoder:
+    body = model.model
+
+    def norm(module: Any) -> Norm | None:
+        if module is None:
+            return None
+        eps = getattr(module, "eps", None)
+        return Norm(module.weight, module.variance_epsilon if eps is None else eps, entry.one_plus)
+
+    def some_norm(module: Any) -> Norm:
+        found = norm(module)
+        assert found is not None
+        return found
+
+    types = getattr(config, "layer_types", None)
+    rotary = body.rotary_emb
+    kinds = sorted(set(types)) if types and hasattr(rotary, f"{types[0]}_inv_freq") else [""]
+    decoder = Decoder(
+        embedding=body.embed_tokens,
+        final_norm=some_norm(body.norm),
+        head=model.get_output_embeddings(),
+        embedding_scale=entry.embedding_scale(config),
+        residual_scale=entry.residual_scale(config),
+        logits_scale=entry.logits_scale(config),
+        logits_softcap=getattr(config, "final_logit_softcapping", None) or 0.0,
+    )
+    for kind in kinds:
+        prefix = f"{kind}_" if kind else ""
+        rope_type = rotary.rope_type[kind] if kind else rotary.rope_type
+        if rope_type in ("dynamic", "longrope"):
+            # Beyond this length the frequencies change, for all tokens of a sequence.
+            decoder.longest = config.rope_parameters.get("original_max_position_embeddings") or (
+                config.max_position_embeddings
+            )
+        frequencies = getattr(rotary, f"{prefix}original_inv_freq")
+        decoder.ropes.append((frequencies, float(getattr(rotary, f"{prefix}attention_scaling"))))
+    for index, block in enumerate(body.layers):
+        attention, mlp = block.self_attn, block.mlp
+        kind = types[index] if types else ""
+        sliding = kind == "sliding_attention" or (not types and entry.window_everywhere)
+        fused = hasattr(attention, "qkv_proj")
+        heads = config.num_attention_heads
+        after = entry.norms_after
+        decoder.layers.append(
+            Layer(
+                before_attention=some_norm(block.input_layernorm),
+                after_attention=norm(block.post_attention_layernorm) if after else None,
+                before_mlp=some_norm(block.pre_feedforward_layernorm if after else block.post_attention_layernorm),
+                after_mlp=norm(block.post_feedforward_layernorm) if after else None,
+                q_norm=norm(getattr(attention, "q_norm", None)),
+                k_norm=norm(getattr(attention, "k_norm", None)),
+                qkv=[attention.qkv_proj] if fused else [attention.q_proj, attention.k_proj, attention.v_proj],
+                attention_out=attention.o_proj,
+                gate_up=[mlp.gate_up_proj] if hasattr(mlp, "gate_up_proj") else [mlp.gate_proj, mlp.up_proj],
+                down=mlp.down_proj,
+                heads=heads,
+                kv_heads=config.num_key_value_heads,
+                head_dim=attention.head_dim,
+                scale=float(attention.scaling),
+                softcap=float(getattr(config, "attn_logit_softcapping", None) or 0.0),
+                window=int(config.sliding_window or 0) if sliding else 0,
+                rope=kinds.index(kind) if kind in kinds else 0,
+                activation=getattr(config, "hidden_activation", None) or config.hidden_act,
+            )
+        )
+    return decoder
