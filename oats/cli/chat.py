@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import queue
 import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -46,6 +45,7 @@ def chat(
     import torch
 
     from oats.cli.console import notes, status
+    from oats.serving.chat_template import load_with_template
     from oats.serving.engine import Engine
     from oats.serving.request import Sampling
 
@@ -84,26 +84,6 @@ def chat(
         engine.close()
 
 
-def load_with_template(directory: str, dtype: str | None, chat_template: Path | None) -> tuple[Any, Any]:
-    """A model and its tokenizer, with a chat template of the user's choice.
-
-    Raises:
-        ConfigError: the template cannot be read.
-    """
-    from oats.checkpoint.loading import load_model
-
-    template = None
-    if chat_template is not None:
-        try:
-            template = chat_template.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"cannot read the chat template {chat_template}: {error}") from error
-    model, tokenizer = load_model(directory, dtype)
-    if template is not None:
-        tokenizer.chat_template = template
-    return model, tokenizer
-
-
 def _read_line() -> str | None:
     """A line of the user, None at the end of input."""
     try:
@@ -118,28 +98,21 @@ def _answer(engine: Engine, turns: list[dict[str, str]], sampling: Sampling) -> 
     """Print the model's answer as it is made, and return it; Ctrl-C ends it early.
 
     Raises:
-        ConfigError: the conversation is longer than the model's context.
-        OatsError: the template refuses it, or generation fails.
+        ConfigError: the template refuses the conversation, or it is longer than the model's context.
+        OatsError: generation fails.
     """
-    from jinja2 import TemplateError
-
+    from oats.serving.chat_template import prompt_of
     from oats.serving.request import Event, Finished
 
-    try:
-        encoded = engine.tokenizer.apply_chat_template(
-            turns, add_generation_prompt=True, tokenize=True, return_dict=True
-        )
-    except TemplateError as error:
-        raise OatsError(f"the model's chat template refuses this conversation: {error}") from error
     events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-    generation = engine.submit(list(encoded["input_ids"]), sampling, events.put)
+    request = engine.submit(prompt_of(engine.tokenizer, turns), sampling, events.put)
     pieces: list[str] = []
     finished: Finished | None = None
     while finished is None:
         try:
             event = events.get()
         except KeyboardInterrupt:
-            generation.cancel()
+            request.cancel()
             continue
         if isinstance(event, Exception):
             raise OatsError(f"generation failed: {event}") from event

@@ -34,14 +34,14 @@ def serve(
     try:
         import uvicorn
 
-        from oats.serving.openai_api import build_app
+        from oats.serving.openai_api.app import build_app
     except ImportError as error:
         raise ConfigError(
             f"serving needs more packages ({error.name} is missing): pip install 'oats-torch[serve]'"
         ) from None
 
-    from oats.cli.chat import load_with_template
     from oats.cli.console import notes, status
+    from oats.serving.chat_template import load_with_template
     from oats.serving.engine import Engine
 
     listening = _listen(host, port)  # before the model is loaded
