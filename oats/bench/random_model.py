@@ -18,7 +18,7 @@ from oats.decomposition import budget
 from oats.decomposition.selection import keep_largest
 from oats.format.bitmask import encode, mask_population
 from oats.format.layer_spec import LayerSpec
-from oats.models.blocks import find_blocks
+from oats.models.architecture import find_blocks
 from oats.models.linear import weight_of
 from oats.nn.fusion import fuse_
 from oats.nn.sparse_low_rank_linear import SparseLowRankLinear

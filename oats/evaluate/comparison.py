@@ -18,7 +18,7 @@ from oats.compression.targets import find_targets
 from oats.config import PRUNING, OatsConfig
 from oats.errors import ConfigError, FormatError, OutputExistsError
 from oats.evaluate.dense_formats import DenseFormat
-from oats.models.blocks import find_blocks
+from oats.models.architecture import find_blocks
 from oats.nn.sparse_low_rank_linear import SparseLowRankLinear
 
 DENSE = "dense"

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from oats.errors import CalibrationError, ConfigError, OatsError
-from oats.models.context import context_limit
+from oats.models.architecture import context_limit
 
 DEFAULT_CONTEXT = 2048
 """Context length of the pruning literature; a model with a shorter one uses its own."""

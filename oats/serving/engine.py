@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from oats.errors import ConfigError, QueueFullError
-from oats.models.context import context_limit
+from oats.models.architecture import context_limit
 from oats.serving.alone import generate_alone
 from oats.serving.batch import Batch, NextToken, RunningText, can_batch
 from oats.serving.decoding import IncrementalDecoder
