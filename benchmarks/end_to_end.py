@@ -36,7 +36,7 @@ from transformers.utils import logging
 
 from oats import OatsConfig
 from oats.bench.contenders import read_time
-from oats.bench.model_latency import bytes_per_token, decode_time, generation_speed
+from oats.bench.model_speed import bytes_per_token, decode_time, model_speeds
 from oats.bench.random_model import random_model
 from oats.bench.spread import Spread
 from oats.checkpoint.stored_model import directory_bytes
@@ -171,7 +171,7 @@ def measure(model: str, forms: Sequence[str], options: argparse.Namespace) -> li
     prompt = torch.randint(vocabulary, (options.prompt,), generator=torch.Generator().manual_seed(0))
     read = read_time()
     reads: list[float] = []
-    speeds = generation_speed(
+    speeds = model_speeds(
         networks,
         prompt,
         new_tokens=options.new_tokens,

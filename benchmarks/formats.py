@@ -27,13 +27,15 @@ from transformers import AutoConfig
 from transformers.utils import logging
 
 from oats import OatsConfig
-from oats.bench.model_latency import decode_time, generation_speed
+from oats.bench.model_speed import decode_time, model_speeds
 from oats.bench.random_model import random_model
 from oats.checkpoint.atomic_file import write_text
 from oats.compression.head import quantize_head_
 from oats.config import PRUNING
-from oats.evaluate.comparison import DENSE, Cell, Cells, header, is_dense, rows, split_codes
+from oats.evaluate.cells import DENSE, Cell, Cells, is_dense
+from oats.evaluate.comparison import split_codes
 from oats.evaluate.comparison_plot import draw
+from oats.evaluate.comparison_table import header, rows
 from oats.kernels import ops
 
 # Format of a dense cell → file type of llama.cpp in which the layers have it.
@@ -92,7 +94,7 @@ def measured(
             }
         prompt = torch.randint(1000, (options.prompt,), generator=torch.Generator().manual_seed(0))
         numbers = {"new_tokens": options.new_tokens, "repetitions": options.repetitions}
-        found = generation_speed(networks, prompt, **numbers)
+        found = model_speeds(networks, prompt, **numbers)
         speeds = {name: {"decode": speed.decode.median} for name, speed in found.items()}
         for name, network in networks.items():
             if isinstance(network, LlamaModel):

@@ -23,7 +23,7 @@ _NARROW = 256
 
 
 class LlamaModel(Worker):
-    """llama.cpp in a process of its own, for `oats.bench.model_latency`.
+    """llama.cpp in a process of its own, for `oats.bench.model_speed`.
 
     Raises:
         PeerError: it is not installed (`benchmarks/install_peers.sh`), or does not start.
@@ -57,7 +57,7 @@ class LlamaModel(Worker):
         self.ask(do="load", file=str(file), threads=torch.get_num_threads(), context=context)
 
     def timed_generate(self, prompt: Tensor, new_tokens: int) -> tuple[float, list[float]]:
-        """Generate greedily; see `oats.bench.model_latency.TimesItself`."""
+        """Generate greedily; see `oats.bench.model_speed.TimesItself`."""
         return 0.0, self.ask(do="generate", prompt=prompt.tolist(), new_tokens=new_tokens)["seconds"]
 
 

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from oats.bench.model_latency import generation_speed
+from oats.bench.model_speed import model_speeds
 from oats.bench.spread import Spread
 from oats.cli.console import progress_bar, status
 from oats.compression.calibration_text import builtin_text
@@ -59,7 +59,7 @@ def main() -> None:
                 model.generate(ids[None], max_new_tokens=NEW_TOKENS, do_sample=False)
                 seconds[directory, way] = time.perf_counter() - started
     with progress_bar("Timing generation") as bar:
-        speeds = generation_speed(
+        speeds = model_speeds(
             models, ids, new_tokens=NEW_TOKENS, repetitions=options.repetitions,
             progress=lambda done, total, name: bar.update(done, total, " ".join(name)),
         )  # fmt: skip

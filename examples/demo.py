@@ -19,7 +19,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import oats
-from oats.bench.model_latency import generation_speed
+from oats.bench.model_speed import model_speeds
 from oats.checkpoint.loading import load_model
 from oats.checkpoint.record import Record
 from oats.checkpoint.saving import save_model
@@ -120,7 +120,7 @@ def main() -> None:
                 progress=lambda done, total, value, bar=bar: bar.update(done, total, f"tokens  {value:.2f}"),
             )
     with progress_bar("Timing generation") as bar:
-        speeds = generation_speed(
+        speeds = model_speeds(
             models,
             ids[:PROMPT_TOKENS],
             new_tokens=NEW_TOKENS,

@@ -17,7 +17,6 @@ import platform
 import re
 import sys
 import sysconfig
-import time
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,8 @@ from oats.checkpoint.loading import load_model
 from oats.cli.comparison_table import print_table
 from oats.compression.calibration_text import Text, builtin_text
 from oats.evaluate import comparison, comparison_plot
+from oats.evaluate.cells import Cell, Cells
+from oats.evaluate.comparison_table import format_score, markdown
 from oats.kernels import ops
 
 DEMO = Path(__file__).parent.parent / ".demo"
@@ -155,11 +156,7 @@ def main() -> None:
         "versions": f"oats {oats.__version__}, torch {torch.__version__}, instruction set {ops.active_isa()}",
     }
 
-    def measure(what: comparison.Planned | None) -> tuple[dict[str, float], int, int, float]:
-        model, _ = load_model(path, as_saved=True)
-        started = time.perf_counter()
-        sizes = comparison.apply_(model, what, batches(tokenizer, calibration), common)
-        seconds = time.perf_counter() - started
+    def score(model: Any) -> dict[str, float]:
         scores = {
             f"accuracy, {name}": found_first(
                 *(embed(model, tokenizer, list(side)) for side in zip(*pairs, strict=True))
@@ -167,17 +164,21 @@ def main() -> None:
             for name, pairs in tasks.items()
         }
         same = (embed(model, tokenizer, texts) * expected).sum(1).mean()
-        return {**scores, "cosine to dense": float(same)}, *sizes, seconds
+        return {**scores, "cosine to dense": float(same)}
 
-    def progress(done: int, total: int, name: str, cell: comparison.Cell | None) -> None:
+    def measure(what: comparison.Planned | None) -> comparison.Measured:
+        model, _ = load_model(path, as_saved=True)
+        return comparison.measure_(model, what, batches(tokenizer, calibration), common, score)
+
+    def progress(done: int, total: int, name: str, cell: Cell | None) -> None:
         if cell is not None:
-            scores = (comparison.format_score(*score) for score in cell.scores.items())
+            scores = (format_score(*score) for score in cell.scores.items())
             console.print(f"{done}/{total}  {name}: {', '.join(scores)}")
 
     out = arguments.out
-    cells = comparison.Cells(out / f"cells-{arguments.pattern.replace(':', '-')}", settings)
+    cells = Cells(out / f"cells-{arguments.pattern.replace(':', '-')}", settings)
     finished = comparison.complete(cells, planned, measure, progress)
-    write_text(out / "table.md", comparison.markdown(finished, settings))
+    write_text(out / "table.md", markdown(finished, settings))
     comparison_plot.draw(finished, [out / "plot.png", out / "plot.svg"])
     print_table(console, finished)
     console.print(f"table.md and plot.png are in {out}")

@@ -33,6 +33,8 @@ from oats.checkpoint.saving import save_model
 from oats.cli.comparison_table import print_table
 from oats.cli.console import progress_bar
 from oats.evaluate import comparison, comparison_plot
+from oats.evaluate.cells import Cell, Cells
+from oats.evaluate.comparison_table import format_score, markdown
 from oats.inspection import rollout
 from oats.integrations.vision import load_vision_model
 from oats.kernels import ops
@@ -179,21 +181,21 @@ def main() -> None:
         "versions": f"oats {oats.__version__}, torch {torch.__version__}, instruction set {ops.active_isa()}",
     }
 
-    def measure(what: comparison.Planned | None) -> tuple[dict[str, float], int, int, float]:
-        model = load_vision_model(dense)
-        started = time.perf_counter()
-        sizes = comparison.apply_(model, what, {"pixel_values": calibration}, common)
-        seconds = time.perf_counter() - started
-        return {"accuracy, test": accuracy(model, *data["test"])}, *sizes, seconds
+    def score(model: Any) -> dict[str, float]:
+        return {"accuracy, test": accuracy(model, *data["test"])}
 
-    def progress(done: int, total: int, name: str, cell: comparison.Cell | None) -> None:
+    def measure(what: comparison.Planned | None) -> comparison.Measured:
+        model = load_vision_model(dense)
+        return comparison.measure_(model, what, {"pixel_values": calibration}, common, score)
+
+    def progress(done: int, total: int, name: str, cell: Cell | None) -> None:
         if cell is not None:
-            scores = (comparison.format_score(*score) for score in cell.scores.items())
+            scores = (format_score(*score) for score in cell.scores.items())
             console.print(f"{done}/{total}  {name}: {', '.join(scores)}")
 
-    cells = comparison.Cells(out / f"cells-{dense.name}-{arguments.pattern.replace(':', '-')}", settings)
+    cells = Cells(out / f"cells-{dense.name}-{arguments.pattern.replace(':', '-')}", settings)
     finished = comparison.complete(cells, planned, measure, progress)
-    write_text(out / "table.md", comparison.markdown(finished, settings))
+    write_text(out / "table.md", markdown(finished, settings))
     comparison_plot.draw(finished, [out / "accuracy.png", out / "accuracy.svg"])
     print_table(console, finished)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Annotated
 
@@ -100,25 +99,12 @@ def compare(
     from oats.checkpoint.loading import load_model
     from oats.cli.comparison_table import print_table
     from oats.cli.console import notes, print_json, progress_bar, results, settings_table, status
-    from oats.compression.calibration_text import (
-        bos_token_id,
-        builtin_text,
-        calibration_sequences,
-        read_text,
-        tokenize,
-    )
-    from oats.evaluate.comparison import (
-        Cell,
-        Cells,
-        Planned,
-        apply_,
-        complete,
-        format_score,
-        markdown,
-        plan,
-    )  # fmt: skip
-    from oats.evaluate.perplexity import default_context, perplexity
-    from oats.evaluate.tasks import evaluate_tasks, require_harness
+    from oats.compression.calibration_text import builtin_text, calibration_sequences, read_text
+    from oats.evaluate.cells import Cell, Cells
+    from oats.evaluate.comparison import Measured, Planned, complete, measure_, plan
+    from oats.evaluate.comparison_table import format_score, markdown
+    from oats.evaluate.language_model import Scoring
+    from oats.evaluate.tasks import require_harness
     from oats.kernels import ops
 
     planned = plan(
@@ -131,29 +117,23 @@ def compare(
     if tasks:
         require_harness()
     source = builtin_text("first") if calibration is None else read_text(calibration)
-    texts = [read_text(path) for path in text] if text else [builtin_text("second")]
+    half = builtin_text("second")
+    texts = {path.name: read_text(path) for path in text} if text else {half.split: half}
     with status(f"Loading {model}"):
         network, tokenizer = load_model(model, dtype)
-    vocabulary, bos = network.get_input_embeddings().num_embeddings, bos_token_id(tokenizer)
-    window = default_context(network) if context is None else context
-    windows = calibration_sequences(tokenizer, source, vocabulary, samples, length)
-    ids = {
-        f"perplexity, {Path(each.name).name if text else each.split}": tokenize(tokenizer, each, vocabulary)[
-            :max_tokens
-        ]
-        for each in texts
-    }
+    score = Scoring(
+        network, tokenizer, texts, context=context, stride=stride, max_tokens=max_tokens, accuracy=accuracy,
+        tasks=_listed(tasks, "tasks") if tasks else (), task_path=task_path, limit=limit,
+    )  # fmt: skip
+    windows = calibration_sequences(
+        tokenizer, source, network.get_input_embeddings().num_embeddings, samples, length
+    )
     settings = {
         "model": model,
         "tokenizer": f"{type(tokenizer).__name__}, {len(tokenizer)} tokens, "
-        + ("BOS before every window" if bos is not None else "no BOS"),
+        + ("no BOS" if score.bos is None else "BOS before every window"),
         "dtype": str(network.dtype).removeprefix("torch."),
-        **{
-            f"evaluation {i + 1}": f"{each.name}, {each.split}, sha256 {each.sha256}, {len(tokens)} tokens"
-            for i, (each, tokens) in enumerate(zip(texts, ids.values(), strict=True))
-        },
-        "context": window,
-        "stride": window if stride is None else stride,
+        **score.settings(),
         "calibration": f"{samples} x {length} tokens, {source.name}, {source.split}, sha256 {source.sha256}",
         "rank ratio": rank_ratio,
         "pattern": pattern,
@@ -168,29 +148,14 @@ def compare(
             "all questions" if limit is None else f"at most {limit} questions"
         )
     cells = Cells(out, settings)
-
-    networks = [network]  # the one that is loaded, for the first cell
+    networks = [network]  # the dense model that is loaded, for the first cell
     del network
 
-    def measure(what: Planned | None) -> tuple[dict[str, float], int, int, float]:
+    def measure(what: Planned | None) -> Measured:
         network = networks.pop() if networks else load_model(model, dtype)[0]
-        started = time.perf_counter()
-        sizes = apply_(network, what, windows, common)
         if what is None:
-            networks.append(network)
-        seconds = time.perf_counter() - started
-        scores = {}
-        for score, tokens in ids.items():
-            measured = perplexity(network, tokens, bos=bos, context=context, stride=stride)
-            scores[score] = measured.perplexity
-            if accuracy:
-                scores[score.replace("perplexity", "accuracy of the next token")] = measured.accuracy
-        if tasks:
-            names = _listed(tasks, "tasks")
-            for each in evaluate_tasks(network, tokenizer, names, task_path=task_path, limit=limit).scores:
-                if each.metric == "acc":
-                    scores[f"accuracy, {each.task}"] = each.value
-        return scores, *sizes, seconds
+            networks.append(network)  # still dense
+        return measure_(network, what, windows, common, score)
 
     with progress_bar("Comparing") as bar:
 
