@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from oats.checkpoint.record import Record
-    from oats.checkpoint.stored_model import StoredLayer, StoredModel
+    from oats.checkpoint.stored_model import StoredLayer
 
 MOST_ERRORS = 5
 BAR_WIDTH = 32
@@ -73,6 +73,7 @@ def _model(directory: Path, as_json: bool) -> None:
     from oats.checkpoint.record import Record, in_words
     from oats.checkpoint.stored_model import read_stored_model
     from oats.cli.console import human_bytes, print_json, results, settings_table
+    from oats.inspection.anatomy import bytes_by_kind
 
     model = read_stored_model(directory)
     record = Record.read(directory) or Record()
@@ -140,7 +141,7 @@ def _model(directory: Path, as_json: bool) -> None:
             f"{stored / dense:.3f}",
         )  # fmt: skip
         console.print(table)
-        print_bars(console, "Where the bytes are", _bytes_by_kind(model), human_bytes)
+        print_bars(console, "Where the bytes are", bytes_by_kind(model), human_bytes)
         if errors:
             taken = record.errors_were_taken(any(layer.storage.has_codes for layer in model.layers))
             worst = sorted(errors, key=errors.__getitem__, reverse=True)[:MOST_ERRORS]
@@ -188,19 +189,6 @@ def _latest_perplexity(record: Record) -> dict[str, str]:
         "perplexity": f"{last['perplexity']:.2f} on {last['text']}, {last['split']}, "
         f"context {last['context']}"
     }
-
-
-def _bytes_by_kind(model: StoredModel) -> dict[str, float]:
-    """Kind of layer → stored bytes in all blocks; the largest first, everything else last."""
-    from oats.inspection.anatomy import block_and_kind
-
-    sizes: dict[str, float] = {}
-    for layer in model.layers:
-        kind = block_and_kind(layer.name)[1]
-        sizes[kind] = sizes.get(kind, 0) + layer.stored_bytes
-    largest_first = dict(sorted(sizes.items(), key=lambda item: -item[1]))
-    head = {"output head": float(model.head.stored_bytes)} if model.head else {}
-    return {**largest_first, **head, "everything else": model.bytes_elsewhere}
 
 
 def print_bars(
