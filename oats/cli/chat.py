@@ -21,9 +21,9 @@ HELP = "/reset forgets the conversation, /exit or Ctrl-D leaves; Ctrl-C stops an
 def chat(
     directory: AnyModel,
     system: Annotated[
-        str | None, typer.Option(help="First message, which says how to answer.", show_default="none")
+        str | None, typer.Option(help="System message: how to answer.", show_default="none")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer at most.")] = 512,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 512,
     temperature: Annotated[
         float | None,
         typer.Option(help="0 takes the most likely token each time.", show_default="as the model says"),
@@ -34,8 +34,8 @@ def chat(
 ) -> None:
     """Talk to a model in the terminal, or line by line from a pipe.
 
-    The model must know turns: its tokenizer has a chat template, or --chat-template gives one. A base model,
-    which has none, only continues text: oats generate does that.
+    The model needs a chat template, from its tokenizer or from --chat-template. A base model has none: it
+    only continues text, with oats generate.
     """
     if max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
@@ -85,17 +85,17 @@ def chat(
 
 
 def _read_line() -> str | None:
-    """A line of the user, None at the end of input."""
+    """A line from the user; None at the end of the input."""
     try:
         if sys.stdin.isatty():
-            import readline  # noqa: F401  # input() then knows arrow keys and history
+            import readline  # noqa: F401  # gives input() arrow keys and history
         return input("> " if sys.stdin.isatty() else "").strip()
     except EOFError:
         return None
 
 
 def _answer(engine: Engine, turns: list[dict[str, str]], sampling: Sampling) -> str:
-    """Print the model's answer as it is made, and return it; Ctrl-C ends it early.
+    """Print the model's answer while it is generated, and return it; Ctrl-C ends it early.
 
     Raises:
         ConfigError: the template refuses the conversation, or it is longer than the model's context.

@@ -1,4 +1,4 @@
-"""``oats compare MODEL``: methods by compressions, in one table and one picture."""
+"""``oats compare MODEL``: several methods at several compressions, in one table and one picture."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from oats.errors import ConfigError
 def compare(
     model: DenseModel,
     out: Annotated[
-        Path, typer.Option(help="Directory of the results; one with finished cells is continued.")
+        Path, typer.Option(help="Directory of the results; a comparison that is there is continued.")
     ] = Path("comparison"),
     methods: Annotated[
         str,
         typer.Option(
-            help="Out of oats, oats-hessian, magnitude, wanda, sparsegpt, dsnot; +match behind a name tunes "
-            "each block too, +int8 or +int4 behind that stores the kept values as such codes. dense+int8, "
-            "+int4, +q8_0, +q4_0 and +q4_k round the dense weights to nearest in that format."
+            help="Some of oats, oats-hessian, magnitude, wanda, sparsegpt, dsnot. A name may end in +match "
+            "(tune each block too), and then in +int8 or +int4 (store the kept values as such codes). "
+            "dense+int8, +int4, +q8_0, +q4_0 and +q4_k round the dense weights to that format."
         ),
     ] = "magnitude,wanda,dsnot,sparsegpt,oats,oats-hessian",
     compressions: Annotated[
@@ -52,12 +52,12 @@ def compare(
     stride: Stride = None,
     max_tokens: MaxTokens = None,
     accuracy: Annotated[
-        bool, typer.Option("--accuracy", help="Score the share of next tokens that are predicted too.")
+        bool, typer.Option("--accuracy", help="Score the share of next tokens that are predicted, too.")
     ] = False,
     tasks: Annotated[
         str | None,
         typer.Option(
-            help="Score tasks of lm-evaluation-harness too: names with commas between them.",
+            help="Score these tasks of lm-evaluation-harness, too: names with commas.",
             show_default="none",
         ),
     ] = None,
@@ -71,13 +71,13 @@ def compare(
     iterations: Annotated[int | None, typer.Option(help="Alternations at most.", show_default="40")] = None,
     dtype: StoredDtype = None,
     seed: Seed = OatsConfig.seed,
-    plot: Annotated[bool, typer.Option(help="Draw the picture too; needs matplotlib.")] = True,
+    plot: Annotated[bool, typer.Option(help="Draw the picture; needs matplotlib.")] = True,
     as_json: Json = False,
 ) -> None:
-    """Compress MODEL by each method at each compression, and evaluate what comes out.
+    """Compress MODEL with each method at each compression, and evaluate the results.
 
-    Every method has the same walk over the model, budget, calibration and evaluation. Nothing but the results
-    is written; what is finished is not measured again.
+    All methods get the same budget, calibration and evaluation. Compressed models are not kept. A second run
+    with the same settings skips what is finished.
     """
     common = OatsConfig(
         rank_ratio=rank_ratio,

@@ -13,12 +13,10 @@ if TYPE_CHECKING:
 
 def print_table(console: Console, cells: Sequence[Cell]) -> None:
     """Print the cells of :func:`oats.evaluate.comparison.complete`, a line each."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
+    from oats.cli.console import plain_table
     from oats.evaluate.comparison_table import header, rows
 
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = plain_table()
     for i, column in enumerate(header(cells)):
         table.add_column(column, justify="right" if i else "left")
     for row in rows(cells):

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from oats.cli.options import CompressedModel
+from oats.cli.options import CompressedModel, OverwriteFile, refuse_to_replace
 from oats.errors import OatsError, OutputExistsError
 
 
@@ -20,14 +20,14 @@ def report(
     speed: Annotated[
         bool,
         typer.Option(
-            "--speed", help="Also time each size of layer against torch's dense one, some seconds each."
+            "--speed", help="Also time each size of layer against torch's dense layer, some seconds each."
         ),
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")] = False,
+    overwrite: OverwriteFile = False,
 ) -> None:
     """Draw a compressed model as one HTML file: bytes, errors of the layers, spectra, sparsity.
 
-    The file has its pictures in it and opens in any browser, also without a network.
+    The pictures are in the file. It opens in any browser, also without a network.
     """
     from oats.checkpoint.atomic_file import write_text
     from oats.checkpoint.record import Record
@@ -38,10 +38,7 @@ def report(
     out = Path(f"{directory.resolve().name}-report.html") if out is None else out
     if out.is_dir():
         raise OutputExistsError(f"{out} is a directory; give the name of a file")
-    if out.exists() and not overwrite:
-        raise OutputExistsError(
-            f"{out} is there already; give another name with --out, or replace it with --overwrite"
-        )
+    refuse_to_replace(out, overwrite)
     stored = read_stored_model(directory)
     rows = []
     if speed:
