@@ -1,8 +1,8 @@
-"""Time ``generate``, eagerly and with a static cache and ``torch.compile``, alternating.
+"""Time ``generate`` eagerly, and with ``torch.compile`` and a static cache, in turn.
 
     python examples/compiled_generation.py .demo/oats-50 .demo/dense-bf16
 
-It needs a C++ compiler, as torch's default backend does.
+torch's default backend needs a C++ compiler.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PROMPT_TOKENS, NEW_TOKENS = 64, 32
 
 
 def load(directory: str, compiled: bool) -> Any:
-    """A model, as it is or ready to be compiled by its first ``generate``."""
+    """A model; if `compiled`, its first ``generate`` compiles it."""
     model = AutoModelForCausalLM.from_pretrained(directory)
     if compiled:
         model.generation_config.cache_implementation = "static"
@@ -37,7 +37,7 @@ def load(directory: str, compiled: bool) -> Any:
 
 
 def shown(speed: Spread) -> str:
-    """A rate with its spread."""
+    """Median, 10th and 90th percentile as text."""
     return f"{speed.median:.1f} ({speed.p10:.1f}–{speed.p90:.1f})"
 
 

