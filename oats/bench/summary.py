@@ -110,8 +110,7 @@ def _table(rows: Sequence[Row]) -> list[str]:
 
 
 def _against_unstructured(rows: Sequence[Row]) -> list[str]:
-    """The comparison of arXiv 2409.13652, section 4: OATS and unstructured pruning at the same
-    compression."""
+    """The comparison of arXiv 2409.13652, section 4: OATS and unstructured pruning, same compression."""
     found: dict[tuple[Any, ...], dict[tuple[str, str, str], Timing]] = {}
     for row in rows:
         case = found.setdefault((row.d_out, row.d_in, row.compression, row.batch), {})

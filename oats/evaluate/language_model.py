@@ -18,7 +18,7 @@ class Scoring:
 
     Args:
         model: the dense model.
-        tokenizer: of the model.
+        tokenizer: the tokenizer of the model.
         texts: short name → text.
         context: tokens of a window, and `stride`, as in :func:`oats.evaluate.perplexity.perplexity`.
         max_tokens: use only the first tokens of each text.

@@ -64,7 +64,7 @@ def evaluate_tasks(
 
     Args:
         model: a causal language model of transformers, dense or compressed.
-        tokenizer: of the model.
+        tokenizer: the tokenizer of the model.
         tasks: names of tasks or groups, or patterns of names.
         task_path: directory with YAML files of tasks. A task there replaces one of the harness.
         shots: examples in the prompt; None leaves it to the task.

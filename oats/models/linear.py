@@ -45,7 +45,7 @@ def like_linear(linear: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Mo
 
 
 def replace_(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put `new` everywhere where the model has `old`; a shared module has several names."""
+    """Put `new` everywhere in place of `old`; a shared module has several names."""
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if module is old:
             model.set_submodule(name, new)

@@ -46,7 +46,7 @@ class NextToken:
         model: a causal language model of transformers.
         config: a generation config for greedy search or sampling. It is changed: give each text its own.
         prompt: the tokens that the text begins with.
-        seed: of the sampling; None continues with torch's random state.
+        seed: seed of the sampling; None continues with torch's random state.
     """
 
     def __init__(self, model: Any, config: Any, prompt: list[int], seed: int | None) -> None:
@@ -202,6 +202,6 @@ def _fit(layer: Any, longest: int) -> None:
     width = longest
     if isinstance(layer, DynamicSlidingWindowLayer):
         width = min(longest, layer.sliding_window - 1)
-        layer.cumulative_length = longest  # where the window is in the mask
+        layer.cumulative_length = longest  # the mask finds the window by it
     padding = (0, 0, width - layer.keys.shape[2], 0)
     layer.keys, layer.values = functional.pad(layer.keys, padding), functional.pad(layer.values, padding)

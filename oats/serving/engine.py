@@ -31,7 +31,7 @@ class Engine:
 
     Args:
         model: a causal language model of transformers.
-        tokenizer: of the model.
+        tokenizer: the tokenizer of the model.
         max_waiting: requests that may wait for those that run.
         max_batch: requests that run at once.
     """
@@ -73,7 +73,7 @@ class Engine:
 
     @property
     def alive(self) -> bool:
-        """Whether requests are answered."""
+        """True while requests are answered."""
         return self._thread.is_alive() and not self._closed
 
     def submit(self, ids: Sequence[int], sampling: Sampling, deliver: Callable[[Event], None]) -> Request:

@@ -21,7 +21,7 @@ class Sampling:
         top_p: sample from the most likely tokens that have this probability together, in (0, 1]; None leaves
             it to the model's generation config.
         stop: texts that end the output; they are not part of it.
-        seed: of the sampling; None continues with torch's random state.
+        seed: seed of the sampling; None continues with torch's random state.
     """
 
     max_tokens: int
@@ -70,7 +70,7 @@ class Request:
 
     @property
     def cancelled(self) -> bool:
-        """Whether :meth:`cancel` was called."""
+        """True after :meth:`cancel`."""
         return self._cancelled.is_set()
 
     @property
