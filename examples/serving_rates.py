@@ -1,8 +1,8 @@
-"""Ask ``oats serve`` for texts, from several clients at once, and print the rates.
+"""Ask ``oats serve`` for texts from several clients at once, and print tokens a second.
 
     python examples/serving_rates.py .demo/oats-50 --clients 1,2,4,8 --max-batch 1,8
 
-A server is started for each ``--max-batch``, and all of them take their turns.
+Each ``--max-batch`` gets a server of its own; the servers take turns.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PROMPT = "In Python, a dictionary is a collection of"
 
 @contextlib.contextmanager
 def serving(directory: str, max_batch: int) -> Iterator[openai.OpenAI]:
-    """A client of a server that runs meanwhile."""
+    """A client of a server that runs inside this context."""
     command = [sys.executable, "-m", "oats", "serve", directory, "--port", "0", "--max-batch", str(max_batch)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
@@ -47,7 +47,7 @@ def serving(directory: str, max_batch: int) -> Iterator[openai.OpenAI]:
 
 
 def ask(client: openai.OpenAI, model: str, tokens: int, number: int) -> tuple[float, int]:
-    """Seconds until the first text of an answer, and tokens of the whole."""
+    """Seconds to the first text of an answer, and tokens of the whole answer."""
     started, first, received = time.perf_counter(), 0.0, 0
     stream = client.completions.create(
         model=model, prompt=f"{number}. {PROMPT}", max_tokens=tokens, temperature=0, stream=True,
@@ -61,7 +61,7 @@ def ask(client: openai.OpenAI, model: str, tokens: int, number: int) -> tuple[fl
 
 
 def turn(client: openai.OpenAI, model: str, clients: int, tokens: int) -> tuple[float, float]:
-    """Tokens a second of all clients together, and the slowest first text, s."""
+    """Tokens a second of all clients together, and seconds to the slowest first text."""
     started = time.perf_counter()
     with ThreadPoolExecutor(clients) as pool:
         answers = list(pool.map(lambda number: ask(client, model, tokens, number), range(clients)))
@@ -70,7 +70,7 @@ def turn(client: openai.OpenAI, model: str, clients: int, tokens: int) -> tuple[
 
 
 def numbers(text: str) -> list[int]:
-    """Of an option with commas."""
+    """The numbers of an option, with commas between them."""
     return [int(part) for part in text.split(",")]
 
 

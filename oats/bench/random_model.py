@@ -1,7 +1,7 @@
-"""Models with random weights: the speed and memory of a shape without its checkpoint.
+"""Models with random weights, to measure the speed and memory of an architecture without its checkpoint.
 
-A compressed layer is made in its packed form, one at a time. No dense one is built, so that the process never
-holds more than the compressed model and one unpacked layer.
+Compressed layers are made one at a time, in packed form. No dense model is built: the process never holds
+more than the compressed model and one unpacked layer.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from oats.decomposition import budget
 from oats.decomposition.selection import keep_largest
 from oats.format.bitmask import encode, mask_population
 from oats.format.layer_spec import LayerSpec
-from oats.models.blocks import find_blocks
+from oats.models.architecture import find_blocks
 from oats.models.linear import weight_of
 from oats.nn.fusion import fuse_
 from oats.nn.sparse_low_rank_linear import SparseLowRankLinear
@@ -27,8 +27,8 @@ from oats.nn.split_linear import SplitLinear
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-# Random numbers are drawn once and repeated, and layers of one shape are copies: distinct ones would take
-# minutes, and these are as good to a kernel.
+# Random numbers are drawn once and repeated, and layers of one shape are copies. Distinct numbers would take
+# minutes to draw, and the speed of a kernel does not depend on them.
 _DISTINCT_ROWS = 512
 _DISTINCT_VALUES = 1_000_003  # a prime, so that the rows of a matrix differ
 
@@ -45,13 +45,13 @@ def random_model(
 
     Args:
         architecture: a configuration of transformers, e.g. ``LlamaConfig(hidden_size=…)``.
-        config: how the linear layers in its blocks are compressed (``compression``, ``rank_ratio``,
-            ``pattern``, and how they are stored); None leaves them dense. ``"layer"`` is taken as ``"row"``.
-        dtype: of all weights, torch.bfloat16 or torch.float32.
-        seed: of the weights. The global random state is left as it was.
+        config: how the linear layers in the blocks are compressed (``compression``, ``rank_ratio``,
+            ``pattern``) and stored; None leaves them dense. Pattern ``"layer"`` counts as ``"row"``.
+        dtype: dtype of all weights, torch.bfloat16 or torch.float32.
+        seed: seed of the weights. The global random state is left as it was.
 
     Raises:
-        UnsupportedModelError: the blocks, or linear layers inside them, were not found.
+        UnsupportedModelError: the model has no known list of blocks, or no linear layers in them.
         ConfigError: the settings cannot be met for a layer's shape.
 
     >>> from transformers import LlamaConfig
@@ -90,7 +90,7 @@ def random_model(
 def _fill(model: Any, module: nn.Module) -> None:
     if isinstance(module, (nn.Linear, nn.Embedding)):
         _draw_(module.weight, 0.02)
-        module.weight._is_hf_initialized = True  # type: ignore[attr-defined]  # so that it is not drawn again
+        module.weight._is_hf_initialized = True  # type: ignore[attr-defined]  # or _init_weights would draw it again
     model._init_weights(module)  # norms, biases, and buffers such as rotary frequencies
 
 
@@ -103,7 +103,7 @@ def _draw_(tensor: Tensor, std: float) -> Tensor:
 
 
 def _draw_codes(tensor: Tensor) -> Tensor:
-    """Fill with integers, all as often: a byte from -127 to 127, or two int4."""
+    """Fill with uniform random codes: int8 from -127 to 127, or bytes of two int4."""
     lowest, highest = (-127, 128) if tensor.dtype == torch.int8 else (0, 256)
     drawn = torch.randint(lowest, highest, (min(tensor.numel(), _DISTINCT_VALUES),)).to(tensor.dtype)
     for chunk in tensor.view(-1).split(max(drawn.numel(), 1)):
@@ -127,7 +127,7 @@ def _random_replacement(name: str, target: Target, config: OatsConfig) -> nn.Mod
 def _random_tensors(
     name: str, d_out: int, d_in: int, config: OatsConfig, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """Canonical tensors with the sizes that a compression would give; outputs as large as the inputs."""
+    """Canonical tensors as large as after a compression, scaled so that outputs are as large as inputs."""
     budget.check_inputs(d_in, config.pattern, name)
     settings = config.compression, config.rank_ratio
     rank = budget.rank_for(d_out, d_in, *settings, config.pattern)
@@ -149,7 +149,7 @@ def _random_tensors(
         if tensor_name == "values_codebook":
             tensors[tensor_name] = torch.arange(-120, 121, 16, dtype=kind)
         elif tensor_name.endswith("_scale"):
-            # Codes from -127 to 127, all as often, are 73 in the mean.
+            # The root mean square of uniform codes from -127 to 127 is 73.
             tensors[tensor_name] = torch.full(
                 shape, sizes[tensor_name.removesuffix("_scale")] / 73, dtype=kind
             )

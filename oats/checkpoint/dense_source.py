@@ -11,7 +11,7 @@ from torch import nn
 
 from oats.checkpoint.stored_model import read_config, read_header
 from oats.format.layer_spec import DTYPES, storage_dtype
-from oats.models.blocks import find_blocks
+from oats.models.architecture import find_blocks
 
 _TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 
@@ -47,7 +47,7 @@ class DenseSource:
         Args:
             directory: that it was loaded from.
             model: a ``PreTrainedModel``.
-            blocks: dotted path of its list of blocks; None means that :mod:`oats.models.blocks` knows it.
+            blocks: dotted path of its list of blocks; None tries the known paths.
 
         Returns:
             None where blocks cannot be read one at a time: transformers makes their weights out of several

@@ -46,7 +46,7 @@ def load_dense_source(
     Args:
         model: as in :func:`load_model`; it is loaded by the class that saved it.
         dtype: in which the model is to be used, as there.
-        blocks: dotted path of the list of blocks; None means that :mod:`oats.models.blocks` knows it.
+        blocks: dotted path of the list of blocks; None tries the known paths.
 
     Returns:
         The model on disk, the tokenizer, and the dtype; None where it does not lie in safetensors files of a

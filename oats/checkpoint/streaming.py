@@ -37,7 +37,7 @@ from oats.compression.targets import SPLIT, Targets, find_targets
 from oats.compression.walk import Walk
 from oats.config import OatsConfig
 from oats.errors import DistributedError, UnsupportedModelError
-from oats.models.linear import output_head
+from oats.models.architecture import output_head
 
 JOINED_BYTES = 1_000_000_000
 """A model whose files hold no more than this in all becomes one file."""

@@ -1,6 +1,6 @@
-"""The command line, ``oats``: one module a command.
+"""The command line, ``oats``: one module for each command.
 
-Nothing here imports torch before a command runs, so that ``oats --help`` answers at once.
+No module here imports torch before its command runs, so ``oats --help`` answers at once.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from oats.errors import OatsError
 
 _HF = ("transformers", "safetensors", "accelerate", "gguf", "tokenizers", "huggingface_hub")
 _EXTRAS = {**dict.fromkeys(_HF, "hf"), "PIL": "vision", "torchvision": "vision", "timm": "vision"}
-"""Package that a command may lack → what to install for it."""
+"""Package that may be missing → the extra of oats-torch that installs it."""
 
 
 class _Commands(TyperGroup):
-    """Prints an `OatsError` as one line, whichever command raised it, and a package that is missing."""
+    """Prints an `OatsError` of any command as one line, and so a missing package."""
 
     def invoke(self, ctx: Any) -> Any:
         try:

@@ -1,4 +1,4 @@
-"""``oats bench``: layers of a model, or one shape, compressed against torch's dense one."""
+"""``oats bench``: times compressed layers against torch's dense layers."""
 
 from __future__ import annotations
 
@@ -25,42 +25,47 @@ def bench(
     model: Annotated[
         str | None,
         typer.Option(
-            help="All layer shapes of a model, by name (llama-3-8b), instead of one.", show_default="none"
+            help="Time all layer shapes of this model (llama-3-8b) instead of one shape.", show_default="none"
         ),
     ] = None,
     d_out: Annotated[int, typer.Option(help="Outputs of the layer.")] = 4096,
     d_in: Annotated[int, typer.Option(help="Inputs of the layer.")] = 4096,
     batch: Annotated[
-        str, typer.Option(help="Rows of the input (tokens in one forward pass): one number, or some: 1,4,16.")
+        str,
+        typer.Option(help="Rows of the input (tokens in one forward pass): one number, or several: 1,4,16."),
     ] = "1",
     compression: Annotated[
-        str, typer.Option(help="Share of the parameters removed: one, or some in turn: 0.3,0.5.")
+        str, typer.Option(help="Share of the parameters to remove: one number, or several: 0.3,0.5.")
     ] = str(OatsConfig.compression),
     rank_ratio: RankRatio = OatsConfig.rank_ratio,
     pattern: Pattern = OatsConfig.pattern,
     dtype: Annotated[
-        str, typer.Option(help="How ours is stored: some of bf16, fp32, int8 and int4, as in bf16,int8.")
+        str,
+        typer.Option(help="How oats stores its weights: bf16, fp32, int8 or int4, or several: bf16,int8."),
     ] = "bf16",
     isa: Annotated[
-        str | None, typer.Option(help="Instruction sets: some, or all.", show_default="the best one")
+        str | None,
+        typer.Option(
+            help="Instruction sets of oats: one, several with commas, or all.", show_default="the best one"
+        ),
     ] = None,
     threads: Annotated[
-        int | None, typer.Option(help="Threads of all.", show_default="torch's default")
+        int | None, typer.Option(help="Threads of oats and of torch.", show_default="torch's default")
     ] = None,
-    repetitions: Annotated[int, typer.Option(help="Timed calls of each, at most.")] = 200,
-    seconds: Annotated[float, typer.Option(help="That the timed calls of each take, about.")] = 2.0,
+    repetitions: Annotated[int, typer.Option(help="Most timed calls of each.")] = 200,
+    seconds: Annotated[float, typer.Option(help="Seconds of timed calls of each, about.")] = 2.0,
     plot: Annotated[
         Path | None,
         typer.Option(
-            help="Directory for latency and roofline as PNG and SVG; needs matplotlib.", show_default="none"
+            help="Directory for pictures (latency, roofline) as PNG and SVG; needs matplotlib.",
+            show_default="none",
         ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Time layers, compressed against torch's dense ones of the same dtype, alternating.
+    """Time compressed layers against torch's dense layers of the same dtype, in turn.
 
-    The weights are random and cycle through more memory than the caches hold. Each result is first compared
-    with float64; a wrong one is not timed.
+    The weights are random, and no cache holds them. Each result is compared with float64 before it is timed.
     """
     if threads is not None and threads < 1:
         raise ConfigError(f"threads must be at least 1, got {threads}")
@@ -94,7 +99,7 @@ def bench(
     config = OatsConfig(compression=compressions[0], rank_ratio=rank_ratio, pattern=pattern)
     rows: list[Row] = []
     left_out: list[LeftOut] = []
-    # Codes compute in bf16 or near it.
+    # Inputs of layers with codes are bf16.
     plain: list[tuple[Dtype, Storage]] = [
         ("fp32" if name == "fp32" else "bf16", OatsConfig(values=name).storage)  # type: ignore[arg-type]
         for name in dtypes
@@ -127,12 +132,9 @@ def bench(
 
 
 def print_rows(console: Console, rows: Sequence[Row]) -> None:
-    """One table a layer and compression: ours, then what it was timed against."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
+    """One table for each layer and compression: ours, then the contenders that it was timed against."""
     from oats.bench.layer_latency import contender_label
-    from oats.cli.console import human_bytes
+    from oats.cli.console import human_bytes, plain_table
 
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
@@ -156,13 +158,11 @@ def print_rows(console: Console, rows: Sequence[Row]) -> None:
         first = group[0]
         shape = f"{first.d_out} x {first.d_in}"
         named = shape if first.layer == shape else f"{first.layer}: {shape}"
-        table = Table(
+        table = plain_table(
             title=f"{named}, compression {first.compression:g}, rank ratio {first.rank_ratio:g}, "
             f"pattern {first.pattern}: rank {first.ours.rank}, "
             f"density {first.ours.nnz / (first.d_out * first.d_in):.3f}",
             title_justify="left",
-            box=SIMPLE_HEAD,
-            padding=(0, 1, 0, 0),
         )
         table.add_column("batch", justify="right", no_wrap=True)
         table.add_column("")
@@ -195,7 +195,7 @@ def print_rows(console: Console, rows: Sequence[Row]) -> None:
 
 
 def _numbers(name: str, text: str, kind: type) -> list[Any]:
-    """The numbers of a list with commas.
+    """Numbers with commas between them.
 
     >>> _numbers("batch", "1,4,16", int)
     [1, 4, 16]

@@ -1,8 +1,7 @@
-"""``oats compare MODEL``: methods by compressions, in one table and one picture."""
+"""``oats compare MODEL``: several methods at several compressions, in one table and one picture."""
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Annotated
 
@@ -32,14 +31,14 @@ from oats.errors import ConfigError
 def compare(
     model: DenseModel,
     out: Annotated[
-        Path, typer.Option(help="Directory of the results; one with finished cells is continued.")
+        Path, typer.Option(help="Directory of the results; a comparison that is there is continued.")
     ] = Path("comparison"),
     methods: Annotated[
         str,
         typer.Option(
-            help="Out of oats, oats-hessian, magnitude, wanda, sparsegpt, dsnot; +match behind a name tunes "
-            "each block too, +int8 or +int4 behind that stores the kept values as such codes. dense+int8, "
-            "+int4, +q8_0, +q4_0 and +q4_k round the dense weights to nearest in that format."
+            help="Some of oats, oats-hessian, magnitude, wanda, sparsegpt, dsnot. A name may end in +match "
+            "(tune each block too), and then in +int8 or +int4 (store the kept values as such codes). "
+            "dense+int8, +int4, +q8_0, +q4_0 and +q4_k round the dense weights to that format."
         ),
     ] = "magnitude,wanda,dsnot,sparsegpt,oats,oats-hessian",
     compressions: Annotated[
@@ -53,12 +52,12 @@ def compare(
     stride: Stride = None,
     max_tokens: MaxTokens = None,
     accuracy: Annotated[
-        bool, typer.Option("--accuracy", help="Score the share of next tokens that are predicted too.")
+        bool, typer.Option("--accuracy", help="Score the share of next tokens that are predicted, too.")
     ] = False,
     tasks: Annotated[
         str | None,
         typer.Option(
-            help="Score tasks of lm-evaluation-harness too: names with commas between them.",
+            help="Score these tasks of lm-evaluation-harness, too: names with commas.",
             show_default="none",
         ),
     ] = None,
@@ -72,13 +71,13 @@ def compare(
     iterations: Annotated[int | None, typer.Option(help="Alternations at most.", show_default="40")] = None,
     dtype: StoredDtype = None,
     seed: Seed = OatsConfig.seed,
-    plot: Annotated[bool, typer.Option(help="Draw the picture too; needs matplotlib.")] = True,
+    plot: Annotated[bool, typer.Option(help="Draw the picture; needs matplotlib.")] = True,
     as_json: Json = False,
 ) -> None:
-    """Compress MODEL by each method at each compression, and evaluate what comes out.
+    """Compress MODEL with each method at each compression, and evaluate the results.
 
-    Every method has the same walk over the model, budget, calibration and evaluation. Nothing but the results
-    is written; what is finished is not measured again.
+    All methods get the same budget, calibration and evaluation. Compressed models are not kept. A second run
+    with the same settings skips what is finished.
     """
     common = OatsConfig(
         rank_ratio=rank_ratio,
@@ -100,25 +99,12 @@ def compare(
     from oats.checkpoint.loading import load_model
     from oats.cli.comparison_table import print_table
     from oats.cli.console import notes, print_json, progress_bar, results, settings_table, status
-    from oats.compression.calibration_text import (
-        bos_token_id,
-        builtin_text,
-        calibration_sequences,
-        read_text,
-        tokenize,
-    )
-    from oats.evaluate.comparison import (
-        Cell,
-        Cells,
-        Planned,
-        apply_,
-        complete,
-        format_score,
-        markdown,
-        plan,
-    )  # fmt: skip
-    from oats.evaluate.perplexity import default_context, perplexity
-    from oats.evaluate.tasks import evaluate_tasks, require_harness
+    from oats.compression.calibration_text import builtin_text, calibration_sequences, read_text
+    from oats.evaluate.cells import Cell, Cells
+    from oats.evaluate.comparison import Measured, Planned, complete, measure_, plan
+    from oats.evaluate.comparison_table import format_score, markdown
+    from oats.evaluate.language_model import Scoring
+    from oats.evaluate.tasks import require_harness
     from oats.kernels import ops
 
     planned = plan(
@@ -131,29 +117,23 @@ def compare(
     if tasks:
         require_harness()
     source = builtin_text("first") if calibration is None else read_text(calibration)
-    texts = [read_text(path) for path in text] if text else [builtin_text("second")]
+    half = builtin_text("second")
+    texts = {path.name: read_text(path) for path in text} if text else {half.split: half}
     with status(f"Loading {model}"):
         network, tokenizer = load_model(model, dtype)
-    vocabulary, bos = network.get_input_embeddings().num_embeddings, bos_token_id(tokenizer)
-    window = default_context(network) if context is None else context
-    windows = calibration_sequences(tokenizer, source, vocabulary, samples, length)
-    ids = {
-        f"perplexity, {Path(each.name).name if text else each.split}": tokenize(tokenizer, each, vocabulary)[
-            :max_tokens
-        ]
-        for each in texts
-    }
+    score = Scoring(
+        network, tokenizer, texts, context=context, stride=stride, max_tokens=max_tokens, accuracy=accuracy,
+        tasks=_listed(tasks, "tasks") if tasks else (), task_path=task_path, limit=limit,
+    )  # fmt: skip
+    windows = calibration_sequences(
+        tokenizer, source, network.get_input_embeddings().num_embeddings, samples, length
+    )
     settings = {
         "model": model,
         "tokenizer": f"{type(tokenizer).__name__}, {len(tokenizer)} tokens, "
-        + ("BOS before every window" if bos is not None else "no BOS"),
+        + ("no BOS" if score.bos is None else "BOS before every window"),
         "dtype": str(network.dtype).removeprefix("torch."),
-        **{
-            f"evaluation {i + 1}": f"{each.name}, {each.split}, sha256 {each.sha256}, {len(tokens)} tokens"
-            for i, (each, tokens) in enumerate(zip(texts, ids.values(), strict=True))
-        },
-        "context": window,
-        "stride": window if stride is None else stride,
+        **score.settings(),
         "calibration": f"{samples} x {length} tokens, {source.name}, {source.split}, sha256 {source.sha256}",
         "rank ratio": rank_ratio,
         "pattern": pattern,
@@ -168,29 +148,14 @@ def compare(
             "all questions" if limit is None else f"at most {limit} questions"
         )
     cells = Cells(out, settings)
-
-    networks = [network]  # the one that is loaded, for the first cell
+    networks = [network]  # the dense model that is loaded, for the first cell
     del network
 
-    def measure(what: Planned | None) -> tuple[dict[str, float], int, int, float]:
+    def measure(what: Planned | None) -> Measured:
         network = networks.pop() if networks else load_model(model, dtype)[0]
-        started = time.perf_counter()
-        sizes = apply_(network, what, windows, common)
         if what is None:
-            networks.append(network)
-        seconds = time.perf_counter() - started
-        scores = {}
-        for score, tokens in ids.items():
-            measured = perplexity(network, tokens, bos=bos, context=context, stride=stride)
-            scores[score] = measured.perplexity
-            if accuracy:
-                scores[score.replace("perplexity", "accuracy of the next token")] = measured.accuracy
-        if tasks:
-            names = _listed(tasks, "tasks")
-            for each in evaluate_tasks(network, tokenizer, names, task_path=task_path, limit=limit).scores:
-                if each.metric == "acc":
-                    scores[f"accuracy, {each.task}"] = each.value
-        return scores, *sizes, seconds
+            networks.append(network)  # still dense
+        return measure_(network, what, windows, common, score)
 
     with progress_bar("Comparing") as bar:
 

@@ -1,4 +1,4 @@
-"""The table of a comparison, for people."""
+"""The table of a comparison, in the terminal."""
 
 from __future__ import annotations
 
@@ -8,22 +8,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from oats.evaluate.comparison import Cell
+    from oats.evaluate.cells import Cell
 
 
 def print_table(console: Console, cells: Sequence[Cell]) -> None:
-    """Print the cells, a line each.
+    """Print the cells of :func:`oats.evaluate.comparison.complete`, a line each."""
+    from oats.cli.console import plain_table
+    from oats.evaluate.comparison_table import header, rows
 
-    Args:
-        console: where to.
-        cells: of :func:`oats.evaluate.comparison.complete`.
-    """
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    from oats.evaluate.comparison import header, rows
-
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = plain_table()
     for i, column in enumerate(header(cells)):
         table.add_column(column, justify="right" if i else "left")
     for row in rows(cells):

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -151,6 +152,11 @@ def settings_table(settings: Mapping[str, object]) -> Table:
     for name, value in settings.items():
         table.add_row(name, str(value))
     return table
+
+
+def plain_table(**options: Any) -> Table:
+    """An empty table with a line under its header and no other lines."""
+    return Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), **options)
 
 
 def human_time(seconds: float) -> str:

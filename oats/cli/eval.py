@@ -1,4 +1,4 @@
-"""``oats eval DIR``: perplexity, or tasks of lm-evaluation-harness."""
+"""``oats eval DIR``: perplexity, or scores on tasks of lm-evaluation-harness."""
 
 from __future__ import annotations
 
@@ -39,17 +39,17 @@ def evaluate(
     ] = None,
     task_path: TaskPath = None,
     shots: Annotated[
-        int | None, typer.Option(help="Examples in the prompts of tasks.", show_default="as the task says")
+        int | None, typer.Option(help="Examples in the prompt of a task.", show_default="as the task says")
     ] = None,
     limit: Limit = None,
-    batch: Annotated[int, typer.Option(help="Sequences of one forward pass of tasks.")] = 1,
+    batch: Annotated[int, typer.Option(help="Sequences in one forward pass, for tasks.")] = 1,
     save: Annotated[
         bool, typer.Option("--save", help="Add the perplexity to the model card of DIR.")
     ] = False,
     dtype: RunDtype = None,
     as_json: Json = False,
 ) -> None:
-    """Perplexity of a model on a text, with every setting it depends on; or its scores on tasks."""
+    """Measure the perplexity of a model on a text, or its scores on tasks; print the settings too."""
     if max_tokens is not None and max_tokens < 1:
         raise ConfigError(f"max_tokens must be at least 1, got {max_tokens}")
     if dtype not in (None, "bf16", "fp32"):
@@ -143,7 +143,7 @@ def _evaluate_tasks(
     as_json: bool,
 ) -> None:
     from oats.checkpoint.loading import load_model
-    from oats.cli.console import print_json, results, status
+    from oats.cli.console import plain_table, print_json, results, status
     from oats.evaluate.tasks import evaluate_tasks
 
     with status(f"Loading {directory}"):
@@ -154,10 +154,7 @@ def _evaluate_tasks(
     if as_json:
         print_json({"model": directory, **result.to_dict()})
         return
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = plain_table()
     for column in ("task", "metric"):
         table.add_column(column, no_wrap=True)
     for column in ("score", "± stderr", "shots", "questions", "version"):

@@ -14,13 +14,13 @@ from oats.errors import ConfigError
 def generate(
     directory: AnyModel,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Text to continue.")],
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 100,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 100,
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token each time.")] = 0.0,
     seed: SamplingSeed = 0,
     dtype: RunDtype = None,
     as_json: Json = False,
 ) -> None:
-    """Continue a prompt, printing the text as it is made."""
+    """Continue a prompt; print the text while it is generated."""
     if max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     if not 0 <= temperature < float("inf"):

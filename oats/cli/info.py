@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from oats.checkpoint.record import Record
-    from oats.checkpoint.stored_model import StoredLayer, StoredModel
+    from oats.checkpoint.stored_model import StoredLayer
 
 MOST_ERRORS = 5
 BAR_WIDTH = 32
@@ -72,7 +72,8 @@ def _installation(as_json: bool) -> None:
 def _model(directory: Path, as_json: bool) -> None:
     from oats.checkpoint.record import Record, in_words
     from oats.checkpoint.stored_model import read_stored_model
-    from oats.cli.console import human_bytes, print_json, results, settings_table
+    from oats.cli.console import human_bytes, plain_table, print_json, results, settings_table
+    from oats.inspection.anatomy import bytes_by_kind
 
     model = read_stored_model(directory)
     record = Record.read(directory) or Record()
@@ -113,12 +114,9 @@ def _model(directory: Path, as_json: bool) -> None:
 
     console = results()
     if model.layers:
-        from rich.box import SIMPLE_HEAD
-        from rich.table import Table
-
-        # What all names begin with goes into the heading: a terminal of 80 columns holds the rest.
+        # The common start of all names goes into the header, so that the table fits 80 columns.
         shared = _common_parent([layer.name for layer in model.layers])
-        table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        table = plain_table()
         table.add_column(shared or "layer", no_wrap=True)
         for column in ("shape", "rank", "non-zeros", "density", "stored", "of bf16"):
             table.add_column(column, justify="right", no_wrap=True)
@@ -140,7 +138,7 @@ def _model(directory: Path, as_json: bool) -> None:
             f"{stored / dense:.3f}",
         )  # fmt: skip
         console.print(table)
-        print_bars(console, "Where the bytes are", _bytes_by_kind(model), human_bytes)
+        print_bars(console, "Where the bytes are", bytes_by_kind(model), human_bytes)
         if errors:
             taken = record.errors_were_taken(any(layer.storage.has_codes for layer in model.layers))
             worst = sorted(errors, key=errors.__getitem__, reverse=True)[:MOST_ERRORS]
@@ -190,23 +188,10 @@ def _latest_perplexity(record: Record) -> dict[str, str]:
     }
 
 
-def _bytes_by_kind(model: StoredModel) -> dict[str, float]:
-    """Kind of layer → stored bytes in all blocks; the largest first, everything else last."""
-    from oats.inspection.anatomy import block_and_kind
-
-    sizes: dict[str, float] = {}
-    for layer in model.layers:
-        kind = block_and_kind(layer.name)[1]
-        sizes[kind] = sizes.get(kind, 0) + layer.stored_bytes
-    largest_first = dict(sorted(sizes.items(), key=lambda item: -item[1]))
-    head = {"output head": float(model.head.stored_bytes)} if model.head else {}
-    return {**largest_first, **head, "everything else": model.bytes_elsewhere}
-
-
 def print_bars(
     console: Console, title: str, values: Mapping[str, float], show: Callable[[float], str]
 ) -> None:
-    """A bar a value, the largest as wide as all others can be."""
+    """Print a bar for each value; the bar of the largest value has the full width."""
     from rich.table import Table
 
     largest = max(values.values(), default=0) or 1
@@ -222,12 +207,12 @@ def print_bars(
 
 
 def _shown(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings that say something: not the method's own name, and none that was left at None or empty."""
+    """The settings without ``quant_method``, and without those that are None or empty."""
     return {name: v for name, v in settings.items() if name != "quant_method" and v not in (None, [])}
 
 
 def _common_parent(names: list[str]) -> str:
-    """What the dotted names have in common, ending in a dot; "" for nothing.
+    """The longest common start of dotted names that ends in a dot; "" if there is none.
 
     >>> _common_parent(["model.layers.0.up", "model.layers.1.up"])
     'model.layers.'

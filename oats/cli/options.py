@@ -1,4 +1,4 @@
-"""Options that several commands have, with one text of help each."""
+"""Options that several commands share, with their help texts."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from oats.errors import OutputExistsError
+
 FORMS = "directory (safetensors or GGUF), .gguf file, or hub name"
 DenseModel = Annotated[str, typer.Argument(metavar="MODEL", help=f"Dense model: {FORMS}.")]
 AnyModel = Annotated[str, typer.Argument(metavar="DIR", help=f"Dense or compressed model: {FORMS}.")]
@@ -14,6 +16,7 @@ CompressedModel = Annotated[Path, typer.Argument(metavar="DIR", help="Directory 
 OutModel = Annotated[
     Path, typer.Argument(metavar="OUT", help="Directory to write; empty or new, unless --overwrite is given.")
 ]
+OverwriteFile = Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")]
 OverwriteModel = Annotated[bool, typer.Option("--overwrite", help="Replace a model that is at OUT.")]
 
 RunDtype = Annotated[
@@ -53,22 +56,36 @@ Stride = Annotated[
     int | None, typer.Option(help="Tokens scored in a window.", show_default="context: no overlap")
 ]
 MaxTokens = Annotated[
-    int | None, typer.Option(help="Use only the first tokens of a text.", show_default="all")
+    int | None, typer.Option(help="Use only this many tokens, from the start of a text.", show_default="all")
 ]
 TaskPath = Annotated[
     Path | None,
     typer.Option(
-        help="Directory with YAML files of tasks of your own.",
+        help="Directory with YAML files of your own tasks.",
         show_default="none",
         exists=True,
         file_okay=False,
     ),
 ]
-Limit = Annotated[int | None, typer.Option(help="Questions of each task at most.", show_default="all")]
+Limit = Annotated[int | None, typer.Option(help="Most questions of each task.", show_default="all")]
 
 SamplingSeed = Annotated[int, typer.Option(help="Seed of the sampling.")]
 ChatTemplate = Annotated[
     Path | None,
-    typer.Option(help="Jinja file that makes turns into a prompt.", show_default="the model's own, if any"),
+    typer.Option(
+        help="Jinja file that turns a conversation into a prompt.", show_default="the model's own, if any"
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+def refuse_to_replace(file: Path, overwrite: bool) -> None:
+    """Check that a file may be written, before the long work.
+
+    Raises:
+        OutputExistsError: it exists, and `overwrite` is False.
+    """
+    if file.exists() and not overwrite:
+        raise OutputExistsError(
+            f"{file} is there already; give another name with --out, or replace it with --overwrite"
+        )

@@ -1,4 +1,4 @@
-"""``oats`` alone: what is here, and what to do next."""
+"""``oats`` without a command: the models in this directory, and the commands to go on with."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MOST_SHOWN = 8
 
 
 def welcome() -> None:
-    """Print the models in this directory, and the commands in the order in which one needs them."""
+    """Print the models in this directory, and the commands in the order of a first session."""
     from rich.markup import escape
     from rich.table import Table
 
@@ -52,7 +52,7 @@ def welcome() -> None:
 
 
 def _models(directory: Path) -> list[tuple[str, str, int, str]]:
-    """Name, kind, bytes of the weights and a command to go on with, for each model in a directory."""
+    """Name, kind, bytes of the weights and next command of each model in a directory."""
     found = []
     for path in sorted(directory.iterdir()):
         if path.suffix == ".gguf" and path.is_file():

@@ -20,9 +20,8 @@ from oats.compression.walk import Walk
 from oats.config import OatsConfig
 from oats.errors import ConfigError
 from oats.format.layer_spec import DTYPES, storage_dtype
-from oats.models.blocks import find_blocks
+from oats.models.architecture import FUSED, find_blocks
 from oats.models.experts import split_all_
-from oats.models.linear import FUSED
 from oats.nn.fusion import fuse_
 
 
@@ -59,7 +58,7 @@ def compress_(
         calibration: token ids (sequences, length), or an iterable of batches: tensors, or dicts of keyword
             arguments for the model; or one such dict.
         config: None means the defaults.
-        blocks: dotted path of the list of blocks, for a model that :mod:`oats.models.blocks` does not know.
+        blocks: dotted path of the list of blocks, None tries the known paths.
         split: names of fused projections whose parts are decomposed one by one: ``"qkv_proj"`` (Phi-3; what
             the paper does), ``"gate_up_proj"`` (Phi-3, GLM).
         progress: called after each layer.

@@ -13,7 +13,8 @@ from oats.config import OatsConfig, Storage
 from oats.decomposition.codes import round_to_int8
 from oats.errors import DeviceError, UnsupportedModelError, WeightError
 from oats.format.bitmask import encode
-from oats.models.linear import is_linear, output_head, replace_
+from oats.models.architecture import output_head
+from oats.models.linear import is_linear, replace_
 from oats.nn.head import RowsOfHead, rows_of_head
 from oats.nn.sparse_low_rank_linear import SparseLowRankLinear
 

@@ -17,8 +17,7 @@ from oats.config import LowRank, Storage, Values
 from oats.errors import WeightError
 from oats.format.bitmask import decode_mask
 from oats.format.layer_spec import exact_parts
-from oats.models.blocks import find_blocks
-from oats.models.linear import output_head
+from oats.models.architecture import find_blocks, output_head
 
 if TYPE_CHECKING:
     from oats.nn.sparse_low_rank_linear import SparseLowRankLinear

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from oats.config import OatsConfig
 from oats.decomposition import budget
 from oats.errors import UnsupportedModelError, WeightError
-from oats.models.linear import fused_outputs, is_linear, weight_of
+from oats.models.architecture import fused_outputs
+from oats.models.linear import is_linear, weight_of
 from oats.nn.sparse_low_rank_linear import SparseLowRankLinear
 
 SKIPPED = "it matches OatsConfig.skip"
@@ -94,7 +95,7 @@ def find_targets(
     Args:
         model: the whole model; lists of blocks other than `blocks` are noted as left dense.
         path: dotted path of `blocks` in it, with which the names begin.
-        blocks: from :func:`oats.models.blocks.find_blocks`.
+        blocks: from :func:`oats.models.architecture.find_blocks`.
         config: whose `skip` is obeyed.
         split: names of fused projections whose parts are decomposed one by one.
 

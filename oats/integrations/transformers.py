@@ -51,8 +51,9 @@ from oats.compression.saving_hook import register_saving_hook
 from oats.config import OatsConfig, Storage
 from oats.errors import CalibrationError, ConfigError, FormatError
 from oats.format.layer_spec import DTYPES
+from oats.models.architecture import context_limit, fused_outputs
 from oats.models.experts import split_all_
-from oats.models.linear import fused_outputs, is_linear, like_linear, replace_, weight_of
+from oats.models.linear import is_linear, like_linear, replace_, weight_of
 from oats.nn.experts import SplitExperts, fused_weights
 from oats.nn.fusion import fuse_, unfuse_
 from oats.nn.head import RowsOfHead, own_rows, rows_of_head
@@ -334,7 +335,6 @@ def _calibration_windows(model: PreTrainedModel, config: OatsQuantizationConfig)
     from transformers import AutoTokenizer
 
     from oats.compression.calibration_text import builtin_text, calibration_sequences, read_text
-    from oats.models.context import context_limit
 
     if isinstance(config.calibration, Tensor):
         return config.calibration

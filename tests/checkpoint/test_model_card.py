@@ -316,7 +316,7 @@ def test_the_speed_of_a_model_with_codes_is_that_of_codes(
     compressed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'oats-torch[plot]'")
-    monkeypatch.setattr("oats.cli.report.BATCHES", (1,))
+    monkeypatch.setattr("oats.inspection.layer_speed.BATCHES", (1,))
     run("quantize", compressed, tmp_path / "int4", "--values", "int4")
     run("report", tmp_path / "int4", "--speed", "--out", tmp_path / "report.html")
     speed = (tmp_path / "report.html").read_text().partition("<h2>Speed</h2>")[2]

@@ -274,7 +274,7 @@ def test_cache_and_padding(compressed, name: str, dtype: str) -> None:
 
 
 def _blocks(model: Any) -> nn.Module:
-    return oats.models.blocks.find_blocks(model)[1]
+    return oats.models.architecture.find_blocks(model)[1]
 
 
 def test_padding_of_an_encoder(compressed) -> None:
@@ -297,7 +297,7 @@ def test_padding_does_not_count_in_calibration(name: str) -> None:
     alone = [{"input_ids": each[None, :n]} for each, n in zip(ids, lengths, strict=True)]
     found = []
     for batches in ([{"input_ids": ids, "attention_mask": mask}], alone):
-        path, blocks = oats.models.blocks.find_blocks(model)
+        path, blocks = oats.models.architecture.find_blocks(model)
         runner = BlockRunner(model, list(blocks), batches)
         with torch.no_grad():
             runner.advance(0)

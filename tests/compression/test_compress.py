@@ -24,7 +24,7 @@ from oats.compression.block_runner import BlockRunner
 from oats.compression.calibration import as_batches
 from oats.compression.statistics import second_moments
 from oats.errors import CalibrationError, ConfigError, UnsupportedModelError, WeightError
-from oats.models.blocks import find_blocks
+from oats.models.architecture import find_blocks
 from oats.nn.sparse_low_rank_linear import SparseLowRankLinear
 
 SMALL = dict(vocab_size=61, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4)

@@ -23,7 +23,7 @@ from oats import (
     compress_,
     quantize_,
 )
-from oats.bench.model_latency import bytes_per_token
+from oats.bench.model_speed import bytes_per_token
 from oats.compression.head import quantize_head_
 from oats.config import EXACT, Storage
 from oats.decomposition.codes import quantize_tensors

@@ -79,7 +79,7 @@ def test_rollout_is_that_of_its_definition(model) -> None:
 
 
 def test_the_parts_add_up_to_the_layer(model) -> None:
-    layer = model.get_submodule(oats.models.blocks.find_blocks(model)[0])[1].mlp.fc1
+    layer = model.get_submodule(oats.models.architecture.find_blocks(model)[0])[1].mlp.fc1
     x = torch.randn(5, 48)
     whole = layer(x)
     with only(model, "sparse"):

@@ -1,4 +1,4 @@
-"""Latency of whole models: prefill and decode tokens a second."""
+"""Speed of whole models: tokens a second of prefill and of decoding."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from oats.nn.sparse_low_rank_linear import SparseLowRankLinear
 
 
 @dataclass(frozen=True)
-class GenerationSpeed:
+class ModelSpeed:
     """Speed of one model.
 
     Attributes:
-        decode: tokens a second after the first one, each from one forward pass with a KV cache.
-        prefill: tokens of the prompt a second, until the first new token is there.
+        decode: new tokens a second, from the first new token to the last; one forward pass each.
+        prefill: tokens of the prompt a second, from the start to the first new token.
     """
 
     decode: Spread
@@ -31,29 +31,29 @@ class GenerationSpeed:
 
 @runtime_checkable
 class TimesItself(Protocol):
-    """A model that something else runs."""
+    """A model that another program runs, and that reports its own times."""
 
     def timed_generate(self, prompt: Tensor, new_tokens: int) -> tuple[float, list[float]]:
-        """Generate (greedy, batch 1, KV cache): when it began, and when each new token was there."""
+        """Generate (greedy, batch 1, KV cache). Returns the time of the start, and of each new token."""
 
 
-def generation_speed(
+def model_speeds(
     models: Mapping[str, Any],
     prompt: Tensor,
     *,
     new_tokens: int = 32,
     repetitions: int = 5,
     progress: Callable[[int, int, str], None] | None = None,
-) -> dict[str, GenerationSpeed]:
-    """Time ``generate`` (greedy, batch 1, KV cache) of several models, alternating between them.
+) -> dict[str, ModelSpeed]:
+    """Time ``generate`` (greedy, batch 1, KV cache) of several models, which take turns.
 
-    Each model warms up once. A repetition times one ``generate`` call: from its start to the first new
-    token is prefill, from the first to the last new token is decoding.
+    Each model warms up once. Then each repetition times one ``generate`` call of each model: from its start
+    to the first new token is prefill, from the first to the last new token is decoding.
 
     Args:
-        models: name → causal language model of transformers, or one that :class:`TimesItself`.
+        models: name → causal language model of transformers, or a model that :class:`TimesItself`.
         prompt: (n,) token ids.
-        new_tokens: generated in each call, at least 2.
+        new_tokens: tokens to generate in each call, at least 2.
         repetitions: timed calls of each model.
         progress: called as progress(done, total, name) after each call.
 
@@ -81,11 +81,14 @@ def generation_speed(
                 prefill[name].append(prompt.numel() / (arrivals[0] - start))
             if progress is not None:
                 progress(repetition * len(models) + index + 1, total, name)
-    return {name: GenerationSpeed(Spread.of(decode[name]), Spread.of(prefill[name])) for name in models}
+    return {name: ModelSpeed(Spread.of(decode[name]), Spread.of(prefill[name])) for name in models}
 
 
 def bytes_per_token(model: Any) -> int:
-    """Bytes of weights that decoding one token reads: all of them, and one row of the input embedding.
+    """Bytes of weights that one decoded token reads: all of them, except the input embedding.
+
+    Of the embedding only one row is read, which is not counted. If the output head shares its weight, it
+    counts.
 
     Args:
         model: causal language model of transformers, dense or compressed.
@@ -105,12 +108,12 @@ def bytes_per_token(model: Any) -> int:
 
 @dataclass(frozen=True)
 class DecodeTime:
-    """Where the time of a decoded token goes, in seconds.
+    """How the time of a decoded token is divided, in seconds.
 
     Attributes:
-        linear: in the linear layers of the blocks.
-        head: in the output embedding.
-        rest: attention, norms and activations, and all that Python does between.
+        linear: the linear layers of the blocks.
+        head: the output head.
+        rest: attention, norms, activations and Python.
     """
 
     linear: float
@@ -119,12 +122,13 @@ class DecodeTime:
 
 
 def decode_time(model: Any, prompt: Tensor, *, new_tokens: int = 32) -> DecodeTime:
-    """Divide the time of decoding (greedy, batch 1, KV cache); clocks around each layer add a little to it.
+    """Divide the time of decoding (greedy, batch 1, KV cache). The clocks around each layer add a little to
+    it.
 
     Args:
         model: causal language model of transformers.
         prompt: (n,) token ids.
-        new_tokens: generated, at least 2.
+        new_tokens: tokens to generate, at least 2.
     """
     head = model.get_output_embeddings()
     spent = {"linear": 0.0, "head": 0.0}
@@ -136,7 +140,7 @@ def decode_time(model: Any, prompt: Tensor, *, new_tokens: int = 32) -> DecodeTi
         started = time.perf_counter()
 
     def after(module: nn.Module, *_: Any) -> None:
-        if len(clock.times) > 1:  # the prompt and the first new token have come
+        if len(clock.times) > 1:  # prefill is over
             spent["head" if module is head else "linear"] += time.perf_counter() - started
 
     layers = [m for m in model.modules() if is_linear(m) or isinstance(m, SparseLowRankLinear)]
@@ -155,25 +159,26 @@ def decode_time(model: Any, prompt: Tensor, *, new_tokens: int = 32) -> DecodeTi
 def _timed_generate(
     model: Any, prompt: Tensor, new_tokens: int, clock: _Clock | None = None
 ) -> tuple[float, list[float]]:
-    """When the call started, and when each new token came."""
+    """The time of the start, and of each new token."""
     clock = clock or _Clock()
     start = time.perf_counter()
     model.generate(
         prompt[None],
         attention_mask=torch.ones_like(prompt)[None],
-        # Nothing ends the text: enforcing a least number of tokens takes a pass over the vocabulary for each.
+        # No token ends the text. `min_new_tokens` would do too, but costs a pass over the vocabulary per
+        # token.
         eos_token_id=None,
         max_new_tokens=new_tokens,
         do_sample=False,
         use_cache=True,
         streamer=clock,
     )
-    # The first thing that `generate` hands to a streamer is the prompt.
+    # `generate` hands the prompt to the streamer first.
     return start, clock.times[1:]
 
 
 class _Clock:
-    """A streamer, in the sense of transformers, that keeps the time of each call."""
+    """A streamer of transformers that records the time of each call."""
 
     def __init__(self) -> None:
         self.times: list[float] = []

@@ -1,6 +1,11 @@
-"""Where each architecture keeps its list of transformer blocks."""
+"""What differs between architectures: where the blocks are, which layers are fused, the head, the context.
+
+Most architectures need one entry in one table here: a path in `BLOCK_PATHS`, or a class in `FUSED`.
+"""
 
 from __future__ import annotations
+
+from typing import Any, cast
 
 from torch import nn
 
@@ -28,7 +33,14 @@ BLOCK_PATHS = {
     "timm_model.blocks": "timm's vision transformers in transformers' TimmWrapper",
     "blocks": "timm's vision transformers",
 }
-"""Dotted path of the list of blocks → the architectures that keep it there, longest path first."""
+"""Dotted path of the list of blocks → the architectures that have it there. The first that fits is taken."""
+
+FUSED = {
+    "qkv_proj": frozenset({"Phi3Attention", "Phi4MultimodalAttention"}),
+    "gate_up_proj": frozenset({"Phi3MLP", "Phi4MultimodalMLP", "GlmMLP", "Glm4MLP"}),
+}
+"""Name of a linear layer that computes several projections → the classes in which it does.
+:func:`fused_outputs` says how its outputs are divided among them."""
 
 
 def find_blocks(model: nn.Module, path: str | None = None) -> tuple[str, nn.ModuleList | nn.Sequential]:
@@ -36,14 +48,14 @@ def find_blocks(model: nn.Module, path: str | None = None) -> tuple[str, nn.Modu
 
     Args:
         model: any module.
-        path: dotted path of the list, for a model that is not in :data:`BLOCK_PATHS`.
+        path: dotted path of the list; None tries :data:`BLOCK_PATHS`.
 
     Returns:
         The path and the list.
 
     Raises:
-        UnsupportedModelError: there is no list of modules at `path`, or at any known path, or it holds the
-            same block twice.
+        UnsupportedModelError: there is no list of modules at `path`, or at any known path, or the list holds
+            the same block twice.
 
     >>> model = nn.Module()
     >>> model.layers = nn.ModuleList([nn.Linear(2, 2)])
@@ -59,7 +71,7 @@ def find_blocks(model: nn.Module, path: str | None = None) -> tuple[str, nn.Modu
             if len(set(blocks)) < len(blocks):
                 raise UnsupportedModelError(
                     f"{type(model).__name__}: {candidate} holds the same block more than once; a block is "
-                    "compressed on the inputs of one place, so that each must be a module of its own"
+                    "compressed for the inputs of one place, so each must be a module of its own"
                 )
             return candidate, blocks
     lists = [
@@ -77,3 +89,38 @@ def find_blocks(model: nn.Module, path: str | None = None) -> tuple[str, nn.Modu
         f"{type(model).__name__}: {looked}; {found}. Pass the dotted path of the list of transformer blocks "
         'as blocks="…" (compress_) or --blocks (oats compress)'
     )
+
+
+def fused_outputs(owner: nn.Module | None, name: str) -> dict[str, int]:
+    """The projections that one linear layer computes together.
+
+    Args:
+        owner: the module that has the layer.
+        name: name of the layer in `owner`.
+
+    Returns:
+        Name of each projection → number of its outputs, in the order of the layer's outputs. Empty for a
+        layer that computes one projection.
+    """
+    linear = getattr(owner, name, None)
+    if linear is None or type(owner).__name__ not in FUSED.get(name, ()):
+        return {}
+    d_out = getattr(linear, "out_features", 0)
+    if name == "gate_up_proj":
+        return {"gate": d_out // 2, "up": d_out // 2}
+    key = cast(int, owner.num_key_value_heads * owner.head_dim)  # type: ignore[union-attr, operator]
+    return {"q": d_out - 2 * key, "k": key, "v": key}
+
+
+def output_head(model: nn.Module) -> nn.Module | None:
+    """The output embeddings of a language model of transformers; None if the model has none."""
+    get = getattr(model, "get_output_embeddings", None)
+    head: nn.Module | None = None if get is None else get()
+    return head
+
+
+def context_limit(model: Any) -> int | None:
+    """Most tokens that a model of transformers takes; None if its configuration does not say."""
+    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    limit = getattr(config, "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None

@@ -1,0 +1,37 @@
+"""The counters and histograms of ``/metrics``, for Prometheus."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from oats.serving.engine import Engine
+
+_SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+
+
+class Metrics:
+    """One registry for each server, so that two servers in one process do not share counts."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.registry = own = CollectorRegistry()
+        self.requests = Counter("oats_requests", "Requests answered.", ["endpoint", "status"], registry=own)
+        self.prompt_tokens = Counter("oats_prompt_tokens", "Tokens of prompts.", registry=own)
+        self.generated_tokens = Counter(
+            "oats_generated_tokens", "Tokens generated, also of cancelled requests.", registry=own
+        )
+        self.cancelled = Counter(
+            "oats_cancelled", "Generations stopped because the client left.", registry=own
+        )
+        self.first_token = Histogram(
+            "oats_time_to_first_token_seconds",
+            "From the request to its first text, waiting included.",
+            buckets=_SECONDS,
+            registry=own,
+        )
+        self.duration = Histogram(
+            "oats_request_seconds", "From the request to its end.", buckets=_SECONDS, registry=own
+        )
+        waiting = Gauge("oats_requests_waiting", "Requests in the queue.", registry=own)
+        waiting.set_function(lambda: engine.waiting)
+        running = Gauge("oats_requests_running", "Requests being generated.", registry=own)
+        running.set_function(lambda: engine.running)
