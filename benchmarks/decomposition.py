@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 import oats
-import oats.decomposition
+import oats.decomposition.subspace
 from oats.bench.shapes import shapes_of
 from oats.decomposition.alternating import decompose_batch
 from oats.decomposition.budget import nnz_per_row, rank_for
@@ -185,7 +185,7 @@ def compare_errors(model: Path | None, momenta: list[float], exact: bool) -> Non
         errors = []
         for momentum in momenta:
             for smallest in (weight.numel() + 1, 0):
-                oats.decomposition.alternating.BFLOAT16_FROM = smallest
+                oats.decomposition.subspace.BFLOAT16_FROM = smallest
                 result = oats.decompose(weight, moment, compression=compression, momentum=momentum)
                 errors.append(result.relative_error)
         published = math.nan

@@ -12,15 +12,16 @@ from torch import Tensor
 from oats.config import OatsConfig, Pattern, parse_n_m
 from oats.decomposition.budget import check_inputs, nnz_per_layer, nnz_per_row, rank_for
 from oats.decomposition.selection import keep_largest, split_largest
-from oats.decomposition.truncated_svd import (
+from oats.decomposition.subspace import (
     OVERSAMPLING,
     WarmSubspace,
     add_product,
+    difference_dtype,
     exact_low_rank,
     singular_order,
 )
 from oats.errors import WeightError
-from oats.kernels.ops import active_isa, row_norms
+from oats.kernels.ops import row_norms
 
 MOMENT_FLOOR = 1e-12
 """The least second moment of a feature, as a share of the largest: unscaling a feature that was never active
@@ -29,10 +30,6 @@ does not divide by zero."""
 PATIENCE = 8
 STALL = 1e-5
 """The fast path stops when the best error fell by less than this share over `PATIENCE` alternations."""
-
-BFLOAT16_FROM = 2**20
-"""Elements of a weight from which the fast path multiplies in bfloat16, where that is several times
-faster than float32. In smaller layers products are not what takes the time."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -294,14 +291,6 @@ def _norms(matrices: Tensor) -> list[float]:
 def _each(matrices: Tensor) -> tuple[Tensor, ...]:
     """The matrices of a batch, or the one."""
     return (matrices,) if matrices.dim() == 2 else matrices.unbind()
-
-
-def difference_dtype(scaled: Tensor) -> torch.dtype:
-    """In what the difference between a matrix of this shape, or a batch, and one before it is multiplied."""
-    has_products = active_isa() in ("avx512_bf16", "amx_bf16") and torch.backends.mkldnn.is_available()
-    supported = scaled.is_cuda or has_products
-    size = scaled.shape[-2] * scaled.shape[-1]
-    return torch.bfloat16 if supported and size >= BFLOAT16_FROM else torch.float32
 
 
 def kept_count(d_out: int, d_in: int, config: OatsConfig) -> int:

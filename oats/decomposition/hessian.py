@@ -18,14 +18,13 @@ from oats.decomposition.alternating import (
     Decomposition,
     check_all,
     check_weight,
-    difference_dtype,
     frobenius_norm,
     kept_count,
     root_moment,
 )
 from oats.decomposition.budget import check_inputs, rank_for
 from oats.decomposition.selection import split_largest
-from oats.decomposition.truncated_svd import OVERSAMPLING, WarmSubspace, exact_low_rank
+from oats.decomposition.subspace import OVERSAMPLING, WarmSubspace, difference_dtype, exact_low_rank
 from oats.errors import ConfigError, WeightError
 
 PENALTY = 0.1, 0.8

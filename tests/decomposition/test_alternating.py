@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import oats
 from oats import OatsConfig, decompose
-from oats.decomposition import alternating as decomposition
+from oats.decomposition import alternating, subspace
 from oats.decomposition.alternating import decompose_batch
 from oats.decomposition.budget import nnz_per_layer, nnz_per_row, rank_for
 from oats.decomposition.selection import keep_largest
@@ -222,7 +222,7 @@ def test_error_does_not_depend_on_the_scale_of_the_weight(scale, rounding):
 def test_products_in_bfloat16_cost_no_accuracy(kind, moment, monkeypatch):
     weight, second_moment = make_weight(kind, 160, 256), make_moment(moment, 256)
     plain = oats.decompose(weight, second_moment)
-    monkeypatch.setattr(decomposition, "difference_dtype", lambda scaled: torch.bfloat16)
+    monkeypatch.setattr(alternating, "difference_dtype", lambda scaled: torch.bfloat16)
     first, second = (oats.decompose(weight, second_moment) for _ in range(2))
     assert first.relative_error != plain.relative_error and torch.equal(first.sparse, second.sparse)
     # Two paths end within a percent of each other; one that had lost small directions would end far above.
@@ -231,12 +231,12 @@ def test_products_in_bfloat16_cost_no_accuracy(kind, moment, monkeypatch):
 
 
 def test_bfloat16_is_for_large_layers_of_cpus_that_have_it(monkeypatch):
-    small, large = torch.empty(10, 10), torch.empty(decomposition.BFLOAT16_FROM, 1)
+    small, large = torch.empty(10, 10), torch.empty(subspace.BFLOAT16_FROM, 1)
     bf16 = torch.bfloat16
     for isa, expected in (("amx_bf16", bf16), ("avx512_bf16", bf16), ("avx2", torch.float32)):
-        monkeypatch.setattr(decomposition, "active_isa", lambda isa=isa: isa)
-        assert decomposition.difference_dtype(small) == torch.float32
-        assert decomposition.difference_dtype(large) == expected
+        monkeypatch.setattr(subspace, "active_isa", lambda isa=isa: isa)
+        assert subspace.difference_dtype(small) == torch.float32
+        assert subspace.difference_dtype(large) == expected
 
 
 def test_factors_are_in_singular_order():
