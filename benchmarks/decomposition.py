@@ -35,7 +35,7 @@ import oats.decomposition.subspace
 from oats.bench.shapes import shapes_of
 from oats.decomposition.alternating import decompose_batch
 from oats.decomposition.budget import nnz_per_row, rank_for
-from oats.decomposition.methods import collects_hessians, decompose_by_method
+from oats.decomposition.methods import decompose_by_method, statistic_for
 from oats.decomposition.selection import keep_largest
 
 PUBLISHED = 80
@@ -219,7 +219,7 @@ def time_model(model: str, compressions: list[float], method: str) -> None:
     """Print one row a layer of a block, and what all blocks take."""
     layers = shapes_of(model)
     blocks = min(layer.count for layer in layers)
-    takes_hessian = collects_hessians(oats.OatsConfig(method=method))
+    takes_hessian = statistic_for(oats.OatsConfig(method=method)) == "hessians"
     print("| layer | shape | in a block | ρ | seconds each | error | alternations |")
     print("|---|---|---|---|---|---|---|")
     for compression in compressions:

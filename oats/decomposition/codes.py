@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from oats.config import Storage
 from oats.decomposition.error_feedback import inverse_factor, settle_columns
-from oats.decomposition.hessian import nearest_low_rank
+from oats.decomposition.metric import nearest_low_rank
 from oats.errors import WeightError
 from oats.format.bitmask import decode, decode_mask
 from oats.format.layer_spec import CODEBOOK, exact_parts, tensor_names

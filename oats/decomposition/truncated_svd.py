@@ -13,6 +13,7 @@ from oats.decomposition.lanczos import BLOCK, lanczos
 from oats.decomposition.subspace import OVERSAMPLING
 from oats.decomposition.triplets import Triplets, by_gram_matrix, subspace_iteration
 from oats.errors import ConfigError, WeightError
+from oats.kernels.ops import row_norms
 
 
 class _Factors(NamedTuple):
@@ -223,9 +224,7 @@ def _error_bound(matrix: Tensor, total: Tensor, u: Tensor, s: Tensor, vh: Tensor
 
 
 def _squared_norm(matrix: Tensor) -> Tensor:
-    # By rows, to keep float32 sums short.
-    norms: Tensor = torch.linalg.vector_norm(matrix, dim=1)
-    return norms.double().square().sum()
+    return row_norms(matrix).square().sum()
 
 
 def _check_matrix(matrix: Tensor) -> None:
