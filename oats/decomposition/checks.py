@@ -1,4 +1,4 @@
-"""Checks of what a decomposition takes. Every message names the layer, and says what to do."""
+"""Checks of weights and statistics. Every error names the layer and says what to do."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from oats.decomposition.budget import check_pattern_divides
 from oats.errors import WeightError
 
 _PANEL = 256
+"""Rows of a Hessian that are compared with its columns at once."""
 
 
 def check_weight(weight: Tensor, pattern: Pattern, layer: str) -> None:
@@ -69,7 +70,7 @@ def check_hessian(hessian: Tensor, d_in: int, layer: str) -> None:
     check_all(torch.isfinite(hessian), "Hessian", "NaN or infinite", layer)
     check_all(hessian.diagonal() >= 0, "Hessian's diagonal", "negative", layer)
     allowed = 1e-3 * float(hessian.diagonal().max())
-    # By panels, because each of several temporaries would be as large as the Hessian.
+    # By panels, so that no temporary is as large as the Hessian.
     panels = zip(hessian.split(_PANEL), hessian.T.split(_PANEL), strict=True)
     if not all(torch.allclose(rows, columns, rtol=1e-3, atol=allowed) for rows, columns in panels):
         raise WeightError(

@@ -22,7 +22,7 @@ class Decomposition:
         low_rank_u: (d_out, rank).
         low_rank_v: (rank, d_in).
         relative_error: ``‖(W − S − UV) diag(√m)‖_F / ‖W diag(√m)‖_F``, before rounding to the weight's dtype;
-            0 for a weight of zeros.
+            0 for a weight of zeros. Methods with another metric say so.
         iterations: number of alternations that were run.
     """
 
