@@ -133,12 +133,13 @@ def decompose_batch(
     # Rounding decides which of two near-equal magnitudes is kept, and the alternations part from there. Only
     # float64 reproduces the published algorithm.
     dtype = torch.float64 if config.svd == "exact" else torch.float32
-    roots = [root_moment(m.to(w.device)) for w, m in zip(weights, second_moments, strict=True)]
-    each, unscale = zip(
-        *(scale_weight(w, root, dtype) for w, root in zip(weights, roots, strict=True)), strict=True
-    )
+    each, unscale = [], []
+    for weight, second_moment in zip(weights, second_moments, strict=True):
+        one, undo = scale_weight(weight, root_moment(second_moment.to(weight.device)), dtype)
+        each.append(one)
+        unscale.append(undo)
     scaled = each[0] if len(each) == 1 else torch.stack(each)
-    del each
+    del each, one
 
     u, v, errors, done = _alternate(scaled, rank, count, config)
     sparse = keep_largest(
@@ -146,11 +147,10 @@ def decompose_batch(
         count,
         config.pattern,
     )
+    parts = zip(_each(sparse), _each(u), _each(v), unscale, strict=True)
     return [
-        Decomposition.of_scaled(*parts, factors, weights[0].dtype, error, iterations)
-        for parts, factors, error, iterations in zip(
-            zip(_each(sparse), _each(u), _each(v), strict=True), unscale, errors, done, strict=True
-        )
+        Decomposition.of_scaled(*own, weights[0].dtype, error, iterations)
+        for own, error, iterations in zip(parts, errors, done, strict=True)
     ]
 
 

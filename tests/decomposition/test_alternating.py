@@ -47,7 +47,7 @@ def make_moment(kind, d_in, seed=0):
 
 
 def decompose_on(device, weight, moment, **settings):
-    """On that device, and back."""
+    """Decompose on a device, and bring the parts back to the CPU."""
     result = oats.decompose(weight.to(device), moment.to(device), **settings)
     assert result.sparse.device.type == device
     parts = {name: getattr(result, name).cpu() for name in ("sparse", "low_rank_u", "low_rank_v")}
@@ -165,7 +165,7 @@ def test_budget_and_error_at_any_shape(d_out, d_in, compression, rank_ratio, pat
     else:
         n, m = map(int, pattern.split(":"))
         most = kept.view(d_out, -1, m).sum(dim=2), n
-    # A residual that vanishes exactly leaves fewer.
+    # Exact zeros in the residual leave fewer non-zeros.
     assert (most[0] <= most[1]).all()
     if result.relative_error > 1e-3:
         assert (most[0] == most[1]).all()
@@ -258,7 +258,7 @@ def test_dtypes(dtype):
         assert part.dtype == dtype and part.is_contiguous() and not part.requires_grad
     rounding = 8 * torch.finfo(dtype).eps if dtype in (torch.bfloat16, torch.float16) else 1e-5
     assert true_error(weight, moment, result) == pytest.approx(result.relative_error, rel=rounding)
-    # The error is the one before rounding, of the same values in float32.
+    # The error is that before rounding, so float32 weights of the same values have it too.
     same = oats.decompose(weight.float(), moment)
     assert result.relative_error == same.relative_error
 
@@ -497,7 +497,7 @@ def test_bad_settings(setting):
 def test_a_batch_is_what_each_matrix_is_alone(one_thread, device, svd, pattern) -> None:
     generator = torch.Generator().manual_seed(3)
     weights = list(torch.randn(3, 72, 96, generator=generator))
-    # Easy ones stall early, and stay as they are while the others go on.
+    # Easy matrices stall early and keep their factors while the others go on.
     weights[1] = torch.randn(72, 3, generator=generator) @ torch.randn(3, 96, generator=generator)
     weights[2] = 1e-3 * weights[2].double().pow(3).float()
     moments = list(torch.rand(3, 96, generator=generator).to(device))

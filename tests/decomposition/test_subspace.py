@@ -5,17 +5,14 @@ import pytest
 import torch
 
 from oats.decomposition.subspace import OVERSAMPLING, WarmSubspace, exact_low_rank, singular_order
+from tests.decomposition.test_alternating import normal
 from tests.reference import truncated_svd as best_approximation
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def normal(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
 def with_spectrum(m, n, values, seed=0):
-    """In float64, so that the values are known beyond the rounding of float32."""
+    """A matrix with these singular values, in float64, so that they hold beyond the rounding of float32."""
     u = torch.linalg.qr(normal(m, len(values), seed=seed).double()).Q
     v = torch.linalg.qr(normal(n, len(values), seed=seed + 1).double()).Q
     return (u * values.double()) @ v.T
@@ -61,7 +58,7 @@ def test_subspace_is_near_best_on_the_first_matrix_and_follows_the_next():
 
 
 def test_subspace_finds_directions_far_below_the_largest():
-    # Over eight decades, of which the rank spans six.
+    # The values span eight decades, those within the rank six.
     matrix = with_spectrum(200, 150, torch.logspace(0, -8, 61)).float()
     u, v = WarmSubspace((200, 150), 45).approximate(matrix)
     rest = torch.linalg.vector_norm(torch.logspace(0, -8, 61)[45:])

@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 import oats
 from oats.decomposition.truncated_svd import TruncatedSVD, truncated_svd
 from oats.errors import ConfigError, WeightError
-from tests.decomposition.test_subspace import normal, with_spectrum
+from tests.decomposition.test_alternating import normal
+from tests.decomposition.test_subspace import with_spectrum
 from tests.targets import DEVICES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -18,7 +19,7 @@ def flat(m, n):
 
 
 def check(matrix, result, rank, *, residual=None):
-    """What holds for any matrix, against float64; `residual` bounds the worst relative to s_1."""
+    """Check what holds for any matrix, in float64; `residual` bounds the largest one, relative to s_1."""
     u, s, vh = (part.double() for part in result)
     wide, exact = matrix.double(), torch.linalg.svdvals(matrix.double())
     eps = torch.finfo(matrix.dtype).eps
@@ -79,13 +80,13 @@ def test_truncated_svd_of_every_kind_of_matrix(device, case, tol):
 def test_the_krylov_solver_and_the_dense_one_are_both_used():
     assert truncated_svd(CASES["power"]().float(), 30, oversample=8).passes > 0
     assert truncated_svd(flat(300, 340), 140).passes == 0
-    # A flat spectrum at a tight tolerance changes over.
+    # With a flat spectrum, a tight tolerance makes the dense solver faster.
     assert truncated_svd(flat(300, 340), 30, oversample=8, tol=0.3).passes > 0
     assert truncated_svd(flat(300, 340), 30, oversample=8, tol=1e-6).passes == 0
 
 
 def test_a_large_matrix_is_tested_after_every_pass():
-    # Without that the test after the first pass is followed by one after the third.
+    # Otherwise the first test is after the first pass, and the second one after the third.
     result = truncated_svd(flat(700, 720), 8, oversample=8, tol=0.3)
     assert result.passes == 2 and bool(result.converged)
 
