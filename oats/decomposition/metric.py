@@ -30,7 +30,7 @@ def damped_metric(hessian: Tensor, damping: float, dtype: torch.dtype, layer: st
     """
     matrix = hessian.detach().to(torch.promote_types(hessian.dtype, torch.float32), copy=True)
     root = matrix.diagonal().sqrt()
-    # The row of an input that was never active is zero, and stays so.
+    # The row of an input that was never active is zero. Divided by 1, it stays uncorrelated with the others.
     root = torch.where(root > 0, root, 1)
     matrix = matrix.div_(root).div_(root[:, None]).to(dtype)
     matrix.diagonal()[:] = 1
