@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from oats.config import OatsConfig, parse_n_m
-from oats.decomposition.budget import check_inputs, nnz_per_layer, nnz_per_row, rank_for
+from oats.decomposition.budget import check_pattern_divides, nnz_per_layer, nnz_per_row, rank_for
 from oats.format.bitmask import encode
 from oats.format.layer_spec import DTYPES
 
@@ -125,7 +125,7 @@ def _random_support(
     d_out: int, d_in: int, compression: float, rank_ratio: float, pattern: str, generator: torch.Generator
 ) -> Tensor:
     """True where an element is kept, (d_out, d_in) bool."""
-    check_inputs(d_in, pattern, "the layer")
+    check_pattern_divides(d_in, pattern, "the layer")
     n_m = parse_n_m(pattern)
     if n_m is not None:
         (k, m), rows = n_m, d_out

@@ -128,7 +128,7 @@ def _random_tensors(
     name: str, d_out: int, d_in: int, config: OatsConfig, dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """Canonical tensors as large as after a compression, scaled so that outputs are as large as inputs."""
-    budget.check_inputs(d_in, config.pattern, name)
+    budget.check_pattern_divides(d_in, config.pattern, name)
     settings = config.compression, config.rank_ratio
     rank = budget.rank_for(d_out, d_in, *settings, config.pattern)
     n_m = parse_n_m(config.pattern)

@@ -10,7 +10,7 @@ from torch import nn
 
 from oats.compression.saving_hook import prepare_saving_
 from oats.config import OatsConfig, Storage
-from oats.decomposition.codes import round_to_int8
+from oats.decomposition.matrix_codes import round_to_int8
 from oats.errors import DeviceError, UnsupportedModelError, WeightError
 from oats.format.bitmask import encode
 from oats.models.architecture import output_head

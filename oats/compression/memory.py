@@ -13,7 +13,7 @@ from torch import nn
 
 from oats.compression.targets import Target
 from oats.config import OatsConfig
-from oats.decomposition.methods import collects_hessians, inverts_hessians
+from oats.decomposition.methods import statistic_for, uses_hessian_for_codes
 from oats.errors import ConfigError, OatsError
 
 _UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
@@ -101,7 +101,7 @@ def block_bytes(
         "compressed weights": round(2 * compressed),
     }
     decomposing = max(decomposition_bytes(d_out, d_in, config) for d_out, d_in in shapes)
-    if collects_hessians(config):
+    if statistic_for(config) == "hessians":
         # Layers that share an input share its Hessian. Another of each while those of one batch are summed.
         inputs = {weight.shape[1] for target in targets.values() for weight, _ in target.matrices().values()}
         need["Hessians"] = 2 * 4 * sum(d_in**2 for d_in in inputs)
@@ -123,7 +123,7 @@ def decomposition_bytes(d_out: int, d_in: int, config: OatsConfig) -> int:
         own = _SPARSEGPT_BYTES * matrix
     else:
         own = _MATRIX_BYTES[config.svd] * matrix
-    if inverts_hessians(config):
+    if config.method == "sparsegpt" or uses_hessian_for_codes(config):
         own = max(own, _WAITING_MATRIX_BYTES * matrix + _HESSIAN_BYTES * hessian)
     return _FIXED + own
 

@@ -74,7 +74,7 @@ class Targets:
             for name, target in block.items():
                 for weight, _ in target.matrices().values():
                     d_out, d_in = weight.shape
-                    budget.check_inputs(d_in, config.pattern, name)
+                    budget.check_pattern_divides(d_in, config.pattern, name)
                     budget.rank_for(d_out, d_in, config.compression, config.rank_ratio, config.pattern)
                 for kind, parameter in target.module.named_parameters():
                     if not torch.isfinite(parameter).all():

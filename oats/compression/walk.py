@@ -18,8 +18,9 @@ from oats.compression.saving_hook import prepare_saving_
 from oats.compression.statistics import input_statistics
 from oats.compression.targets import SKIPPED, Target, Targets, reasons
 from oats.config import EXACT, OatsConfig, Storage
-from oats.decomposition.alternating import Decomposition, decompose_batch
-from oats.decomposition.methods import decompose_by_method, hessian_of, second_moments_of
+from oats.decomposition.alternating import decompose_batch
+from oats.decomposition.methods import codes_hessian, decompose_by_method, method_input
+from oats.decomposition.result import Decomposition
 from oats.errors import UnsupportedModelError
 from oats.format.layer_spec import storage_dtype
 from oats.models.linear import replace_
@@ -107,7 +108,7 @@ class Walk:
         done = len(self.report.layers) + self._not_run()
         for matrix, layer, layer_report in self._decompositions(matrices):
             if self._config.block_matching:
-                hessians.append(hessian_of(matrix.statistic, self._config))
+                hessians.append(codes_hessian(matrix.statistic, self._config))
             parts[matrix.part] = layer
             target = targets[matrix.layer]
             if len(parts) == (len(target.outputs) or 1):
@@ -231,7 +232,7 @@ class Walk:
             if len(batch) == 1:
                 tried = [decompose_by_method(weights[0], statistics[0], settings, names[0])]
             else:
-                moments = [second_moments_of(statistic, settings) for statistic in statistics]
+                moments = [method_input(statistic, settings) for statistic in statistics]
                 tried = decompose_batch(weights, moments, settings, names)
             best = [
                 min(pair, key=lambda result: result.relative_error)
@@ -251,7 +252,7 @@ class Walk:
     def _layer(self, matrix: _Matrix, result: Decomposition) -> SparseLowRankLinear:
         layer = SparseLowRankLinear.from_decomposition(result, matrix.bias)
         if self._storage.has_codes:
-            hessian = hessian_of(matrix.statistic, self._config)
+            hessian = codes_hessian(matrix.statistic, self._config)
             # Those of the other methods are fitted to the size of each input alone, or not at all.
             fitted = self._config.method == "oats-hessian"
             quantize_layer_(layer, self._storage, hessian, matrix.weight, catch_up=not fitted)

@@ -29,7 +29,7 @@ from oats.kernels import cuda, ops
 
 if TYPE_CHECKING:
     from oats.config import OatsConfig
-    from oats.decomposition.alternating import Decomposition
+    from oats.decomposition.result import Decomposition
 
 
 _LINEAR = torch.ops.oats.sparse_low_rank_linear

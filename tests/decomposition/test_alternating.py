@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import oats
 from oats import OatsConfig, decompose
-from oats.decomposition import alternating as decomposition
+from oats.decomposition import alternating, subspace
 from oats.decomposition.alternating import decompose_batch
 from oats.decomposition.budget import nnz_per_layer, nnz_per_row, rank_for
 from oats.decomposition.selection import keep_largest
@@ -47,7 +47,7 @@ def make_moment(kind, d_in, seed=0):
 
 
 def decompose_on(device, weight, moment, **settings):
-    """On that device, and back."""
+    """Decompose on a device, and bring the parts back to the CPU."""
     result = oats.decompose(weight.to(device), moment.to(device), **settings)
     assert result.sparse.device.type == device
     parts = {name: getattr(result, name).cpu() for name in ("sparse", "low_rank_u", "low_rank_v")}
@@ -165,7 +165,7 @@ def test_budget_and_error_at_any_shape(d_out, d_in, compression, rank_ratio, pat
     else:
         n, m = map(int, pattern.split(":"))
         most = kept.view(d_out, -1, m).sum(dim=2), n
-    # A residual that vanishes exactly leaves fewer.
+    # Exact zeros in the residual leave fewer non-zeros.
     assert (most[0] <= most[1]).all()
     if result.relative_error > 1e-3:
         assert (most[0] == most[1]).all()
@@ -222,7 +222,7 @@ def test_error_does_not_depend_on_the_scale_of_the_weight(scale, rounding):
 def test_products_in_bfloat16_cost_no_accuracy(kind, moment, monkeypatch):
     weight, second_moment = make_weight(kind, 160, 256), make_moment(moment, 256)
     plain = oats.decompose(weight, second_moment)
-    monkeypatch.setattr(decomposition, "difference_dtype", lambda scaled: torch.bfloat16)
+    monkeypatch.setattr(alternating, "difference_dtype", lambda scaled: torch.bfloat16)
     first, second = (oats.decompose(weight, second_moment) for _ in range(2))
     assert first.relative_error != plain.relative_error and torch.equal(first.sparse, second.sparse)
     # Two paths end within a percent of each other; one that had lost small directions would end far above.
@@ -231,12 +231,12 @@ def test_products_in_bfloat16_cost_no_accuracy(kind, moment, monkeypatch):
 
 
 def test_bfloat16_is_for_large_layers_of_cpus_that_have_it(monkeypatch):
-    small, large = torch.empty(10, 10), torch.empty(decomposition.BFLOAT16_FROM, 1)
+    small, large = torch.empty(10, 10), torch.empty(subspace.BFLOAT16_FROM, 1)
     bf16 = torch.bfloat16
     for isa, expected in (("amx_bf16", bf16), ("avx512_bf16", bf16), ("avx2", torch.float32)):
-        monkeypatch.setattr(decomposition, "active_isa", lambda isa=isa: isa)
-        assert decomposition.difference_dtype(small) == torch.float32
-        assert decomposition.difference_dtype(large) == expected
+        monkeypatch.setattr(subspace, "active_isa", lambda isa=isa: isa)
+        assert subspace.difference_dtype(small) == torch.float32
+        assert subspace.difference_dtype(large) == expected
 
 
 def test_factors_are_in_singular_order():
@@ -258,7 +258,7 @@ def test_dtypes(dtype):
         assert part.dtype == dtype and part.is_contiguous() and not part.requires_grad
     rounding = 8 * torch.finfo(dtype).eps if dtype in (torch.bfloat16, torch.float16) else 1e-5
     assert true_error(weight, moment, result) == pytest.approx(result.relative_error, rel=rounding)
-    # The error is the one before rounding, of the same values in float32.
+    # The error is that before rounding, so float32 weights of the same values have it too.
     same = oats.decompose(weight.float(), moment)
     assert result.relative_error == same.relative_error
 
@@ -497,7 +497,7 @@ def test_bad_settings(setting):
 def test_a_batch_is_what_each_matrix_is_alone(one_thread, device, svd, pattern) -> None:
     generator = torch.Generator().manual_seed(3)
     weights = list(torch.randn(3, 72, 96, generator=generator))
-    # Easy ones stall early, and stay as they are while the others go on.
+    # Easy matrices stall early and keep their factors while the others go on.
     weights[1] = torch.randn(72, 3, generator=generator) @ torch.randn(3, 96, generator=generator)
     weights[2] = 1e-3 * weights[2].double().pow(3).float()
     moments = list(torch.rand(3, 96, generator=generator).to(device))

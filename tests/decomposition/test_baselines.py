@@ -39,7 +39,7 @@ def problem(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def largest(scores: np.ndarray, pattern: str, compression: float) -> np.ndarray:
-    """Which entries stay, by sorting each unit in which they compete."""
+    """Mask of the entries to keep: sort each row, matrix or group of M."""
     if pattern == "layer":
         units = scores.reshape(1, -1)
     elif pattern == "row":
@@ -85,7 +85,7 @@ def test_wanda_is_oats_without_a_low_rank_part() -> None:
 def optimal_brain_surgeon(
     weight: np.ndarray, hessian: np.ndarray, pattern: str, compression: float, width: int
 ) -> np.ndarray:
-    """Column by column, with the inverse of what is left of the Hessian computed anew for each column."""
+    """Column by column; each inverts the remaining Hessian anew."""
     w = weight.astype(float).copy()
     d_out, d_in = w.shape
     hessian = hessian.astype(float) + DAMPING * np.diag(hessian).mean() * np.eye(d_in)
@@ -145,7 +145,7 @@ def test_sparsegpt_where_inputs_are_never_active_or_fewer_tokens_than_inputs() -
 
 
 def swapped(weight: np.ndarray, inputs: np.ndarray, pattern: str, compression: float) -> np.ndarray:
-    """Dynamic sparse no training, one row and one swap at a time; the mask."""
+    """The mask of dynamic sparse no training, computed one row and one swap at a time."""
     mean, variance = inputs.mean(1), inputs.var(1)
     scores = np.abs(weight) * np.linalg.norm(inputs, axis=1)
     mask = largest(scores, pattern, compression)
@@ -189,7 +189,7 @@ def test_dsnot(pattern, compression) -> None:
         changed += int(((wanda.sparse != 0) != torch.from_numpy(kept)).sum())
         assert result.nnz == wanda.nnz
         lost = [((weight - each.sparse) @ inputs).mean(1).abs().mean() for each in (wanda, result)]
-        # Under N:M a swap may prune what makes the error larger.
+        # Under N:M a swap may prune a weight that makes the error larger.
         assert lost[1] < lost[0] or ":" in pattern
     assert changed > 20
 

@@ -1,11 +1,13 @@
-"""The decomposition in the whole Hessian's metric, against float64 formulas of their own."""
+"""The decomposition in the metric of the whole Hessian, against separate formulas in float64."""
 
 import pytest
 import torch
 
 import oats
 from oats.decomposition.budget import nnz_per_row, rank_for
-from oats.decomposition.hessian import decompose_hessian, nearest_low_rank, refit_values
+from oats.decomposition.hessian import decompose_hessian
+from oats.decomposition.metric import nearest_low_rank
+from oats.decomposition.refit import refit_values
 from oats.errors import ConfigError, WeightError
 from tests.decomposition.test_alternating import make_weight, normal, true_error
 
@@ -245,7 +247,7 @@ def test_bad_settings_are_refused_as_in_decompose():
 @pytest.mark.parametrize("kind", ["white", "correlated", "outliers"])
 @pytest.mark.parametrize(("shape", "rank"), [((40, 64), 5), ((96, 48), 12), ((30, 20), 20), ((200, 160), 8)])
 def test_the_nearest_matrix_of_a_rank(shape, rank, kind):
-    """Against a full SVD in float64; where the subspace is iterated, next to the best."""
+    """Against a full SVD in float64. Where a subspace is iterated, the result is near the best."""
     matrix, hessian = normal(*shape, seed=7), make_hessian(kind, shape[1])
     hessian[3] = hessian[:, 3] = 0  # an input that was never active
     u, v = nearest_low_rank(matrix.float(), hessian.float(), rank)
@@ -275,7 +277,7 @@ def test_products_in_bfloat16_do_not_raise_the_error(monkeypatch, pattern) -> No
             compression = 0.5 if pattern == "row" else 0.4
             result = decompose_hessian(weight, hessian, compression=compression, pattern=pattern)
             errors.append(error_of(weight, result, factor))
-        assert errors[0] != errors[1]  # they were
+        assert errors[0] != errors[1]  # bfloat16 was used
         assert errors[1] <= 1.01 * errors[0]
         ratios.append(errors[1] / errors[0])
     assert sum(ratios) / len(ratios) < 1.005

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from oats.config import Pattern
-from oats.decomposition.alternating import Decomposition, check_second_moment, root_moment
-from oats.decomposition.baselines.pruning import check_budget, keep
-from oats.decomposition.selection import keep_largest
+from oats.decomposition.baselines.pruning import checked_count, keep, largest
+from oats.decomposition.checks import check_second_moment
+from oats.decomposition.result import Decomposition
+from oats.decomposition.scaling import root_moment
 
 
 @torch.no_grad()
@@ -24,15 +25,14 @@ def prune_magnitude(
 
     Args:
         weight: (d_out, d_in), any floating dtype, finite.
-        second_moment: (d_in,), ``Σ x_j²`` over the calibration tokens, for the error that is reported; what
-            is kept does not depend on it.
+        second_moment: (d_in,), ``Σ x_j²`` over the calibration tokens. Only relative_error depends on it.
         compression: share of the weights that is removed, in [0, 1).
         pattern: ``"row"`` compares the weights of a row, ``"layer"`` those of the matrix, ``"N:M"`` those of
             M contiguous inputs.
-        name: of the layer, for error messages.
+        name: the layer's name, for error messages.
 
     Returns:
-        A decomposition of rank 0; what is kept is as in the weight.
+        A decomposition of rank 0. Kept weights are unchanged.
 
     Raises:
         ConfigError, WeightError: as :func:`oats.decompose`.
@@ -41,7 +41,7 @@ def prune_magnitude(
     tensor([[ 0., -3.,  2.,  0.]])
     """
     layer = name or "weight"
-    count = check_budget(weight, compression, pattern, layer)
+    count = checked_count(weight, compression, pattern, layer)
     check_second_moment(second_moment, weight.shape[1], layer)
-    kept = keep_largest(weight.detach().float().contiguous(), count, pattern)
-    return keep(weight, kept != 0, root_moment(second_moment).float())
+    mask = largest(weight.detach().float(), count, pattern)
+    return keep(weight, mask, root_moment(second_moment).float())

@@ -1,4 +1,4 @@
-"""Wanda: a weight counts by its magnitude times the norm of its input (arXiv 2306.11695)."""
+"""Wanda: keep the weights whose magnitude times the norm of their input is largest (arXiv 2306.11695)."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from oats.config import Pattern
-from oats.decomposition.alternating import Decomposition, check_second_moment, root_moment
-from oats.decomposition.baselines.pruning import check_budget, keep
-from oats.decomposition.selection import keep_largest
+from oats.decomposition.baselines.pruning import checked_count, keep, largest
+from oats.decomposition.checks import check_second_moment
+from oats.decomposition.result import Decomposition
+from oats.decomposition.scaling import root_moment
 
 
 @torch.no_grad()
@@ -28,10 +29,10 @@ def prune_wanda(
         compression: share of the weights that is removed, in [0, 1).
         pattern: ``"row"``, the published one, compares the weights of an output, ``"layer"`` those of the
             matrix, ``"N:M"`` those of M contiguous inputs.
-        name: of the layer, for error messages.
+        name: the layer's name, for error messages.
 
     Returns:
-        A decomposition of rank 0; what is kept is as in the weight.
+        A decomposition of rank 0. Kept weights are unchanged.
 
     Raises:
         ConfigError, WeightError: as :func:`oats.decompose`.
@@ -40,23 +41,7 @@ def prune_wanda(
     tensor([[ 1., -3.,  0.,  0.]])
     """
     layer = name or "weight"
-    count = check_budget(weight, compression, pattern, layer)
+    count = checked_count(weight, compression, pattern, layer)
     check_second_moment(second_moment, weight.shape[1], layer)
     root = root_moment(second_moment).float()
-    return keep(weight, wanda_mask(weight, root, count, pattern), root)
-
-
-def wanda_mask(weight: Tensor, root: Tensor, count: int, pattern: Pattern) -> Tensor:
-    """Which weights Wanda keeps.
-
-    Args:
-        weight: (d_out, d_in).
-        root: (d_in,), float32, in proportion to ``‖x_j‖₂``.
-        count: as in :func:`oats.decomposition.selection.keep_largest`.
-        pattern: as there.
-
-    Returns:
-        (d_out, d_in), bool.
-    """
-    scores = weight.detach().float() * root
-    return keep_largest(scores.contiguous(), count, pattern) != 0
+    return keep(weight, largest(weight.detach().float() * root, count, pattern), root)
