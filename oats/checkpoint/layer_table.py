@@ -26,7 +26,7 @@ def storable(model: Any, state_dict: dict[str, Tensor], layers: Collection[str])
         # each of its names: a model that has two layers there can load them only then.
         if f"{name}.bias" in state_dict:
             state_dict[f"{name}.bias"] = state_dict[f"{name}.bias"].clone()
-        # transformers would fuse some markers with other weights, and fail.
+        # transformers would fuse some markers with other weights: leave them out.
         if not _is_saved_unchanged(model, f"{name}.weight", MARKER):
             state_dict.pop(f"{name}.weight", None)
     return state_dict

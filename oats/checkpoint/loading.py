@@ -122,8 +122,7 @@ def _load(
     missing = sorted(problems["missing_keys"])
     if missing:
         # transformers would fill them with random numbers.
-        why = "" if as_saved or gguf_file else _not_causal(source)
-        if why:
+        if not as_saved and not gguf_file and (why := _not_causal(source)):
             raise CheckpointError(f"cannot load the model {model}: {why}")
         raise CheckpointError(
             f"the model {model} lacks {len(missing)} of its weights, e.g. {missing[0]}; download it again, "
