@@ -49,3 +49,13 @@ class DistributedError(OatsError, RuntimeError):
 
 class DeviceError(OatsError, RuntimeError):
     """No kernel supports the device that a tensor is on."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text that is not empty; its class where there is no text.
+
+    >>> first_line(ValueError("\\n  too short\\nby far")), first_line(KeyboardInterrupt())
+    ('too short', 'KeyboardInterrupt')
+    """
+    lines = (line.strip() for line in str(error).splitlines())
+    return next(filter(None, lines), type(error).__name__)

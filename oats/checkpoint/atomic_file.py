@@ -8,12 +8,13 @@ from pathlib import Path
 
 
 def write_file(file: Path, write: Callable[[Path], object], *, alone: bool = False) -> Path:
-    """Write a file under another name, flush it to disk, and give it its name.
+    """Write a file under a hidden name, flush it to disk, and rename it.
 
     Args:
-        file: where it goes.
-        write: writes to the path that it is given.
-        alone: no other process writes this file. What one that was killed left of it is then overwritten.
+        file: its name in the end.
+        write: called with the path to write to.
+        alone: no other process writes this file. The hidden name is then always the same, so that this
+            process overwrites what a killed one left.
 
     Returns:
         `file`.
@@ -32,7 +33,7 @@ def write_file(file: Path, write: Callable[[Path], object], *, alone: bool = Fal
 
 
 def write_text(file: Path, text: str, *, alone: bool = False) -> Path:
-    """The same of a text, in UTF-8.
+    """Like :func:`write_file`, for a text in UTF-8.
 
     >>> import tempfile
     >>> write_text(Path(tempfile.mkdtemp()) / "note.txt", "kept").read_text()
@@ -42,7 +43,7 @@ def write_text(file: Path, text: str, *, alone: bool = False) -> Path:
 
 
 def flush(path: Path) -> None:
-    """Wait until a file's content, or a directory's entries, are on disk."""
+    """Wait until the content of a file, or the entries of a directory, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

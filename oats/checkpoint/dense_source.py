@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from oats.checkpoint.stored_model import read_config, read_header
+from oats.checkpoint.config_json import read_config
+from oats.checkpoint.names import ModelNames, stored_tensors
+from oats.checkpoint.stored_tensor import read_header
 from oats.format.layer_spec import DTYPES, storage_dtype
 from oats.models.architecture import find_blocks
 
@@ -56,31 +58,21 @@ class DenseSource:
         Raises:
             UnsupportedModelError: the list of blocks was not found.
         """
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightRenaming, rename_source_key
-
         path, _ = find_blocks(model, blocks)
         if getattr(model, "is_quantized", False):
             return None
-        conversions = get_model_conversion_mapping(model)
-        renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
-        if len(renamings) < len(conversions):
+        names = ModelNames(model)
+        if not names.only_renamed:
             return None
-        state = model.state_dict()
-        places: dict[str, tuple[Path, str]] = {}
-        shapes: dict[str, tuple[int, ...]] = {}
-        for file in checkpoint_files(directory):
-            for key, tensor in read_header(file).items():
-                name, _ = rename_source_key(key, renamings, [], model.base_model_prefix, state)
-                if name not in state and key in state:
-                    name = key
-                places[name], shapes[name] = (file, key), tensor.shape
-        inside = {name: tensor for name, tensor in state.items() if name.startswith(f"{path}.")}
-        if any(shapes.get(name) != tuple(tensor.shape) for name, tensor in inside.items()):
-            return None
+        stored = stored_tensors(names, checkpoint_files(directory))
+        for name, tensor in model.state_dict().items():
+            inside = name.startswith(f"{path}.")
+            if inside and (name not in stored or stored[name].shape != tuple(tensor.shape)):
+                return None
         places_of = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
         if any(places_of[id(parameter)] > 1 for parameter in model.get_submodule(path).parameters()):
             return None
+        places = {name: (Path(tensor.path), tensor.name) for name, tensor in stored.items()}
         return DenseSource(directory, model, path, places)
 
     def fill(self, index: int, dtype: torch.dtype) -> None:

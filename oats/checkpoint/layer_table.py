@@ -1,4 +1,4 @@
-"""What a compressed model's files say of its layers: their table, and the tensors to write."""
+"""The compressed layers of a model in memory: their table for ``config.json``, and their tensors to write."""
 
 from __future__ import annotations
 
@@ -14,41 +14,41 @@ from oats.nn import SparseLowRankLinear, SplitLinear
 
 
 def storable(model: Any, state_dict: dict[str, Tensor], layers: Collection[str]) -> dict[str, Tensor]:
-    """The tensors of a compressed model, or of a part of it, as its files shall hold them.
+    """The tensors of a compressed model, or of a part of it, that go to its files.
 
     Args:
-        model: that they are from.
+        model: that the tensors belong to.
         state_dict: full name → tensor; changed in place.
-        layers: full names of the compressed layers among them, and of fused projections they are parts of.
+        layers: full names of the compressed layers, and of the fused projections that they are parts of.
     """
     for name in layers:
-        # save_pretrained writes a tensor once, but each name of a shared layer needs all of its
-        # tensors: only so can a model that has two layers there load them.
+        # save_pretrained writes a shared tensor once. But a shared layer needs all of its tensors under
+        # each of its names: a model that has two layers there can load them only then.
         if f"{name}.bias" in state_dict:
             state_dict[f"{name}.bias"] = state_dict[f"{name}.bias"].clone()
-        # A marker that would be fused with other weights is in the way.
-        if not _saved_as_it_is(model, f"{name}.weight", MARKER):
+        # transformers would fuse some markers with other weights: leave them out.
+        if not _is_saved_unchanged(model, f"{name}.weight", MARKER):
             state_dict.pop(f"{name}.weight", None)
     return state_dict
 
 
 def compressed_layers(module: nn.Module, prefix: str = "") -> tuple[dict[str, dict[str, Any]], set[str]]:
-    """What a model, or a part of it, has of compressed layers.
+    """Find the compressed layers of a model, or of a part of it.
 
     Args:
-        module: to look through.
-        prefix: of the names, such as ``"model.layers.0."``.
+        module: the model or part.
+        prefix: put before the names, such as ``"model.layers.0."``.
 
     Returns:
-        Name of each layer → its entry in ``quantization_config.layers``; and those names with those of fused
-        projections.
+        Name of each layer → its entry in ``quantization_config.layers``; and the set of these names and of
+        those of fused projections.
     """
     table = {prefix + name: sizes for name, sizes in layer_table(module).items()}
     return table, {*table, *(prefix + name for name in replacements(module))}
 
 
 def layers_of(model: nn.Module) -> dict[str, SparseLowRankLinear]:
-    """Every name of every layer: one that the model has in several places has several."""
+    """Every name of every compressed layer; a layer in several places has several names."""
     modules = model.named_modules(remove_duplicate=False)
     return {name: module for name, module in modules if isinstance(module, SparseLowRankLinear)}
 
@@ -64,7 +64,7 @@ def layer_table(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def replacements(model: nn.Module) -> dict[str, SparseLowRankLinear | SplitLinear]:
-    """Every name of what stands in the place of a linear layer."""
+    """Every name of every module that replaced a linear layer: a compressed layer, or several for one."""
     parts = {
         part for module in model.modules() if isinstance(module, SplitLinear) for part in module.values()
     }
@@ -76,8 +76,8 @@ def replacements(model: nn.Module) -> dict[str, SparseLowRankLinear | SplitLinea
     }
 
 
-def _saved_as_it_is(model: Any, key: str, tensor: Tensor) -> bool:
-    """Whether `tensor` passes the conversions of ``save_pretrained``, which may fuse it with others."""
+def _is_saved_unchanged(model: Any, key: str, tensor: Tensor) -> bool:
+    """True if ``save_pretrained`` writes `tensor` alone; it may fuse it with others."""
     from transformers.core_model_loading import revert_weight_conversion
 
     try:

@@ -1,4 +1,4 @@
-"""``quantization_config`` of a compressed model's ``config.json``: writing and reading it."""
+"""Writes and reads ``quantization_config`` in the ``config.json`` of a compressed model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ QUANT_METHOD = "oats"
 """Its ``quant_method``."""
 
 EMBEDDING = "embedding"
-"""Key that the entry of the output head alone has: name of the embedding that reads its rows, or null."""
+"""Key in the entry of the output head only: name of the embedding that reads its rows, or null."""
 
 RETRY = "download the checkpoint or compress the model again"
 """How every error about a damaged checkpoint ends."""
@@ -26,7 +26,7 @@ _STORAGE = {"values", "low_rank", "scale_columns"}
 
 
 def lowest_format_version(layers: Mapping[str, Mapping[str, Any]]) -> int:
-    """The lowest version of the format that can say what the layers are; see :func:`quantization_dict`."""
+    """The lowest version of the format that can describe `layers`; see :func:`quantization_dict`."""
     if any(EMBEDDING in sizes for sizes in layers.values()):
         return HEAD_VERSION
     has_codes = any("scale_columns" in sizes for sizes in layers.values())
@@ -34,12 +34,12 @@ def lowest_format_version(layers: Mapping[str, Mapping[str, Any]]) -> int:
 
 
 def quantization_dict(settings: OatsConfig, layers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """What ``config.json`` says of a compressed model.
+    """``quantization_config`` of a compressed model, as a JSON object.
 
     Args:
         settings: of the compression run.
-        layers: name of each compressed layer → its ``rank`` and ``nnz``, and where it has codes the fields of
-            its :class:`~oats.config.Storage`; of the output head also `EMBEDDING`.
+        layers: name of each compressed layer → its ``rank`` and ``nnz``; if it has codes, also the fields of
+            its :class:`~oats.config.Storage`; for the output head also `EMBEDDING`.
     """
     return {
         "quant_method": QUANT_METHOD,
@@ -59,11 +59,10 @@ def parse_quantization_config(
         origin: the file it is from, for error messages.
 
     Returns:
-        The settings, and name of each compressed layer → its ``rank`` and ``nnz``, and where it has codes
-        the fields of its :class:`~oats.config.Storage`; of the output head also `EMBEDDING`.
+        The settings, and the layers as in :func:`quantization_dict`.
 
     Raises:
-        FormatError: another format version, a key that is unknown or missing, or a bad value.
+        FormatError: an unsupported format version, an unknown or missing key, or a bad value.
     """
     origin += ": quantization_config"
     given = dict(quantization)
@@ -120,6 +119,6 @@ def parse_quantization_config(
 
 
 def shortened(value: object) -> str:
-    """A value for a message, at most 60 characters of it."""
+    """A value for a message, cut after 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:60]}…"

@@ -28,7 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oats.checkpoint.atomic_file import flush, write_file, write_text
+from oats.checkpoint.atomic_directory import swap_in
+from oats.checkpoint.atomic_file import write_file, write_text
 from oats.errors import ConfigError, FormatError, OatsError, OutputExistsError
 
 PLAN, PROGRESS, LOCK, MODEL = "plan.json", "progress.json", "lock", "model"
@@ -216,15 +217,10 @@ class Staging:
             OatsError: something was put there since it was checked.
         """
         with self.writing():
-            for path in [*self.model.rglob("*"), self.model]:
-                flush(path)
-            if overwrite and self.out.exists():
-                shutil.rmtree(self.directory / REPLACED, ignore_errors=True)
-                self.out.rename(self.directory / REPLACED)
-            elif self.out.exists():
-                self.out.rmdir()  # fails if something was put there since it was checked
-            self.model.rename(self.out)
-            flush(self.out.parent)
+            aside = self.directory / REPLACED
+            if self.out.exists():
+                shutil.rmtree(aside, ignore_errors=True)
+            swap_in(self.model, self.out, aside, overwrite=overwrite)
 
     def is_delivered(self) -> bool:
         """Whether an earlier run was stopped after it had given the model its name."""

@@ -23,7 +23,7 @@ from oats.checkpoint.model_card import write_model_card
 from oats.checkpoint.quantization_config import quantization_dict
 from oats.checkpoint.saving import check_output
 from oats.checkpoint.staging import DENSE, HIDDEN, MEASURED, Staging
-from oats.checkpoint.stored_model import read_header
+from oats.checkpoint.stored_tensor import read_header
 from oats.compression.allocation import allocate, measure_block
 from oats.compression.block_runner import BlockRunner, evaluating, first_sequence
 from oats.compression.calibration import as_batches

@@ -11,7 +11,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from oats.checkpoint.stored_model import StoredLayer, StoredModel, read_header
+from oats.checkpoint.stored_model import StoredLayer, StoredModel
+from oats.checkpoint.stored_tensor import read_header
 from oats.format.bitmask import decode_mask
 from oats.format.layer_spec import TENSORS, exact_parts, tensor_names
 

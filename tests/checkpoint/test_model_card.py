@@ -1,4 +1,4 @@
-"""What is kept and said beside a compressed model: oats_report.json, the card, `oats info`, `oats report`."""
+"""The record (oats_report.json), the model card, `oats info` and `oats report` of a compressed model."""
 
 from __future__ import annotations
 
