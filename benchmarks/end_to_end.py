@@ -29,13 +29,12 @@ from typing import Any
 import torch
 from llama_files import BENCH, LlamaModel, weight_bytes, write_random
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Phi3Config, PretrainedConfig
 from transformers.utils import logging
 
 from oats import OatsConfig, ops
-from oats.cli.console import human_bytes
+from oats.cli.console import human_bytes, results
 from oats.evaluate.contenders import read_time
 from oats.evaluate.generation import bytes_per_token, decode_time, generation_speed
 from oats.evaluate.random_model import random_model
@@ -311,7 +310,7 @@ def show(rows: Sequence[Mapping[str, Any]], options: argparse.Namespace) -> None
             row["model"], f"{form}, {row['weights']}", human_bytes(row["block_bytes"]), *speeds,
             f"{row['share_of_bandwidth']:.0%}", " + ".join(parts),
         )  # fmt: skip
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 130)
+    console = results()
     console.print(table)
     for row in rows:
         if row["peak_of_making_bytes"]:

@@ -14,12 +14,11 @@ from typing import Any
 
 import torch
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from oats import ops
-from oats.cli.console import progress_bar, status
+from oats.cli.console import progress_bar, results, status
 from oats.evaluate.generation import generation_speed
 from oats.evaluate.spread import Spread
 from oats.evaluate.text import builtin_text
@@ -74,7 +73,7 @@ def main() -> None:
         table.add_row(
             Path(directory).name, way, shown(speed.decode), shown(speed.prefill), f"{seconds[name]:.1f}"
         )
-    console = Console(highlight=False)
+    console = results()
     console.print(table)
     console.print(
         f"Median (p10–p90) of {options.repetitions} alternating runs, batch 1, greedy, prompt "

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor
 from transformers.utils import logging
 
@@ -31,6 +30,7 @@ import oats
 from oats import ops
 from oats.atomic_file import write_text
 from oats.cli.comparison_table import print_table
+from oats.cli.console import results
 from oats.evaluate import comparison, comparison_plot
 from oats.evaluate.text import Text, builtin_text
 from oats.integrations.checkpoint import load_model
@@ -57,7 +57,7 @@ DOCSTRINGS = 1000
 Pair = tuple[str, str]
 """What is looked for, and the text that it is from."""
 
-console = Console(highlight=False)
+console = results()
 
 
 def paragraphs(text: Text) -> list[Pair]:
