@@ -198,7 +198,10 @@ def _scaled(weight: Tensor, hessian: Tensor, dtype: torch.dtype) -> tuple[Tensor
 
 def _metric(hessian: Tensor, damping: float, dtype: torch.dtype, layer: str) -> Tensor:
     """G, the damped Hessian of inputs that are scaled to a diagonal of ones."""
-    matrix = hessian.detach().to(torch.promote_types(hessian.dtype, torch.float32), copy=True)
+    # Row by row whatever the strides were, so that products with it sum in one order.
+    matrix = hessian.detach().to(
+        torch.promote_types(hessian.dtype, torch.float32), copy=True, memory_format=torch.contiguous_format
+    )
     root = matrix.diagonal().sqrt()
     # An input that was never active has a row of zeros, and is left to itself.
     root = torch.where(root > 0, root, 1)
