@@ -33,7 +33,7 @@ def assert_equal_sums(
 
 
 def terms_of(model: nn.Module) -> int:
-    """Of a forward pass through every linear layer of a model, dense or compressed."""
+    """Terms of the sums of all linear layers of a model, dense or compressed, together."""
     return sum(m.in_features + getattr(m, "rank", 0) for m in model.modules() if hasattr(m, "in_features"))
 
 
