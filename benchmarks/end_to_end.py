@@ -29,7 +29,6 @@ from typing import Any
 import torch
 from llama_files import BENCH, LlamaModel, weight_bytes, write_random
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Phi3Config, PretrainedConfig
 from transformers.utils import logging
@@ -40,7 +39,7 @@ from oats.bench.model_speed import bytes_per_token, decode_time, model_speeds
 from oats.bench.random_model import random_model
 from oats.bench.spread import Spread
 from oats.checkpoint.stored_model import directory_bytes
-from oats.cli.console import human_bytes
+from oats.cli.console import human_bytes, results
 from oats.compression.head import quantize_head_
 from oats.compression.quantize import quantize_
 from oats.kernels import ops
@@ -312,7 +311,7 @@ def show(rows: Sequence[Mapping[str, Any]], options: argparse.Namespace) -> None
             row["model"], f"{form}, {row['weights']}", human_bytes(row["block_bytes"]), *speeds,
             f"{row['share_of_bandwidth']:.0%}", " + ".join(parts),
         )  # fmt: skip
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 130)
+    console = results()
     console.print(table)
     for row in rows:
         if row["peak_of_making_bytes"]:

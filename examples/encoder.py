@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor
 from transformers.utils import logging
 
@@ -32,6 +31,7 @@ import oats
 from oats.checkpoint.atomic_file import write_text
 from oats.checkpoint.loading import load_model
 from oats.cli.comparison_table import print_table
+from oats.cli.console import results
 from oats.compression.calibration_text import Text, builtin_text
 from oats.evaluate import comparison, comparison_plot
 from oats.evaluate.cells import Cell, Cells
@@ -60,7 +60,7 @@ DOCSTRINGS = 1000
 Pair = tuple[str, str]
 """A query, and the text that it must find."""
 
-console = Console(highlight=False)
+console = results()
 
 
 def paragraphs(text: Text) -> list[Pair]:

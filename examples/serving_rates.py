@@ -19,10 +19,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import openai
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
-from oats.cli.console import progress_bar, status
+from oats.cli.console import progress_bar, results, status
 
 PROMPT = "In Python, a dictionary is a collection of"
 
@@ -107,7 +106,7 @@ def main() -> None:
         spread = f"({min(rates):.1f} to {max(rates):.1f})"
         rate = f"{statistics.median(rates):.1f} {spread}"
         table.add_row(str(clients), str(most), rate, f"{statistics.median(firsts):.2f}")
-    console = Console(highlight=False)
+    console = results()
     console.print(table)
     console.print(
         f"Medians of {options.repetitions} turns (least to most), {options.tokens} tokens an answer, greedy, "

@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from rich.console import Console
 from torch import Tensor, nn
 from transformers import Dinov2Config, Dinov2ForImageClassification, ViTConfig, ViTForImageClassification
 from transformers.utils import logging
@@ -31,7 +30,7 @@ import oats
 from oats.checkpoint.atomic_file import write_text
 from oats.checkpoint.saving import save_model
 from oats.cli.comparison_table import print_table
-from oats.cli.console import progress_bar
+from oats.cli.console import progress_bar, results
 from oats.evaluate import comparison, comparison_plot
 from oats.evaluate.cells import Cell, Cells
 from oats.evaluate.comparison_table import format_score, markdown
@@ -65,7 +64,7 @@ CALIBRATION_IMAGES = 2048  # the paper's number
 METHODS = ("magnitude", "wanda", "dsnot", "sparsegpt", "oats", "oats-hessian")
 COMPRESSIONS = (0.3, 0.4, 0.5, 0.6)
 
-console = Console(highlight=False)
+console = results()
 
 
 def fashion_mnist(directory: Path) -> dict[str, tuple[Tensor, Tensor]]:

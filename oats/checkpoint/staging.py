@@ -217,6 +217,10 @@ class Staging:
             OatsError: something was put there since it was checked.
         """
         with self.writing():
+            # Runs that were killed leave what they were writing; safetensors calls it ".tmpX4gT0a".
+            for partial in self.model.glob(".*"):
+                if partial.is_file():
+                    partial.unlink()
             aside = self.directory / REPLACED
             if self.out.exists():
                 shutil.rmtree(aside, ignore_errors=True)

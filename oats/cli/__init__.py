@@ -5,6 +5,9 @@ No module here imports torch before its command runs, so ``oats --help`` answers
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
@@ -31,13 +34,33 @@ _HF = ("transformers", "safetensors", "accelerate", "gguf", "tokenizers", "huggi
 _EXTRAS = {**dict.fromkeys(_HF, "hf"), "PIL": "vision", "torchvision": "vision", "timm": "vision"}
 """Package that may be missing → the extra of oats-torch that installs it."""
 
+_UsageError: Any = typer.BadParameter.__base__
+"""click's, which newer versions of typer carry as their own."""
+
+
+@contextmanager
+def _plain_usage_errors() -> Iterator[None]:
+    """Where stderr is no terminal: without typer's panel, which breaks messages at some width."""
+    try:
+        yield
+    except _UsageError as error:
+        if sys.stderr.isatty():
+            raise
+        error.show()
+        raise typer.Exit(error.exit_code) from None
+
 
 class _Commands(TyperGroup):
     """Prints an `OatsError` of any command as one line, and so a missing package."""
 
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        with _plain_usage_errors():
+            return super().make_context(*args, **kwargs)
+
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with _plain_usage_errors():
+                return super().invoke(ctx)
         except OatsError as error:
             message = str(error)
         except ModuleNotFoundError as error:

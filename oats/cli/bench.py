@@ -158,12 +158,14 @@ def print_rows(console: Console, rows: Sequence[Row]) -> None:
         first = group[0]
         shape = f"{first.d_out} x {first.d_in}"
         named = shape if first.layer == shape else f"{first.layer}: {shape}"
-        table = plain_table(
-            title=f"{named}, compression {first.compression:g}, rank ratio {first.rank_ratio:g}, "
+        # A title of the table would be broken at the table's width.
+        console.print(
+            f"{named}, compression {first.compression:g}, rank ratio {first.rank_ratio:g}, "
             f"pattern {first.pattern}: rank {first.ours.rank}, "
             f"density {first.ours.nnz / (first.d_out * first.d_in):.3f}",
-            title_justify="left",
+            style="table.title",
         )
+        table = plain_table()
         table.add_column("batch", justify="right", no_wrap=True)
         table.add_column("")
         for column in ("ms", "p10–p90", "weight", "read", "GFLOP/s", "x"):

@@ -76,7 +76,7 @@ def chat(
                 try:
                     answer = _answer(engine, turns, sampling)
                 except OatsError as error:
-                    console.print(f"{error} (/reset forgets the conversation)", markup=False)
+                    console.print(f"{error} (/reset forgets the conversation)")
                     turns.pop()
                 else:
                     turns.append({"role": "assistant", "content": answer})

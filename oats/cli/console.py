@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,9 +20,10 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
-_WIDTH = 120
-"""Columns where the output is no terminal: rich's 80 would cut tables."""
+_ENDLESS = 1_000_000
+"""Columns where the output is no terminal, so that no message, path or table is broken or cut there."""
 
 LOG_SECONDS = 60
 """How often a log, where there is no terminal, gets a line about the progress."""
@@ -31,15 +31,21 @@ LOG_SECONDS = 60
 
 def results() -> Console:
     """Where tables go."""
-    console = Console(highlight=False)
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console.width = _WIDTH
-    return console
+    return _console(stderr=False)
 
 
 def notes() -> Console:
     """Where progress goes; a pipe that reads stdout never sees it."""
-    return Console(stderr=True, highlight=False)
+    return _console(stderr=True)
+
+
+def _console(*, stderr: bool) -> Console:
+    # A path may hold what rich takes for markup ("[0]") or for an emoji (":cat:").
+    console = Console(stderr=stderr, highlight=False, markup=False, emoji=False)
+    # Not `is_terminal`, which FORCE_COLOR also sets for a pipe.
+    if not console.file.isatty():
+        console.width = _ENDLESS
+    return console
 
 
 def print_json(value: Mapping[str, Any]) -> None:
@@ -77,10 +83,10 @@ def progress_bar(description: str, *, log: bool = True) -> Iterator[Bar]:
     ...     bar.update(1, 2, "error 0.1")
     """
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
@@ -88,7 +94,7 @@ def progress_bar(description: str, *, log: bool = True) -> Iterator[Bar]:
     console = notes()
 
     def write(line: str) -> None:
-        console.print(f"{description}: {line}", soft_wrap=True, markup=False)
+        console.print(f"{description}: {line}")
 
     # The time left from the last hour: a layer can take minutes.
     with Progress(
@@ -128,7 +134,7 @@ def layers_progress() -> Iterator[Callable[[int, int, str, float], None]]:
                 if done > first_done:
                     left = (now - first_at) / (done - first_done) * (total - done)
                     line += f", about {human_time(left)} left"
-                console.print(line, soft_wrap=True)
+                console.print(line)
 
         yield progress
 
@@ -140,7 +146,7 @@ def status(message: str) -> Iterator[None]:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    with notes().status(message):
+    with notes().status(Text(message)):
         yield
 
 

@@ -129,7 +129,7 @@ def _save(directory: Path, evaluation: dict[str, Any]) -> None:
             f"cannot write into {directory}: {error.strerror}; the result is not saved"
         ) from error
     if card is None:
-        notes().print(f"{directory / CARD} was not written by oats and stays as it is", markup=False)
+        notes().print(f"{directory / CARD} was not written by oats and stays as it is")
 
 
 def _evaluate_tasks(
@@ -172,6 +172,5 @@ def _evaluate_tasks(
         )
     results().print(table)
     results().print(
-        f"{directory}, {result.dtype}, lm-evaluation-harness {result.harness}, {result.seconds:.0f} s",
-        markup=False,
+        f"{directory}, {result.dtype}, lm-evaluation-harness {result.harness}, {result.seconds:.0f} s"
     )

@@ -57,6 +57,4 @@ def report(
         write_text(out, text)
     except OSError as error:
         raise OatsError(f"cannot write {out}: {error.strerror}; choose another with --out") from error
-    results().print(
-        f"{out}, {human_bytes(len(text.encode()))}; open it in a browser", markup=False, soft_wrap=True
-    )
+    results().print(f"{out}, {human_bytes(len(text.encode()))}; open it in a browser", soft_wrap=True)

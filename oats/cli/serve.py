@@ -55,14 +55,13 @@ def serve(
         )
         url = f"http://{host}:{listening.getsockname()[1]}/v1"
         console = notes()
-        console.print(f"{name} at {url}, until Ctrl-C", soft_wrap=True, markup=False)
+        console.print(f"{name} at {url}, until Ctrl-C", soft_wrap=True)
         if not tokenizer.chat_template:
             console.print("no chat template: /v1/completions only, or give one with --chat-template")
         console.print(
             f"try: curl {url}/completions -H 'Content-Type: application/json' "
             '-d \'{"prompt": "Once upon a time", "max_tokens": 20}\'',
             soft_wrap=True,
-            markup=False,
         )
         try:
             server.run(sockets=[listening])

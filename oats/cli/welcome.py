@@ -22,7 +22,6 @@ MOST_SHOWN = 8
 
 def welcome() -> None:
     """Print the models in this directory, and the commands in the order of a first session."""
-    from rich.markup import escape
     from rich.table import Table
 
     from oats.cli.console import human_bytes, results
@@ -33,7 +32,7 @@ def welcome() -> None:
     if models:
         here = Table.grid(padding=(0, 2))
         for directory, kind, size, command in models[:MOST_SHOWN]:
-            here.add_row(f"  {escape(directory)}", f"{kind}, {human_bytes(size)}", escape(command))
+            here.add_row(f"  {directory}", f"{kind}, {human_bytes(size)}", command)
         console.print("In this directory:")
         console.print(here)
         if len(models) > MOST_SHOWN:
@@ -46,9 +45,7 @@ def welcome() -> None:
     console.print(steps)
     console.print("\noats COMMAND --help has examples; oats info alone describes this installation.")
     if find_spec("transformers") is None:
-        console.print(
-            "transformers is not installed, which models need: pip install 'oats-torch[hf]'", markup=False
-        )
+        console.print("transformers is not installed, which models need: pip install 'oats-torch[hf]'")
 
 
 def _models(directory: Path) -> list[tuple[str, str, int, str]]:

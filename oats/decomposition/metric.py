@@ -28,7 +28,10 @@ def damped_metric(hessian: Tensor, damping: float, dtype: torch.dtype, layer: st
     Raises:
         WeightError: H has a negative eigenvalue that rounding does not explain.
     """
-    matrix = hessian.detach().to(torch.promote_types(hessian.dtype, torch.float32), copy=True)
+    # Row by row whatever the strides were, so that products with it sum in one order.
+    matrix = hessian.detach().to(
+        torch.promote_types(hessian.dtype, torch.float32), copy=True, memory_format=torch.contiguous_format
+    )
     root = matrix.diagonal().sqrt()
     # The row of an input that was never active is zero. Divided by 1, it stays uncorrelated with the others.
     root = torch.where(root > 0, root, 1)

@@ -308,6 +308,14 @@ def test_killed_at_any_write_it_goes_on_to_the_same_bytes(dense, text, finished,
     assert sorted(path.name for path in tmp_path.iterdir()) == ["log", "out"]
 
 
+def test_what_was_not_written_to_the_end_is_not_delivered(dense, text, finished, tmp_path) -> None:
+    out, log = tmp_path / "out", tmp_path / "log"
+    assert wait(child(command(dense, out, text), log, killed_at_rename(5))) == -signal.SIGKILL
+    (Staging(out).model / ".tmpX4gT0a").write_text("")  # as safetensors names what it writes
+    assert wait(child(command(dense, out, text), log)) == 0, log.read_text()
+    assert content(out) == finished
+
+
 @pytest.mark.parametrize("number", [1, 2, 3, 4, 5])
 def test_killed_while_it_clears_up_the_next_run_finishes_that(
     dense, text, finished, tmp_path, number

@@ -14,6 +14,7 @@ from oats.decomposition.budget import nnz_per_layer, nnz_per_row, rank_for
 from oats.decomposition.selection import keep_largest
 from oats.errors import ConfigError, WeightError
 from tests import reference
+from tests.rounding import assert_equal_sums, condition_of_truncation
 from tests.targets import DEVICES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -126,7 +127,7 @@ def test_what_is_returned_is_one_alternation(svd):
     root = moment.sqrt()
     residual = (weight - result.low_rank_u @ result.low_rank_v) * root
     expected = keep_largest(residual, nnz_per_row(128, 0.5, 0.25)) / root
-    assert ((expected != 0) == (result.sparse != 0)).float().mean() > 0.9999
+    assert ((expected != 0) == (result.sparse != 0)).float().mean() > 0.999  # rounding decides near-ties
     support = (expected != 0) & (result.sparse != 0)
     torch.testing.assert_close(result.sparse[support], expected[support], rtol=1e-3, atol=1e-4)
 
@@ -183,7 +184,8 @@ def test_one_part_empty_is_solved_at_once(svd, pattern):
     low_rank_only = oats.decompose(weight, moment, rank_ratio=1.0, svd=svd, pattern=pattern)
     assert (low_rank_only.nnz, low_rank_only.iterations) == (0, 1)
     expected = reference.truncated_svd(weight.double().numpy(), low_rank_only.rank)
-    np.testing.assert_allclose(low_rank_only.to_dense().numpy(), expected, atol=1e-4)
+    condition = condition_of_truncation(weight, low_rank_only.rank)
+    assert_equal_sums(low_rank_only.to_dense(), torch.from_numpy(expected), 60 + 90, condition=condition)
 
 
 def test_2_4_at_half_is_sparse_only():
@@ -243,9 +245,9 @@ def test_factors_are_in_singular_order():
     weight, moment = make_weight("heavy", 96, 128), make_moment("decades", 128)
     result = oats.decompose(weight, moment)
     u, v = result.low_rank_u, result.low_rank_v * moment.sqrt()
-    torch.testing.assert_close(u.T @ u, torch.eye(result.rank), atol=1e-5, rtol=0)
+    assert_equal_sums(u.T @ u, torch.eye(result.rank), 96)
     gram = v @ v.T
-    torch.testing.assert_close(gram, gram.diagonal().diag(), atol=1e-5 * float(gram.max()), rtol=0)
+    assert_equal_sums(gram, gram.diagonal().diag(), 96 + 128)
     assert (gram.diagonal().diff() <= 0).all()
 
 
@@ -331,7 +333,7 @@ def test_momentum_keeps_the_best_iterate():
 def test_properties_and_repr():
     result = oats.decompose(normal(40, 60), torch.ones(60))
     assert (result.d_out, result.d_in, result.rank, result.nnz) == (40, 60, 3, 40 * 23)
-    torch.testing.assert_close(result.to_dense(), result.sparse + result.low_rank_u @ result.low_rank_v)
+    assert_equal_sums(result.to_dense(), result.sparse + result.low_rank_u @ result.low_rank_v, 4)
     assert "tensor" not in repr(result)
 
 

@@ -26,7 +26,8 @@ def make_hessian(kind, d_in, seed=0):
         mixed = normal(d_in, d_in, seed=seed + 53) / d_in**0.5
         inputs = torch.exp(normal(d_in, 1, seed=seed + 54)) * (inputs + mixed @ inputs)
         inputs[::31] *= 100
-    return inputs @ inputs.T
+    hessian = inputs @ inputs.T
+    return (hessian + hessian.T) / 2  # some CPUs sum the two halves in other orders
 
 
 def metric_root(hessian, damping=DAMPING):
@@ -86,7 +87,9 @@ def test_refit_is_least_squares_on_the_support():
     for row, kept in enumerate(support):
         expected[row, kept] = torch.linalg.solve(metric[kept][:, kept], (target[row] @ metric)[kept])
     result = refit_values(target, torch.zeros_like(target), support, metric, 60)
-    torch.testing.assert_close(result, expected, rtol=1e-8, atol=1e-8)
+    # What two solvers of the same equations may differ by.
+    rounding = len(metric) * torch.finfo(metric.dtype).eps * float(torch.linalg.cond(metric))
+    assert torch.linalg.norm(result - expected) <= rounding * torch.linalg.norm(expected)
     gradient = ((target - result) @ metric) * support
     assert gradient.norm() < 1e-8 * (target @ metric).norm()
 
@@ -203,7 +206,7 @@ def test_a_transposed_weight_and_one_of_low_rank():
     weight, matrix = make_weight("gaussian", 96, 128), make_hessian("correlated", 128)
     expected = decompose_hessian(weight, matrix, iterations=4)
     result = decompose_hessian(weight.T.contiguous().T, matrix.T, iterations=4)
-    torch.testing.assert_close(result.to_dense(), expected.to_dense())
+    assert torch.equal(result.to_dense(), expected.to_dense())
     outer = torch.outer(weight[:, 0], weight[0])
     assert decompose_hessian(outer, matrix).relative_error < 1e-5
     assert decompose_hessian(torch.zeros(96, 128), matrix).relative_error == 0
