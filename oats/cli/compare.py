@@ -119,7 +119,7 @@ def compare(
     )  # fmt: skip
     from oats.evaluate.perplexity import default_context, perplexity
     from oats.evaluate.tasks import evaluate_tasks, require_harness
-    from oats.kernels import ops
+    from oats.kernels.isa import active_isa
 
     planned = plan(
         common, _listed(methods, "methods"), [_number(each) for each in _listed(compressions, "compressions")]
@@ -159,7 +159,7 @@ def compare(
         "pattern": pattern,
         "iterations": common.resolved_iterations,
         "seed": seed,
-        "versions": f"oats {__version__}, torch {torch.__version__}, instruction set {ops.active_isa()}",
+        "versions": f"oats {__version__}, torch {torch.__version__}, instruction set {active_isa()}",
     }
     if accuracy:
         settings["accuracy"] = "share of the next tokens of the evaluation texts that are predicted"

@@ -20,7 +20,8 @@ from oats.decomposition.truncated_svd import (
     singular_order,
 )
 from oats.errors import WeightError
-from oats.kernels.ops import active_isa, row_norms
+from oats.kernels.isa import active_isa
+from oats.kernels.keep_largest import row_norms
 
 MOMENT_FLOOR = 1e-12
 """The least second moment of a feature, as a share of the largest: unscaling a feature that was never active

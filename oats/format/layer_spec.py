@@ -85,6 +85,38 @@ class LayerSpec:
     dtype: torch.dtype
     storage: Storage = EXACT
 
+    @classmethod
+    def of(
+        cls,
+        tensors: Mapping[str, Tensor],
+        d_in: int,
+        storage: Storage = EXACT,
+        dtype: torch.dtype | None = None,
+    ) -> LayerSpec:
+        """The spec of a layer with these tensors, which need not be validated yet.
+
+        Args:
+            tensors: of the layer, by name.
+            d_in: inputs; the mask has up to 7 more columns.
+            storage: which of the tensors are codes.
+            dtype: of the numbers that are no codes; None means that of the values.
+
+        >>> from oats.format.bitmask import encode
+        >>> mask, values = encode(torch.eye(3))
+        >>> tensors = {"mask": mask, "values": values, "low_rank_v": torch.zeros(0, 3)}
+        >>> LayerSpec.of(tensors, 3).sizes
+        (3, 3, 0, 3)
+        """
+        mask, values = tensors["mask"], tensors["values"]
+        # Two int4 codes share a byte: only the mask tells how many there are.
+        nnz = mask_population(mask, d_in) if storage.values == "int4" else values.numel()
+        return cls(mask.shape[0], d_in, tensors["low_rank_v"].shape[0], nnz, dtype or values.dtype, storage)
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """``(d_out, d_in, rank, nnz)``."""
+        return self.d_out, self.d_in, self.rank, self.nnz
+
     def tensors(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Name → dtype and shape of each tensor."""
         d_out, d_in, rank, nnz, storage = self.d_out, self.d_in, self.rank, self.nnz, self.storage
@@ -119,11 +151,6 @@ def tensor_names(storage: Storage) -> tuple[str, ...]:
     ('mask', 'values', 'low_rank_u', 'low_rank_v')
     """
     return tuple(LayerSpec(0, 0, 0, 0, torch.float32, storage).tensors())
-
-
-def stored_values(mask: Tensor, values: Tensor, d_in: int, storage: Storage) -> int:
-    """Number of kept values that are stored; of int4, two in a byte, only the mask tells."""
-    return mask_population(mask, d_in) if storage.values == "int4" else values.numel()
 
 
 def exact_parts(tensors: Mapping[str, Tensor], storage: Storage) -> tuple[Tensor, Tensor, Tensor]:

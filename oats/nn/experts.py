@@ -8,8 +8,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from oats.kernels import ops
-from oats.nn.sparse_low_rank_linear import SparseLowRankLinear, projections_of
+from oats.kernels.sparse_low_rank_linear import linear_many
+from oats.nn.projections import projections_of
+from oats.nn.sparse_low_rank_linear import SparseLowRankLinear
 
 
 class Expert(nn.Module):
@@ -37,7 +38,7 @@ class Expert(nn.Module):
             (tokens, d).
         """
         projections = projections_of((self.gate, self.up), x)
-        gate, up = (self.gate(x), self.up(x)) if projections is None else ops.linear_many(x, projections)
+        gate, up = (self.gate(x), self.up(x)) if projections is None else linear_many(x, projections)
         return cast(Tensor, self.down(self.act_fn(gate) * up))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from oats.kernels import ops
+from oats.kernels.read_rows import read_rows
 from oats.nn.sparse_low_rank_linear import SparseLowRankLinear
 
 
@@ -46,7 +46,7 @@ class RowsOfHead(nn.Embedding):
         if packed is None:
             packed = head.pack_().packed
             assert packed is not None
-        rows: Tensor = ops.read_rows(packed, input, self.embedding_dim, head.dtype)
+        rows: Tensor = read_rows(packed, input, self.embedding_dim, head.dtype)
         return rows
 
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from oats.format.layer_spec import MARKER
-from oats.kernels import ops
-from oats.nn.sparse_low_rank_linear import SparseLowRankLinear, projections_of
+from oats.kernels.sparse_low_rank_linear import linear_joined
+from oats.nn.projections import projections_of
+from oats.nn.sparse_low_rank_linear import SparseLowRankLinear
 
 
 class SplitLinear(nn.ModuleDict):
@@ -56,7 +57,7 @@ class SplitLinear(nn.ModuleDict):
         projections = projections_of(self._modules.values(), x)
         if projections is None:
             return torch.cat([part(x) for part in self.values()], dim=-1)
-        return ops.linear_joined(x, projections)
+        return linear_joined(x, projections)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -14,7 +14,7 @@ from oats.decomposition.budget import nnz_per_layer, nnz_per_row, rank_for
 from oats.decomposition.selection import keep_largest
 from oats.errors import ConfigError, WeightError
 from tests import reference
-from tests.targets import DEVICES
+from tests.backends import DEVICES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -14,8 +14,8 @@ from oats.decomposition.truncated_svd import (
     truncated_svd,
 )
 from oats.errors import ConfigError, WeightError
+from tests.backends import DEVICES
 from tests.reference import truncated_svd as best_approximation
-from tests.targets import DEVICES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

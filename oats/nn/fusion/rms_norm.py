@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from oats.kernels import ops
+from oats.kernels.eager import is_plain
+from oats.kernels.rms_norm import rms_norm
 from oats.nn.fusion.known_forward import known_class, same_code, set_forward_
 
 
@@ -54,7 +55,7 @@ def round_then_scale(self: Any, hidden_states: Tensor) -> Tensor:
     """What Llama's becomes: the weight multiplies what was rounded."""
     weight = self._parameters.get("weight")
     if weight is not None and _fusible(hidden_states, weight):
-        return ops.rms_norm(hidden_states, weight, self.variance_epsilon, one_plus=False)
+        return rms_norm(hidden_states, weight, self.variance_epsilon, one_plus=False)
     return known_class(self).forward(self, hidden_states)  # type: ignore[no-any-return]
 
 
@@ -62,13 +63,13 @@ def scale_by_one_plus(self: Any, x: Tensor) -> Tensor:
     """What Gemma's becomes: one plus the weight multiplies, and the product is rounded."""
     weight = self._parameters.get("weight")
     if weight is not None and _fusible(x, weight):
-        return ops.rms_norm(x, weight, self.eps, one_plus=True)
+        return rms_norm(x, weight, self.eps, one_plus=True)
     return known_class(self).forward(self, x)  # type: ignore[no-any-return]
 
 
 def _fusible(x: Tensor, weight: Tensor) -> bool:
     return (
-        ops.is_plain(x)
+        is_plain(x)
         and x.is_cpu
         and x.dtype is weight.dtype
         and (x.dtype is torch.bfloat16 or x.dtype is torch.float32)
