@@ -307,10 +307,11 @@ class SparseLowRankLinear(nn.Module):
                 return nn.functional.linear(self._accept(x), self.to_dense(), bias)
             packed, spec = self.pack_().packed, self.spec
             assert packed is not None
+        shape = x.shape
         if (
             x.dtype is not spec.dtype
-            or x.dim() == 0
-            or x.shape[-1] != spec.d_in
+            or not shape
+            or shape[-1] != spec.d_in
             or x.is_cpu is not packed.is_cpu
         ):
             x = self._accept(x)
