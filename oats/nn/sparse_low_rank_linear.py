@@ -35,25 +35,27 @@ _is_grad_enabled = torch.is_grad_enabled
 class SparseLowRankLinear(nn.Module):
     """``y = S x + U (V x) + b``, in one fused kernel.
 
-    The weight has two forms. *Canonical* are the buffers ``mask``, ``values``, ``low_rank_u`` and
-    ``low_rank_v`` (docs/format.md): what a checkpoint holds. *Packed* is the layout of this
-    machine's kernels. :meth:`pack_` goes from the first to the second and drops the first, so that a
-    layer is held once; `state_dict` and `pickle` always give the canonical form.
+    The weight has two forms. The *canonical* one is what a checkpoint holds: the buffers ``mask``,
+    ``values``, ``low_rank_u`` and ``low_rank_v`` (docs/format.md). The *packed* one is what the kernels of
+    this machine read. :meth:`pack_` makes the packed form and drops the canonical one, so memory holds the
+    weight once. `state_dict` and `pickle` always give the canonical form.
 
-    The constructor makes an uninitialised canonical layer for a checkpoint loader to fill in; to make
-    one from a weight use :meth:`from_linear` or :meth:`from_decomposition`.
+    The constructor makes an uninitialised canonical layer, which a checkpoint loader fills in. To make a
+    layer from a weight, use :meth:`from_linear` or :meth:`from_decomposition`.
 
     Args:
         in_features: d_in.
         out_features: d_out.
         rank: of the low-rank part.
         nnz: number of values kept in the sparse part.
-        bias: whether there is a bias.
-        dtype: torch.bfloat16 or torch.float32, of inputs, outputs, and what is stored exactly; None means
-            torch's default dtype.
-        device: where the canonical buffers are made; "meta" makes none.
-        storage: whether values and factors are stored exactly or as codes, which adds buffers for their
-            scales (docs/format.md).
+        bias: True to have a bias.
+        dtype: torch.bfloat16 or torch.float32, of inputs, outputs and the numbers that are no codes; None
+            means torch's default dtype.
+        device: of the canonical buffers; "meta" allocates nothing.
+        storage: which of values and factors are codes; codes add buffers for their scales (docs/format.md).
+
+    Attributes:
+        spec: the layer's sizes, dtype and storage.
 
     >>> from oats import OatsConfig
     >>> layer = SparseLowRankLinear.from_linear(nn.Linear(64, 32), torch.ones(64), OatsConfig())
@@ -83,7 +85,7 @@ class SparseLowRankLinear(nn.Module):
         super().__init__()
         dtype = _supported(dtype or torch.get_default_dtype())
         self.in_features, self.out_features, self.rank, self.nnz = in_features, out_features, rank, nnz
-        # In one piece for forward(): an attribute of a module takes ten times as long as one of a dataclass.
+        # One attribute for forward(): reading a module's takes several times as long as a dataclass's.
         self.spec = LayerSpec(out_features, in_features, rank, nnz, dtype, storage)
         for name, (kind, shape) in self.spec.tensors().items():
             self.register_buffer(name, torch.empty(shape, dtype=kind, device=device))
@@ -110,11 +112,11 @@ class SparseLowRankLinear(nn.Module):
 
         Args:
             tensors: ``mask``, ``values``, ``low_rank_u``, ``low_rank_v``, and the scales that `storage` has.
-            in_features: d_in, which the mask alone does not tell.
+            in_features: d_in; the mask has up to 7 more columns.
             bias: (d_out,) or None.
             name: of the layer, for error messages.
-            storage: how values and factors are stored.
-            dtype: of inputs and outputs; None means that of the values, which codes do not tell.
+            storage: which of values and factors are codes.
+            dtype: of inputs and outputs; None means that of the values, which must not be codes then.
 
         Raises:
             FormatError: the tensors disagree.
@@ -163,9 +165,9 @@ class SparseLowRankLinear(nn.Module):
 
         Args:
             linear: (d_in → d_out); left as it is.
-            statistic: what the method needs to know of the inputs: for "oats" (d_in,), the sum or mean over
-                tokens of x_j²; for "oats-hessian" that of x xᵀ, (d_in, d_in).
-            config: the compression's settings.
+            statistic: of the inputs, a sum or mean over tokens: for "oats" of x_j², (d_in,); for
+                "oats-hessian" of x xᵀ, (d_in, d_in).
+            config: settings of the compression.
 
         Raises:
             WeightError: the weight or the statistic cannot be used.
@@ -179,7 +181,7 @@ class SparseLowRankLinear(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the inputs, the outputs, and what is stored exactly."""
+        """The dtype of inputs, outputs and the numbers that are no codes."""
         if self.values is None or self.storage.values != "exact":
             return self.spec.dtype
         return self.values.dtype
@@ -194,7 +196,7 @@ class SparseLowRankLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense ``S + U V``, (d_out, d_in). Computed at each access: for inspection, not for speed."""
+        """The dense ``S + U V``, (d_out, d_in). Each access computes it: for inspection, not for speed."""
         return self.to_dense()
 
     def to_dense(self) -> Tensor:
@@ -207,11 +209,11 @@ class SparseLowRankLinear(nn.Module):
         return to_dense(self.packed, *self.spec.sizes, self.spec.dtype)  # type: ignore[no-any-return]
 
     def canonical(self) -> dict[str, Tensor]:
-        """The tensors of :mod:`oats.format.layer_spec`; computed where the layer is packed."""
+        """The tensors of :mod:`oats.format.layer_spec` by name; a packed layer is unpacked for it."""
         if self.packed is not None:
             return unpack(self.packed, self.spec)
         tensors = {name: getattr(self, name) for name in self._stored_names()}
-        # A conversion of the module converts its scales, which come back without loss.
+        # .to(dtype) converts the scales too. They are bfloat16 numbers, so this restores them without loss.
         return {n: t.bfloat16() if n.endswith("_scale") else t for n, t in tensors.items()}
 
     def _computes_unpacked(self) -> bool:
@@ -228,7 +230,7 @@ class SparseLowRankLinear(nn.Module):
 
         Raises:
             FormatError: the tensors disagree with each other or with the layer's shape.
-            DeviceError: they are on a CUDA device, and there are no kernels for it, or for codes on it.
+            DeviceError: they are on a CUDA device, and it has no kernels, or none for codes.
         """
         if self.packed is not None:
             return self
@@ -258,17 +260,17 @@ class SparseLowRankLinear(nn.Module):
         return self
 
     def _exact_dtype(self, tensors: Mapping[str, Tensor]) -> torch.dtype:
-        """The dtype of what is stored exactly, or the layer's own where nothing is."""
+        """The dtype of the numbers that are no codes, or the layer's dtype if all are codes."""
         if self.storage.values == "exact":
             return tensors["values"].dtype
         return self.spec.dtype if self.storage.low_rank != "exact" else tensors["low_rank_u"].dtype
 
     def store_(self, tensors: Mapping[str, Tensor], storage: Storage, name: str = "layer") -> None:
-        """Replace what the layer stores by other tensors of the same shape of layer, and pack them.
+        """Replace the stored tensors by others of the same sizes, and pack them.
 
         Args:
-            tensors: those that `storage` has.
-            storage: how they are stored.
+            tensors: all that a layer of this `storage` has, by name.
+            storage: which of their numbers are codes.
             name: of the layer, for error messages.
 
         Raises:
@@ -300,7 +302,7 @@ class SparseLowRankLinear(nn.Module):
             ValueError: `x` has another size, dtype or device.
             DeviceError: the layer is on a CUDA device, and there are no kernels for it.
         """
-        # Past nn.Module's attribute lookup, which costs as much as a small product.
+        # Not self.packed: nn.Module's attribute lookup costs as much as a small product.
         packed, bias, spec = self._buffers["packed"], self._parameters["bias"], self.spec
         if packed is None:
             if self._computes_unpacked():
@@ -308,14 +310,9 @@ class SparseLowRankLinear(nn.Module):
             packed, spec = self.pack_().packed, self.spec
             assert packed is not None
         shape = x.shape
-        if (
-            x.dtype is not spec.dtype
-            or not shape
-            or shape[-1] != spec.d_in
-            or x.is_cpu is not packed.is_cpu
-        ):
+        if x.dtype is not spec.dtype or not shape or shape[-1] != spec.d_in or x.is_cpu is not packed.is_cpu:
             x = self._accept(x)
-        # The operator knows autograd and the compiler, and checks a bias that was replaced.
+        # The operator works with autograd and compilers, and checks a bias that somebody replaced.
         if (
             not is_plain(x)
             or (x.requires_grad and _is_grad_enabled())
@@ -326,7 +323,7 @@ class SparseLowRankLinear(nn.Module):
         return linear(x, packed, bias, spec)
 
     def _accept(self, x: Tensor) -> Tensor:
-        """`x` where it is unusual but right, else an error."""
+        """`x`, converted where autocast is on; raises an error that says what is wrong with it."""
         if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise ValueError(f"input has shape {tuple(x.shape)}, expected (..., {self.in_features})")
         stored = self.values if self.packed is None else self.packed
@@ -357,7 +354,7 @@ class SparseLowRankLinear(nn.Module):
             f"dtype={str(self.dtype).removeprefix('torch.')}, isa={isa}"
         )
 
-    # What follows keeps the packed form out of everything that leaves the process.
+    # The rest keeps the packed form inside this process: whatever is saved or pickled is canonical.
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -370,7 +367,8 @@ class SparseLowRankLinear(nn.Module):
         if marker is not None and marker.shape == MARKER.shape:
             del state_dict[prefix + "weight"]
         if self.packed is not None and not any(key.startswith(prefix) for key in state_dict):
-            # The tensors of an adapter, for one: the layer stays packed, what it lacks is named as ever.
+            # Nothing here is for this layer, as when an adapter is loaded. It stays packed, and the caller
+            # still learns which tensors were missing.
             _, strict, missing, *_ = args
             missing.extend(prefix + name for name in self._stored_names() if strict)
             super()._load_from_state_dict(state_dict, prefix, *args)
@@ -380,12 +378,12 @@ class SparseLowRankLinear(nn.Module):
         self._pack_again(prefix.removesuffix(".") or "layer")
 
     def _pack_again(self, name: str = "layer") -> None:
-        """Pack what has come, unless it is on a device that computes with the unpacked weight, or on none."""
+        """Pack the canonical tensors, except on the meta device and where products use the dense weight."""
         if self.values is not None and not self.values.is_meta and not self._computes_unpacked():
             self.pack_(name)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLowRankLinear:
-        # What `fn` changes (dtype, device, contents) it must change in the canonical form.
+        # `fn` changes dtype, device or contents, and that makes sense for the canonical form only.
         probe = torch.empty(0, dtype=self.dtype, device=None if self.packed is None else self.packed.device)
         changed = fn(probe)
         codes = self.storage.has_codes

@@ -91,7 +91,7 @@ def test_rows_of_x_lie_anywhere(backend: Backend) -> None:
         x = memory.as_strided((9, 128), stride, first)
         with backend.active():
             y = product.linear(x, packed.tensor, None, packed.spec).cpu()
-            assert (product._whole_tiles(x) is x) == as_it_is
+            assert (product._whole_cells(x) is x) == as_it_is
         assert_close(y, layer, x.cpu(), None)
 
 

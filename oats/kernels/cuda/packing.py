@@ -1,4 +1,4 @@
-"""The layout that the CUDA kernels read (csrc/cuda/tiles.h), written by torch operators on the device."""
+"""The layout that the CUDA kernels read (csrc/cuda/cells.h), written by torch operators on the device."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ GROUP_ELEMENTS = 1 << 24
 class Parts(NamedTuple):
     """Views into a packed weight."""
 
-    starts: Tensor  # int64, the index of the first value of each tile
-    masks: Tensor  # uint8, 128 a tile
+    starts: Tensor  # int64, the index of the first value of each cell
+    masks: Tensor  # uint8, 128 a cell
     values: Tensor
     u: Tensor  # (d_out, rank and zeros up to a multiple of 64)
     v: Tensor  # (rank, d_in and zeros up to a multiple of 64)
@@ -39,10 +39,10 @@ def parts_of(packed: Tensor, spec: LayerSpec) -> Parts:
     def part(begin: int, elements: int, dtype: torch.dtype) -> Tensor:
         return packed[begin : begin + elements * dtype.itemsize].view(dtype)
 
-    strips, tiles = _tiles(spec.d_out, spec.d_in)
+    strips, cells = _cells(spec.d_out, spec.d_in)
     return Parts(
-        part(starts, strips * tiles + 1, torch.int64),
-        part(masks, strips * tiles * 128, torch.uint8),
+        part(starts, strips * cells + 1, torch.int64),
+        part(masks, strips * cells * 128, torch.uint8),
         part(values, spec.nnz, spec.dtype),
         part(u, spec.d_out * u_stride, spec.dtype).view(spec.d_out, u_stride),
         part(v, spec.rank * v_stride, spec.dtype).view(spec.rank, v_stride),
@@ -64,16 +64,16 @@ def pack(tensors: Mapping[str, Tensor], spec: LayerSpec) -> Tensor:
     parts = parts_of(packed, spec)
     powers = 2 ** torch.arange(8, dtype=torch.uint8, device=mask.device)
     first_value = 0
-    for rows, tiles in _row_groups(spec):
+    for rows, cells in _row_groups(spec):
         kept = decode_mask(mask[rows], spec.d_in)
         own = values[first_value : first_value + int(kept.sum())]
-        in_tiles = _cut(kept)
-        words = in_tiles.permute(_MASKS).reshape(-1, 8)
-        parts.masks.view(-1, 128)[tiles] = (words * powers).sum(-1, dtype=torch.uint8).view(-1, 128)
-        in_order = in_tiles.permute(_VALUES).reshape(-1)
+        in_cells = _cut(kept)
+        words = in_cells.permute(_MASKS).reshape(-1, 8)
+        parts.masks.view(-1, 128)[cells] = (words * powers).sum(-1, dtype=torch.uint8).view(-1, 128)
+        in_order = in_cells.permute(_VALUES).reshape(-1)
         dense = _cut(decode(mask[rows], own.to(spec.dtype), spec.d_in)).permute(_VALUES).reshape(-1)
         parts.values[first_value : first_value + len(own)] = dense[in_order]
-        parts.starts[1:][tiles] = in_order.view(-1, 1024).sum(1)
+        parts.starts[1:][cells] = in_order.view(-1, 1024).sum(1)
         first_value += len(own)
     parts.starts.copy_(parts.starts.cumsum(0))
     parts.u[:, : spec.rank] = tensors["low_rank_u"]
@@ -87,17 +87,17 @@ def unpack(packed: Tensor, spec: LayerSpec) -> dict[str, Tensor]:
     mask = packed.new_empty(spec.d_out, -(-spec.d_in // 8))
     values = packed.new_empty(spec.nnz, dtype=spec.dtype)
     first_value = 0
-    for rows, tiles in _row_groups(spec):
-        bits = decode_mask(parts.masks.view(-1, 128)[tiles].reshape(-1, 1), 8)
+    for rows, cells in _row_groups(spec):
+        bits = decode_mask(parts.masks.view(-1, 128)[cells].reshape(-1, 1), 8)
         count = rows.stop - rows.start
-        strips, strip_tiles = _tiles(count, spec.d_in)
-        in_tiles = bits.view(strips, strip_tiles, 4, 8, 2, 4, 4).permute(_MASKS_BACK)
-        in_order = in_tiles.permute(_VALUES)
+        strips, strip_cells = _cells(count, spec.d_in)
+        in_cells = bits.view(strips, strip_cells, 4, 8, 2, 4, 4).permute(_MASKS_BACK)
+        in_order = in_cells.permute(_VALUES)
         own = parts.values[first_value : first_value + int(bits.sum())]
-        tiled = torch.zeros(in_order.shape, dtype=spec.dtype, device=packed.device)
-        tiled = tiled.masked_scatter_(in_order, own).permute(_VALUES_BACK)
-        dense = tiled.reshape(strips * 16, strip_tiles * 64)[:count, : spec.d_in]
-        kept = in_tiles.reshape(strips * 16, strip_tiles * 64)[:count, : spec.d_in]
+        laid_out = torch.zeros(in_order.shape, dtype=spec.dtype, device=packed.device)
+        laid_out = laid_out.masked_scatter_(in_order, own).permute(_VALUES_BACK)
+        dense = laid_out.reshape(strips * 16, strip_cells * 64)[:count, : spec.d_in]
+        kept = in_cells.reshape(strips * 16, strip_cells * 64)[:count, : spec.d_in]
         mask[rows] = encode_mask(kept)
         values[first_value : first_value + len(own)] = dense.reshape(-1)[kept.reshape(-1)]
         first_value += len(own)
@@ -109,33 +109,33 @@ def unpack(packed: Tensor, spec: LayerSpec) -> dict[str, Tensor]:
     }
 
 
-# The axes of a weight that is cut into tiles: strip, output // 8 and output % 8 in the strip; tile, lane,
-# step and input in the tile. Their order in memory:
-_VALUES = (0, 3, 1, 5, 2, 4, 6)  # strip, tile | half, step, output, lane, input
+# The axes of a weight that is cut into cells: strip, output // 8 and output % 8 in the strip; cell, lane,
+# step and input in the cell. Their order in memory:
+_VALUES = (0, 3, 1, 5, 2, 4, 6)  # strip, cell | half, step, output, lane, input
 _VALUES_BACK = (0, 2, 4, 1, 5, 3, 6)
-_MASKS = (0, 3, 5, 2, 1, 4, 6)  # strip, tile | step, output | half, lane, input
+_MASKS = (0, 3, 5, 2, 1, 4, 6)  # strip, cell | step, output | half, lane, input
 _MASKS_BACK = (0, 4, 3, 1, 5, 2, 6)
 
 
-def _tiles(d_out: int, d_in: int) -> tuple[int, int]:
-    """Strips of the weight, and tiles of a strip."""
+def _cells(d_out: int, d_in: int) -> tuple[int, int]:
+    """Strips of the weight, and cells of a strip."""
     compiled = availability.compiled
     return -(-d_out // compiled.tile_rows), -(-d_in // compiled.tile_columns)
 
 
 def _cut(matrix: Tensor) -> Tensor:
-    """A matrix, with zeros up to whole tiles, as the axes above."""
+    """A matrix, with zeros up to whole cells, as the axes above."""
     d_out, d_in = matrix.shape
-    strips, tiles = _tiles(d_out, d_in)
-    filled = matrix.new_zeros(strips * 16, tiles * 64)
+    strips, cells = _cells(d_out, d_in)
+    filled = matrix.new_zeros(strips * 16, cells * 64)
     filled[:d_out, :d_in] = matrix
-    return filled.view(strips, 2, 8, tiles, 4, 4, 4)
+    return filled.view(strips, 2, 8, cells, 4, 4, 4)
 
 
 def _row_groups(spec: LayerSpec) -> Iterator[tuple[slice, slice]]:
-    """Rows that are laid out at once, and their tiles; indices take up to 8 bytes an element meanwhile."""
-    _, tiles = _tiles(spec.d_out, spec.d_in)
-    strips = max(1, GROUP_ELEMENTS // max(1, tiles * 1024))
+    """Rows that are laid out at once, and their cells; indices take up to 8 bytes an element meanwhile."""
+    _, cells = _cells(spec.d_out, spec.d_in)
+    strips = max(1, GROUP_ELEMENTS // max(1, cells * 1024))
     for first in range(0, spec.d_out, strips * 16):
         last = min(first + strips * 16, spec.d_out)
-        yield slice(first, last), slice(first // 16 * tiles, -(-last // 16) * tiles)
+        yield slice(first, last), slice(first // 16 * cells, -(-last // 16) * cells)

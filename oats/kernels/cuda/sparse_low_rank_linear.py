@@ -35,7 +35,7 @@ def linear(x: Tensor, packed: Tensor, bias: Tensor | None, spec: LayerSpec) -> T
     compiled = availability.compiled
     if x.dtype == torch.float32 or batch > compiled.max_columns:
         return _by_panels(rows, packed, bias, spec).view(*x.shape[:-1], spec.d_out)
-    rows = _whole_tiles(rows)
+    rows = _whole_cells(rows)
     y = x.new_empty(*x.shape[:-1], spec.d_out)
     splits, size = compiled.plan(spec.d_out, spec.d_in, spec.rank, batch, launch.multiprocessors(x.device))
     workspace = torch.empty(size, dtype=torch.uint8, device=x.device)
@@ -57,7 +57,7 @@ def linear(x: Tensor, packed: Tensor, bias: Tensor | None, spec: LayerSpec) -> T
     return y
 
 
-def _whole_tiles(rows: Tensor) -> Tensor:
+def _whole_cells(rows: Tensor) -> Tensor:
     """`rows` as the fused kernel reads them: aligned, with zeros up to a multiple of 64 columns."""
     columns = rows.shape[1]
     if (
