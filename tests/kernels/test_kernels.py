@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from oats.errors import FormatError, WeightError
 from oats.format.bitmask import decode
 from oats.kernels.isa import active_isa
 from oats.kernels.keep_largest import keep_largest_in_rows
-from oats.kernels.packing import pack, packed_isa
+from oats.kernels.packing import pack, packed_isa, unpack
 from oats.kernels.sparse_low_rank_linear import linear, linear_joined, linear_many
 from tests.backends import BACKENDS, CPU_BACKENDS, EMULATED, Backend
 from tests.conftest import DTYPES, ISAS, random_layer, spec_of
@@ -254,6 +255,21 @@ def test_damaged_packed_weight_is_refused() -> None:
     ):
         with pytest.raises(FormatError):
             torch.ops.oats.sparse_low_rank_linear(x, broken, None, 16, 2, spec.nnz)
+
+
+def test_sizes_that_are_not_those_of_the_packed_weight_are_refused() -> None:
+    layer = random_layer(16, 24, 2, 0.5, torch.float32)
+    spec = spec_of(layer)
+    packed = pack(layer, spec)
+    for other in ({"d_out": 15}, {"d_in": 23}, {"rank": 3}, {"nnz": 1}, {"dtype": torch.bfloat16}):
+        wrong = replace(spec, **other)
+        with pytest.raises(FormatError, match="pack the weight again"):
+            unpack(packed, wrong)
+        with pytest.raises(FormatError, match="pack the weight again"):
+            torch.ops.oats.to_dense(packed, *wrong.sizes, wrong.dtype)
+    for rank, nnz in ((3, spec.nnz), (2, 1)):
+        with pytest.raises(ValueError, match=f"rank {rank} and nnz {nnz}"):
+            torch.ops.oats.sparse_low_rank_linear(torch.randn(1, 24), packed, None, 16, rank, nnz)
 
 
 def test_keep_largest_refuses_what_it_cannot_read() -> None:
