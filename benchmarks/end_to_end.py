@@ -42,7 +42,7 @@ from oats.checkpoint.stored_model import directory_bytes
 from oats.cli.console import human_bytes, results
 from oats.compression.head import quantize_head_
 from oats.compression.quantize import quantize_
-from oats.kernels import ops
+from oats.kernels.isa import active_isa
 from oats.nn.sparse_low_rank_linear import SparseLowRankLinear
 
 DEMO = Path(__file__).parent.parent / ".demo"
@@ -212,7 +212,7 @@ def measure(model: str, forms: Sequence[str], options: argparse.Namespace) -> li
                 if form in OURS
                 else None,
                 "threads": torch.get_num_threads(),
-                "isa": ops.active_isa(),
+                "isa": active_isa(),
                 "torch": torch.__version__,
             }
         )

@@ -35,7 +35,7 @@ from oats.evaluate.cells import DENSE, Cell, Cells, is_dense
 from oats.evaluate.comparison import split_codes
 from oats.evaluate.comparison_plot import draw
 from oats.evaluate.comparison_table import header, rows
-from oats.kernels import ops
+from oats.kernels.isa import active_isa
 
 # Format of a dense cell → file type of llama.cpp whose layers have this format.
 GGUF = {"q8_0": "Q8_0", "q4_0": "Q4_0", "q4_k": "Q4_K_S"}
@@ -154,7 +154,7 @@ def table(
     settings = {
         **settings,
         "speed": f"median of {options.repetitions} runs in turn, batch 1, prompt of {options.prompt} tokens, "
-        f"{options.new_tokens} new ones, {torch.get_num_threads()} threads, ISA {ops.active_isa()}; "
+        f"{options.new_tokens} new ones, {torch.get_num_threads()} threads, ISA {active_isa()}; "
         "embedding and head of eight bits but in the dense model",
     }
     text = "\n".join("| " + " | ".join(line) + " |" for line in lines)

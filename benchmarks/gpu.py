@@ -38,7 +38,9 @@ from oats import decompose
 from oats.bench.shapes import shapes_of
 from oats.decomposition.budget import nnz_per_row, rank_for
 from oats.format.bitmask import encode
-from oats.kernels import cuda, ops
+from oats.kernels.cuda.availability import is_built
+from oats.kernels.cuda.sparse_low_rank_linear import linear
+from oats.kernels.keep_largest import keep_largest_in_rows
 from oats.nn.sparse_low_rank_linear import SparseLowRankLinear
 
 LLAMA_70B = [(8192, 8192), (1024, 8192), (28672, 8192), (8192, 28672)]
@@ -56,7 +58,7 @@ def random_layer(d_out: int, d_in: int, compression: float, device: str) -> Spar
     rank = rank_for(d_out, d_in, compression, 0.25, "row")
     generator = torch.Generator(device).manual_seed(0)
     sparse = torch.randn(d_out, d_in, generator=generator, device=device)
-    mask, values = encode(ops.keep_largest_in_rows(sparse, nnz_per_row(d_in, compression, 0.25)))
+    mask, values = encode(keep_largest_in_rows(sparse, nnz_per_row(d_in, compression, 0.25)))
     u = torch.randn(d_out, rank, generator=generator, device=device) / max(rank, 1) ** 0.5
     v = torch.randn(rank, d_in, generator=generator, device=device)
     tensors = {"mask": mask, "values": values, "low_rank_u": u, "low_rank_v": v}
@@ -90,7 +92,7 @@ def sparse_peers(
     generator = torch.Generator("cuda").manual_seed(0)
     weight = torch.randn(*shape, generator=generator, device="cuda")
     count = nnz_per_row(shape[1], compression, 0.0)
-    weight = ops.keep_largest_in_rows(weight, count).half()
+    weight = keep_largest_in_rows(weight, count).half()
     copies = copies_of(2 * count * shape[0], cache)
     made: dict[str, tuple[list[int], list[gpu_sparse.Product], Tensor]] = {}
     for name, checkout in checkouts.items():
@@ -162,7 +164,7 @@ def product_rows(
             if not error < TOLERANCE:
                 raise SystemExit(f"{d_out} x {d_in}, batch {batch}: the product is wrong by {error:.3g}")
             contenders: dict[str, Sequence[Call]] = {
-                "oats": [functools.partial(cuda.linear, x, w, None, layer._sizes) for w in weights],
+                "oats": [functools.partial(linear, x, w, None, layer.spec) for w in weights],
                 "cublas": [functools.partial(nn.functional.linear, x, w) for w in dense],
             }
             half = x.half()
@@ -236,8 +238,8 @@ def main() -> None:
     parser.add_argument("--no-decomposition", action="store_true")
     parser.add_argument("--json", type=Path, help="file to write")
     arguments = parser.parse_args()
-    if not (torch.cuda.is_available() and cuda.is_built()):
-        print("nothing was measured:", "no CUDA device" if cuda.is_built() else "oats._cuda is not built")
+    if not (torch.cuda.is_available() and is_built()):
+        print("nothing was measured:", "no CUDA device" if is_built() else "oats._cuda is not built")
         sys.exit(0)
     properties = torch.cuda.get_device_properties(0)
     bandwidth = read_bandwidth()

@@ -31,7 +31,7 @@ from oats.bench.random_layer import Form
 from oats.bench.shapes import LayerShape, shapes_of
 from oats.config import OatsConfig
 from oats.errors import OatsError, OutputExistsError
-from oats.kernels import ops
+from oats.kernels.isa import active_isa, available_isas
 
 HERE = Path(__file__).resolve().parent
 
@@ -198,7 +198,7 @@ def _measure(options: argparse.Namespace, rows: list[Row], left_out: list[LeftOu
         for number, shape in enumerate(shapes):
             ours = _ours(peer_batches if options.peers else [])
             if number == 0:
-                lower = [isa for isa in ops.available_isas() if isa not in (ops.active_isa(), "scalar")]
+                lower = [isa for isa in available_isas() if isa not in (active_isa(), "scalar")]
                 batches = [batch for batch in options.batches if batch in ISA_BATCHES]
                 ours += [_at(compressed(dtype, isa=isa), batches) for isa in lower for dtype in DTYPES]
             # DeepSparse takes half a minute to compile one form for a large batch.

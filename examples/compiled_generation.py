@@ -21,7 +21,7 @@ from oats.bench.model_speed import model_speeds
 from oats.bench.spread import Spread
 from oats.cli.console import progress_bar, results, status
 from oats.compression.calibration_text import builtin_text
-from oats.kernels import ops
+from oats.kernels.isa import active_isa
 
 PROMPT_TOKENS, NEW_TOKENS = 64, 32
 
@@ -78,7 +78,7 @@ def main() -> None:
     console.print(
         f"Median (p10–p90) of {options.repetitions} alternating runs, batch 1, greedy, prompt "
         f"{PROMPT_TOKENS} tokens, {NEW_TOKENS} new ones; {torch.get_num_threads()} threads, "
-        f"ISA {ops.active_isa()}."
+        f"ISA {active_isa()}."
     )
 
 

@@ -28,7 +28,7 @@ from oats.compression.calibration_text import bos_token_id, builtin_text, calibr
 from oats.compression.head import quantize_head_
 from oats.config import Storage
 from oats.evaluate.perplexity import perplexity
-from oats.kernels import ops
+from oats.kernels.isa import active_isa
 
 DEMO = Path(__file__).parent.parent / ".demo"
 COMPRESSION, RANK_RATIO = 0.5, 0.25
@@ -162,7 +162,7 @@ def main() -> None:
         f"{text.name}; perplexity on the first {used.tokens} tokens of the second half, "
         f"context {used.context} with BOS, stride {used.stride}.\n"
         f"Speed: median (p10–p90) of {REPETITIONS} alternating runs, batch 1, prompt {PROMPT_TOKENS} tokens, "
-        f"{NEW_TOKENS} new ones, greedy; {torch.get_num_threads()} threads, ISA {ops.active_isa()}."
+        f"{NEW_TOKENS} new ones, greedy; {torch.get_num_threads()} threads, ISA {active_isa()}."
     )
 
     inputs = tokenizer(PROMPT, return_tensors="pt")

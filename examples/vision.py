@@ -36,7 +36,7 @@ from oats.evaluate.cells import Cell, Cells
 from oats.evaluate.comparison_table import format_score, markdown
 from oats.inspection import rollout
 from oats.integrations.vision import load_vision_model
-from oats.kernels import ops
+from oats.kernels.isa import active_isa
 
 DEMO = Path(__file__).parent.parent / ".demo"
 FILES = {
@@ -177,7 +177,7 @@ def main() -> None:
         "rank ratio": arguments.rank_ratio,
         "pattern": arguments.pattern,
         "iterations": common.resolved_iterations,
-        "versions": f"oats {oats.__version__}, torch {torch.__version__}, instruction set {ops.active_isa()}",
+        "versions": f"oats {oats.__version__}, torch {torch.__version__}, instruction set {active_isa()}",
     }
 
     def score(model: Any) -> dict[str, float]:

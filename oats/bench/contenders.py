@@ -23,7 +23,7 @@ from oats.bench.random_layer import Form, RandomWeight
 from oats.config import EXACT, Storage
 from oats.decomposition.codes import quantize_tensors
 from oats.format.layer_spec import DTYPES as FORMAT_DTYPES
-from oats.kernels import ops
+from oats.kernels.isa import active_isa
 from oats.nn.sparse_low_rank_linear import SparseLowRankLinear
 
 # Calls cycle through copies of the weight that fill at least this much memory, and 4 times the last-level
@@ -172,7 +172,7 @@ def compressed(
     >>> compressed("bf16", form="unstructured").form
     'unstructured'
     """
-    isa = ops.active_isa() if isa is None else isa
+    isa = active_isa() if isa is None else isa
 
     def make(weight: RandomWeight) -> Iterator[nn.Module]:
         tensors, d_in = weight.canonical(), weight.sparse.shape[1]

@@ -13,7 +13,7 @@ import torch
 
 from oats._version import __version__
 from oats.bench.layer_latency import LeftOut, Row, Timing
-from oats.kernels import ops
+from oats.kernels.isa import active_isa
 
 
 def machine() -> dict[str, Any]:
@@ -28,7 +28,7 @@ def machine() -> dict[str, Any]:
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "system": f"{platform.system()} {platform.machine()}",
         "threads": torch.get_num_threads(),
-        "isa": ops.active_isa(),
+        "isa": active_isa(),
         "oats": __version__,
         "torch": torch.__version__,
     }

@@ -82,14 +82,14 @@ def bench(
     from oats.bench.layer_latency import layer_rows
     from oats.bench.shapes import LayerShape, shapes_of
     from oats.cli.console import print_json, progress_bar, results
-    from oats.kernels import ops
+    from oats.kernels.isa import active_isa, available_isas
 
     if threads is not None:
         torch.set_num_threads(threads)
-    isas = ops.available_isas() if isa == "all" else (isa or ops.active_isa()).split(",")
-    if missing := [name for name in isas if name not in ops.available_isas()]:
+    isas = available_isas() if isa == "all" else (isa or active_isa()).split(",")
+    if missing := [name for name in isas if name not in available_isas()]:
         raise ConfigError(
-            f"this machine has no instruction set {missing[0]!r}; it has " + ", ".join(ops.available_isas())
+            f"this machine has no instruction set {missing[0]!r}; it has " + ", ".join(available_isas())
         )
     if plot is not None:
         from oats.bench import plots

@@ -105,7 +105,7 @@ def compare(
     from oats.evaluate.comparison_table import format_score, markdown
     from oats.evaluate.language_model import Scoring
     from oats.evaluate.tasks import require_harness
-    from oats.kernels import ops
+    from oats.kernels.isa import active_isa
 
     planned = plan(
         common, _listed(methods, "methods"), [_number(each) for each in _listed(compressions, "compressions")]
@@ -139,7 +139,7 @@ def compare(
         "pattern": pattern,
         "iterations": common.resolved_iterations,
         "seed": seed,
-        "versions": f"oats {__version__}, torch {torch.__version__}, instruction set {ops.active_isa()}",
+        "versions": f"oats {__version__}, torch {torch.__version__}, instruction set {active_isa()}",
     }
     if accuracy:
         settings["accuracy"] = "share of the next tokens of the evaluation texts that are predicted"

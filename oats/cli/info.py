@@ -41,14 +41,14 @@ def _installation(as_json: bool) -> None:
     import torch
 
     from oats.cli.console import print_json, results, settings_table
-    from oats.kernels import ops
+    from oats.kernels.isa import active_isa, available_isas
 
     if as_json:
         print_json(
             {
                 "version": __version__,
-                "isa": ops.active_isa(),
-                "available_isas": ops.available_isas(),
+                "isa": active_isa(),
+                "available_isas": available_isas(),
                 "oats_isa": os.environ.get("OATS_ISA"),
                 "threads": torch.get_num_threads(),
                 "torch": torch.__version__,
@@ -59,8 +59,8 @@ def _installation(as_json: bool) -> None:
         settings_table(
             {
                 "oats": __version__,
-                "ISA in use": ops.active_isa(),
-                "ISAs available": ", ".join(ops.available_isas()),
+                "ISA in use": active_isa(),
+                "ISAs available": ", ".join(available_isas()),
                 "OATS_ISA": os.environ.get("OATS_ISA", "not set"),
                 "threads": torch.get_num_threads(),
                 "torch": torch.__version__,

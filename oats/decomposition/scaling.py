@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from oats.kernels.ops import row_norms
+from oats.kernels.keep_largest import row_norms
 
 MOMENT_FLOOR = 1e-12
 """The least second moment of an input, as a share of the largest: undoing the scaling then never divides by

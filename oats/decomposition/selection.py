@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from oats.config import Pattern, parse_n_m
-from oats.kernels import ops
+from oats.kernels.keep_largest import keep_largest_in_rows, row_norms, split_largest_in_rows
 
 
 def keep_largest(
@@ -30,7 +30,7 @@ def keep_largest(
     """
     width, count = _unit(residual, count, pattern)
     into = None if out is None else out.view(-1, width)
-    return ops.keep_largest_in_rows(residual.view(-1, width), count, into).view_as(residual)
+    return keep_largest_in_rows(residual.view(-1, width), count, into).view_as(residual)
 
 
 def split_largest(residual: Tensor, count: int, pattern: Pattern = "row", *, out: Tensor) -> list[float]:
@@ -51,10 +51,10 @@ def split_largest(residual: Tensor, count: int, pattern: Pattern = "row", *, out
     """
     columns = residual.shape[-1]
     if parse_n_m(pattern) is None and pattern != "layer":
-        norms = ops.split_largest_in_rows(residual.view(-1, columns), count, out.view(-1, columns))
+        norms = split_largest_in_rows(residual.view(-1, columns), count, out.view(-1, columns))
     else:
         keep_largest(residual, count, pattern, out=out)
-        norms = ops.row_norms(residual.sub_(out).view(-1, columns))
+        norms = row_norms(residual.sub_(out).view(-1, columns))
     matrices = 1 if residual.dim() == 2 else residual.shape[0]
     return torch.linalg.vector_norm(norms.view(matrices, -1), dim=1).tolist()  # type: ignore[no-any-return]
 

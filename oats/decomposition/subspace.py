@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from oats.kernels.ops import active_isa
+from oats.kernels.isa import active_isa
 
 OVERSAMPLING = 32
 """Columns of a subspace beyond the rank."""

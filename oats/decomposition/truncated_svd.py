@@ -13,7 +13,7 @@ from oats.decomposition.lanczos import BLOCK, lanczos
 from oats.decomposition.subspace import OVERSAMPLING
 from oats.decomposition.triplets import Triplets, by_gram_matrix, subspace_iteration
 from oats.errors import ConfigError, WeightError
-from oats.kernels.ops import row_norms
+from oats.kernels.keep_largest import row_norms
 
 
 class _Factors(NamedTuple):

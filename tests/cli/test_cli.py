@@ -17,7 +17,7 @@ from oats.bench.spread import Spread
 from oats.checkpoint import loading, saving
 from oats.cli import app
 from oats.errors import CheckpointError, ConfigError, OatsError, OutputExistsError
-from oats.kernels import ops
+from oats.kernels.isa import available_isas
 from tests.tiny import TEXT, save_dense
 
 transformers = pytest.importorskip("transformers")
@@ -533,7 +533,7 @@ def test_bench_of_a_grid(quick_bench):
     small = ["--d-out", 64, "--d-in", 64, "--repetitions", 1]
     rows = json.loads(run("bench", *small, *options, "--json").stdout)["rows"]
     cases = {(r["batch"], r["compression"], r["ours"]["dtype"], r["ours"]["isa"]) for r in rows}
-    assert len(rows) == len(cases) == 2 * 2 * 2 * len(ops.available_isas())
+    assert len(rows) == len(cases) == 2 * 2 * 2 * len(available_isas())
 
 
 @pytest.mark.parametrize(("p90", "busy"), [(1.4, False), (1.6, True)])

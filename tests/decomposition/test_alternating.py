@@ -14,8 +14,8 @@ from oats.decomposition.budget import nnz_per_layer, nnz_per_row, rank_for
 from oats.decomposition.selection import keep_largest
 from oats.errors import ConfigError, WeightError
 from tests import reference
+from tests.backends import DEVICES
 from tests.rounding import assert_equal_sums, condition_of_truncation
-from tests.targets import DEVICES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

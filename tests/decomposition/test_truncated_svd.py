@@ -6,10 +6,10 @@ from hypothesis import strategies as st
 import oats
 from oats.decomposition.truncated_svd import TruncatedSVD, truncated_svd
 from oats.errors import ConfigError, WeightError
+from tests.backends import DEVICES
 from tests.decomposition.test_alternating import normal
 from tests.decomposition.test_subspace import with_spectrum
 from tests.rounding import assert_equal_sums
-from tests.targets import DEVICES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -25,7 +25,8 @@ from transformers.models.mistral.modeling_mistral import MistralMLP
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
 import oats
-from oats.kernels import ops
+from oats.nn import experts, split_linear
+from oats.nn.fusion import gated_mlp
 from oats.nn.fusion.gated_mlp import merge_gated_mlps_
 from oats.nn.sparse_low_rank_linear import SparseLowRankLinear
 from oats.nn.split_linear import SplitLinear
@@ -46,14 +47,18 @@ SIZES = {
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many projections each merged call had."""
     seen: list[int] = []
-    for name in ("linear_many", "linear_joined"):
-        original = getattr(ops, name)
+    for user, name in (
+        (gated_mlp, "linear_many"),
+        (experts, "linear_many"),
+        (split_linear, "linear_joined"),
+    ):
+        original = getattr(user, name)
 
         def counted(x: Tensor, projections: list[Any], original: Any = original) -> Any:
             seen.append(len(projections))
             return original(x, projections)
 
-        monkeypatch.setattr(ops, name, counted)
+        monkeypatch.setattr(user, name, counted)
     return seen
 
 

@@ -13,12 +13,13 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import oats
 from oats.errors import ConfigError, FormatError
 from oats.format.layer_spec import TENSORS
-from oats.kernels import ops
+from oats.kernels.isa import active_isa
+from oats.kernels.packing import packed_isa
 from oats.nn.sparse_low_rank_linear import SparseLowRankLinear
+from tests.backends import DEVICES, needs_cuda
 from tests.compiler import needs_compiler
 from tests.conftest import DTYPES, ISAS, random_layer
 from tests.rounding import assert_equal_sums
-from tests.targets import DEVICES, needs_cuda
 
 
 def make(dtype: torch.dtype = torch.float32, bias: bool = True, device: str = "cpu") -> SparseLowRankLinear:
@@ -55,7 +56,7 @@ def test_from_linear_and_decomposition_agree() -> None:
 
 def test_extra_repr() -> None:
     text = repr(make())
-    for part in ("in_features=56", "out_features=40", "rank=5", "density=0.", "isa=" + ops.active_isa()):
+    for part in ("in_features=56", "out_features=40", "rank=5", "density=0.", "isa=" + active_isa()):
         assert part in text
 
 
@@ -102,7 +103,7 @@ def test_what_leaves_the_process_is_canonical(how: str, monkeypatch: pytest.Monk
         # A weaker machine reads what a stronger one wrote.
         monkeypatch.setenv("OATS_ISA", "scalar")
         other = pickle.loads(data)
-        assert ops.packed_isa(other.packed) == "scalar"
+        assert packed_isa(other.packed) == "scalar"
     else:
         buffer = io.BytesIO()
         torch.save(layer, buffer)
@@ -183,17 +184,14 @@ def test_gradients_reach_input_and_bias(device: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_opcheck(dtype: torch.dtype, device: str) -> None:
     layer = make(dtype, device=device)
-    linear, to_dense, rest = torch.ops.oats.sparse_low_rank_linear, torch.ops.oats.to_dense, (40,)
-    sizes = (40, 56)
-    if device == "cuda":
-        linear, to_dense = torch.ops.oats.cuda_sparse_low_rank_linear, torch.ops.oats.cuda_to_dense
-        rest, sizes = (40, layer.rank, layer.nnz), (40, 56, layer.rank, layer.nnz)
+    linear, to_dense = torch.ops.oats.sparse_low_rank_linear, torch.ops.oats.to_dense
+    rest = (40, layer.rank, layer.nnz)
     for x in (torch.randn(3, 56), torch.randn(2, 3, 56)):
         x = x.to(device, dtype)
         torch.library.opcheck(linear, (x, layer.packed, layer.bias, *rest))
         x = x.clone().requires_grad_(True)
         torch.library.opcheck(linear, (x, layer.packed, None, *rest))
-    torch.library.opcheck(to_dense, (layer.packed, *sizes, dtype))
+    torch.library.opcheck(to_dense, (layer.packed, *layer.spec.sizes, dtype))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
@@ -267,7 +265,7 @@ def test_operator_checks_its_arguments() -> None:
         (torch.ones(2, 56), None, 41),
     ]:
         with pytest.raises(ValueError, match=r"expected|outputs"):
-            op(x, layer.packed, bias, d_out)
+            op(x, layer.packed, bias, d_out, layer.rank, layer.nnz)
 
 
 @pytest.mark.parametrize("device", DEVICES)
