@@ -12,7 +12,7 @@
 #include <initializer_list>
 
 #define OATS_TILE_STATE
-#include "tile_kernels.h"
+#include "linear/kernels/tile_kernels.h"
 
 namespace oats {
 namespace {

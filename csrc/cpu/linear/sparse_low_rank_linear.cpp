@@ -1,19 +1,24 @@
+// One call of the product: multiplies x by 2^input_exponent if the weights have codes, decides how many
+// threads take part and in which order they work, and divides the blocks among them. Projections that cannot
+// share activations are calls of their own.
 #include "oats/sparse_low_rank_linear.h"
 
 #include <algorithm>
 #include <cstring>
 
-#include "column_kernels.h"
+#include "kernels/column_kernels.h"
+#include "kernels/tile_kernels.h"
 #include "products.h"
-#include "tile_kernels.h"
 
 namespace oats {
 
 namespace {
 
+// Below this much work for a thread, waking it costs more than it saves.
 constexpr int64_t kElementsPerThread = 32 << 10;
+constexpr int64_t kBytesPerThread = 32 << 10;  // of packed weights
 
-// x times powers of two, which is exact. bf16 is the upper half of fp32.
+// out = x times powers of two, which is exact. bf16 is the upper half of fp32.
 template <class T>
 void scale_inputs(const T* x, int64_t batch, int64_t x_stride, int64_t d_in, const T* powers, T* out,
                   int threads) {
@@ -35,9 +40,6 @@ void scale_inputs(const T* x, int64_t batch, int64_t x_stride, int64_t d_in, con
   }
 }
 
-// Below this many packed bytes a thread, waking it costs more than it saves.
-constexpr int64_t kBytesPerThread = 32 << 10;
-
 }  // namespace
 
 void sparse_low_rank_linear(const Projection* projections, int count, const void* x, int64_t batch,
@@ -47,18 +49,17 @@ void sparse_low_rank_linear(const Projection* projections, int count, const void
   for (int i = 1; i < count; ++i) {
     const PackedHeader* w = projections[i].w;
     if (w->isa == first->isa && !w->inputs_at && !first->inputs_at) continue;
-    // Activations are laid out for one kind of kernel.
+    // The activations are laid out for one ISA, and scaled by the exponents of one weight.
     sparse_low_rank_linear(projections, i, x, batch, x_stride, threads);
     sparse_low_rank_linear(projections + i, count - i, x, batch, x_stride, threads);
     return;
   }
   if (first->inputs_at && batch > 0) {
     const int64_t d_in = first->shape.d_in;
-    const char* powers = reinterpret_cast<const char*>(first) + first->inputs_at;
     const auto scale = [&](auto type) {
       using T = decltype(type);
       auto* out = reinterpret_cast<T*>(scaled_x.reserve(std::max<int64_t>(batch * d_in, 1) * sizeof(T)));
-      scale_inputs(static_cast<const T*>(x), batch, x_stride, d_in, reinterpret_cast<const T*>(powers), out,
+      scale_inputs(static_cast<const T*>(x), batch, x_stride, d_in, part_at<T>(first, first->inputs_at), out,
                    threads);
       x = out;
       x_stride = d_in;
@@ -85,15 +86,14 @@ void sparse_low_rank_linear(const Projection* projections, int count, const void
 
 namespace {
 
-// Bytes of a strip of U or V with `columns`.
+// Bytes of one strip of U or V that has `columns` columns.
 int64_t factor_bytes(const PackedHeader* w, int64_t columns) {
   return w->layout.lanes * columns * storage_bits(w->shape.factors, w->shape.dtype) / 8;
 }
 
-// Bytes of the first `block` blocks: of S, and of U where `with_u`. Scales and padding are left out: they are
-// few.
+// Bytes of the first `block` blocks of S, and of U if `with_u`, without the few bytes of scales and padding.
 int64_t bytes_before(const PackedHeader* w, int64_t block, bool with_u) {
-  const auto* starts = reinterpret_cast<const uint64_t*>(reinterpret_cast<const char*>(w) + w->starts_at);
+  const auto* starts = part_at<uint64_t>(w, w->starts_at);
   const int64_t strip = w->layout.lanes * w->shape.d_in / 8 + (with_u ? factor_bytes(w, w->shape.rank) : 0);
   return static_cast<int64_t>(starts[block]) * w->value_bits() / 8 +
          std::min(block * kStripsPerBlock, w->strips) * strip;
@@ -120,7 +120,7 @@ int64_t block_boundary(const Call& call, int i, int n, bool with_v) {
     const PackedHeader* w = call.projections[p].w;
     total += bytes_before(w, w->blocks(), !with_v);
   }
-  // A part whose blocks of V are already more than its share leaves the boundary where it is.
+  // A part whose blocks of V already exceed its share gets no blocks of S: the boundary stays.
   int64_t wanted = 0;
   for (int part = 1; part <= i; ++part) wanted = std::max(wanted, total / n * part - v_bytes_before(part));
   int64_t blocks = 0;
