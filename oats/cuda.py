@@ -1,7 +1,7 @@
 """The kernels' operations on CUDA tensors (docs/cuda.md).
 
 The module ``oats._cuda`` is optional: it is built where nvcc is found. A weight is packed in a layout of its
-own (``csrc/cuda/tiles.h``), by torch operators on whatever device its tensors are on.
+own (``csrc/cuda/cells.h``), by torch operators on whatever device its tensors are on.
 
 No function here but :func:`pack` and :func:`unpack` waits for the device, so a product can be captured in a
 CUDA graph.
@@ -126,7 +126,7 @@ def _parts(packed: Tensor, sizes: Sizes, dtype: torch.dtype) -> _Parts:
 
 def _tiles(d_out: int, d_in: int) -> tuple[int, int]:
     """Strips of the weight, and tiles of a strip."""
-    return -(-d_out // _kernels.tile_rows), -(-d_in // _kernels.tile_columns)
+    return -(-d_out // _kernels.cell_rows), -(-d_in // _kernels.cell_columns)
 
 
 # The axes of a weight in tiles: strip, output // 8 and output % 8 in it; tile, lane, step and input in it.
@@ -283,7 +283,7 @@ def _whole_tiles(rows: Tensor) -> Tensor:
     """`rows` as the fused product reads them: aligned, with zeros up to a multiple of 64 columns."""
     columns = rows.shape[1]
     if (
-        columns % _kernels.tile_columns == 0
+        columns % _kernels.cell_columns == 0
         and (rows.stride(1) == 1 or columns == 1)
         and rows.stride(0) % 8 == 0
         and rows.data_ptr() % 16 == 0

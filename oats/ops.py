@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 
 from oats import _core, cuda
 from oats.errors import ConfigError, FormatError, WeightError
-from oats.storage import EXACT, LOW_RANK, VALUES, Storage
+from oats.storage import EXACT, Storage
 
 _VALUE_BYTES = {torch.float32: 4, torch.bfloat16: 2}
 _DTYPES = {bytes_: dtype for dtype, bytes_ in _VALUE_BYTES.items()}
@@ -97,9 +97,15 @@ def pack(
     isa = active_isa() if isa is None else isa
     rank, d_in = low_rank_v.shape
     nnz = stored_values(mask, values, d_in, storage)
-    shape = (
-        *(mask.shape[0], d_in, rank, nnz, _VALUE_BYTES[dtype or values.dtype]),
-        *(VALUES.index(storage.values), LOW_RANK.index(storage.low_rank), storage.scale_columns),
+    shape = _core.WeightShape(
+        d_out=mask.shape[0],
+        d_in=d_in,
+        rank=rank,
+        nnz=nnz,
+        value_bytes=_VALUE_BYTES[dtype or values.dtype],
+        values=storage.values,
+        factors=storage.low_rank,
+        scale_columns=storage.scale_columns,
     )
     packed = _aligned(_core.packed_bytes(shape, isa))
     tensors = {"mask": mask, "values": values, "low_rank_u": low_rank_u, "low_rank_v": low_rank_v, **scales}
@@ -108,15 +114,8 @@ def pack(
     return packed
 
 
-# In the order in which the core takes their addresses.
-_TENSORS = (
-    *("mask", "values", "low_rank_u", "low_rank_v"),
-    *("values_scale", "low_rank_u_scale", "low_rank_v_scale", "values_codebook", "input_exponent"),
-)
-
-
-def _addresses(tensors: Mapping[str, Tensor]) -> list[int]:
-    return [tensors[name].data_ptr() if name in tensors else 0 for name in _TENSORS]
+def _addresses(tensors: Mapping[str, Tensor]) -> _core.TensorAddresses:
+    return _core.TensorAddresses(**{name: tensor.data_ptr() for name, tensor in tensors.items()})
 
 
 def unpack(packed: Tensor) -> dict[str, Tensor]:
@@ -463,6 +462,5 @@ def _header(packed: Tensor) -> _Header:
         shape, isa = _core.packed_header(packed.data_ptr(), packed.numel())
     except ValueError as error:
         raise FormatError(f"{error}; pack the weight again on this machine") from error
-    d_out, d_in, rank, nnz, value_bytes, values, low_rank, scale_columns = shape
-    storage = Storage(VALUES[values], LOW_RANK[low_rank], scale_columns)
-    return _Header(d_out, d_in, rank, nnz, _DTYPES[value_bytes], storage, isa)
+    storage = Storage(shape.values, shape.factors, shape.scale_columns)
+    return _Header(shape.d_out, shape.d_in, shape.rank, shape.nnz, _DTYPES[shape.value_bytes], storage, isa)

@@ -1,6 +1,6 @@
 // Radix selection on the magnitude bits, which order like the magnitudes. A row is passed over four times:
 // for its largest magnitude, for a histogram from that downwards, for the entries of the bin that holds the
-// threshold (only those are sorted), and to write what stays. Passes over a row in the cache bound it.
+// threshold (only those are sorted), and to write what stays.
 #include "oats/keep_largest.h"
 
 #include <omp.h>
@@ -8,6 +8,8 @@
 #include <algorithm>
 #include <cstring>
 #include <functional>
+#include <limits>
+#include <type_traits>
 #include <vector>
 
 namespace oats {
@@ -21,22 +23,7 @@ constexpr uint32_t kBins = 2048;
 constexpr int64_t kShortRow = 64;
 
 template <class Float>
-struct Format;
-
-template <>
-struct Format<float> {
-  using Bits = uint32_t;
-  static constexpr int kFractionBits = 23;
-};
-
-template <>
-struct Format<double> {
-  using Bits = uint64_t;
-  static constexpr int kFractionBits = 52;
-};
-
-template <class Float>
-using BitsOf = typename Format<Float>::Bits;
+using BitsOf = std::conditional_t<sizeof(Float) == 4, uint32_t, uint64_t>;
 
 template <class Float>
 BitsOf<Float> magnitude(Float value) {
@@ -47,8 +34,9 @@ BitsOf<Float> magnitude(Float value) {
 
 template <class Float>
 uint32_t bin_of(BitsOf<Float> largest, BitsOf<Float> magnitude) {
+  constexpr int kFractionBits = std::numeric_limits<Float>::digits - 1;
   return static_cast<uint32_t>(
-      std::min<BitsOf<Float>>((largest - magnitude) >> (Format<Float>::kFractionBits - 6), kBins - 1));
+      std::min<BitsOf<Float>>((largest - magnitude) >> (kFractionBits - 6), kBins - 1));
 }
 
 template <class Float>

@@ -5,9 +5,8 @@
 //   every thread:  for some blocks: computes U (V x); then, range after range of inputs, expands the
 //                  cells of S once and multiplies all rows by them; then writes the outputs
 //
-// The tile unit bounds this, if its operands are near: the expanded cells of a range (64 KB), its tiles of
-// inputs and the sums of the blocks stay in L2. With few row tiles (TileKernels::few_row_tiles), each tile of
-// cells is multiplied as soon as it is expanded.
+// The expanded cells of a range (64 KB), its tiles of inputs and the sums of the blocks stay in L2. With few
+// row tiles (TileKernels::few_row_tiles), each tile of cells is multiplied as soon as it is expanded.
 #include <algorithm>
 #include <cstring>
 

@@ -34,27 +34,19 @@ struct Call {
   const char* bias_of(int i, int64_t feature) const {
     return projections[i].bias ? projections[i].bias + feature * value_bytes() : nullptr;
   }
-  int64_t blocks() const {
-    int64_t blocks = 0;
-    for (int i = 0; i < count; ++i) blocks += projections[i].w->blocks();
-    return blocks;
-  }
-  int64_t rank_blocks() const {
-    int64_t blocks = 0;
-    for (int i = 0; i < count; ++i) blocks += projections[i].w->rank_blocks();
-    return blocks;
-  }
+  int64_t blocks() const { return total(&PackedHeader::blocks); }
+  int64_t rank_blocks() const { return total(&PackedHeader::rank_blocks); }
 
   // Calls visit(projection, begin, end) for each projection that has some of blocks [begin, end); what it
   // gets are numbers of its own blocks.
   template <class Visit>
   void split(int64_t begin, int64_t end, const Visit& visit) const {
-    split(begin, end, [](const PackedHeader* w) { return w->blocks(); }, visit);
+    split(begin, end, &PackedHeader::blocks, visit);
   }
   // The same for blocks of V.
   template <class Visit>
   void split_rank(int64_t begin, int64_t end, const Visit& visit) const {
-    split(begin, end, [](const PackedHeader* w) { return w->rank_blocks(); }, visit);
+    split(begin, end, &PackedHeader::rank_blocks, visit);
   }
   // Calls visit(projection, block) for each block of V that belongs to `part` of `parts`.
   template <class Visit>
@@ -66,10 +58,17 @@ struct Call {
   }
 
  private:
-  template <class Blocks, class Visit>
-  void split(int64_t begin, int64_t end, const Blocks& blocks_of, const Visit& visit) const {
+  using BlocksOf = int64_t (PackedHeader::*)() const;
+
+  int64_t total(BlocksOf blocks_of) const {
+    int64_t blocks = 0;
+    for (int i = 0; i < count; ++i) blocks += (projections[i].w->*blocks_of)();
+    return blocks;
+  }
+  template <class Visit>
+  void split(int64_t begin, int64_t end, BlocksOf blocks_of, const Visit& visit) const {
     for (int i = 0; i < count && end > 0; ++i) {
-      const int64_t blocks = blocks_of(projections[i].w);
+      const int64_t blocks = (projections[i].w->*blocks_of)();
       if (begin < blocks) visit(i, begin, end < blocks ? end : blocks);
       begin = begin > blocks ? begin - blocks : 0;
       end -= blocks;

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "elements.h"
 #include "kernels/column_kernels.h"
 #include "kernels/tile_kernels.h"
 #include "products.h"
@@ -19,23 +20,17 @@ constexpr int64_t kElementsPerThread = 32 << 10;
 constexpr int64_t kBytesPerThread = 32 << 10;  // of packed weights
 
 // out = x times powers of two, which is exact. bf16 is the upper half of fp32.
-template <class T>
-void scale_inputs(const T* x, int64_t batch, int64_t x_stride, int64_t d_in, const T* powers, T* out,
-                  int threads) {
-  constexpr int kShift = 32 - 8 * sizeof(T);
-  const auto to_float = [](T bits) {
-    const uint32_t wide = static_cast<uint32_t>(bits) << kShift;
-    float value;
-    std::memcpy(&value, &wide, 4);
-    return value;
-  };
+template <class Io, class Element = typename Io::Element>
+void scale_inputs(const Element* x, int64_t batch, int64_t x_stride, int64_t d_in, const Element* powers,
+                  Element* out, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (batch * d_in >= kElementsPerThread * 2)
   for (int64_t row = 0; row < batch; ++row) {
     for (int64_t i = 0; i < d_in; ++i) {
-      const float value = to_float(x[row * x_stride + i]) * to_float(powers[i]);
+      const float value = Io::to_float(x[row * x_stride + i]) * Io::to_float(powers[i]);
       uint32_t bits;
       std::memcpy(&bits, &value, 4);
-      out[row * d_in + i] = static_cast<T>(bits >> kShift);
+      bits >>= 32 - 8 * sizeof(Element);
+      std::memcpy(out + row * d_in + i, &bits, sizeof(Element));
     }
   }
 }
@@ -56,15 +51,15 @@ void sparse_low_rank_linear(const Projection* projections, int count, const void
   }
   if (first->inputs_at && batch > 0) {
     const int64_t d_in = first->shape.d_in;
-    const auto scale = [&](auto type) {
-      using T = decltype(type);
+    const auto scale = [&](auto io) {
+      using T = typename decltype(io)::Element;
       auto* out = reinterpret_cast<T*>(scaled_x.reserve(std::max<int64_t>(batch * d_in, 1) * sizeof(T)));
-      scale_inputs(static_cast<const T*>(x), batch, x_stride, d_in, part_at<T>(first, first->inputs_at), out,
-                   threads);
+      scale_inputs<decltype(io)>(static_cast<const T*>(x), batch, x_stride, d_in,
+                                 part_at<T>(first, first->inputs_at), out, threads);
       x = out;
       x_stride = d_in;
     };
-    first->shape.dtype == Dtype::fp32 ? scale(uint32_t{}) : scale(uint16_t{});
+    first->shape.dtype == Dtype::fp32 ? scale(Fp32Element{}) : scale(Bf16Element{});
   }
   Call call{projections, count, static_cast<const char*>(x), batch, x_stride, 1};
   int64_t bytes = 0;

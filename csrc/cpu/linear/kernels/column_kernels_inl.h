@@ -233,7 +233,7 @@ struct ColumnLoops {
   static void exact_cells(const FactorBlock& factor, int strip, int64_t begin, int64_t end, uint32_t* out,
                           int64_t stride) {
     const auto* codes = static_cast<const typename Stored::Value*>(factor.cells) + strip * StoredLoops::kCell;
-    constexpr int64_t kScaled = kScaledColumns / kGroup;
+    constexpr int64_t kScaled = StripLoops<Traits>::kScaledGroups;
     for (int64_t g = begin; g < end; g += kScaled) {
       const auto scale = Stored::cell_scales(
           factor.scales + (g * kGroup / factor.scale_columns * factor.strips + strip) * kLanes);
