@@ -27,10 +27,13 @@ void scale_inputs(const Element* x, int64_t batch, int64_t x_stride, int64_t d_i
   for (int64_t row = 0; row < batch; ++row) {
     for (int64_t i = 0; i < d_in; ++i) {
       const float value = Io::to_float(x[row * x_stride + i]) * Io::to_float(powers[i]);
-      uint32_t bits;
-      std::memcpy(&bits, &value, 4);
-      bits >>= 32 - 8 * sizeof(Element);
-      std::memcpy(out + row * d_in + i, &bits, sizeof(Element));
+      if constexpr (sizeof(Element) == 4) {
+        out[row * d_in + i] = value;
+      } else {
+        uint32_t bits;
+        std::memcpy(&bits, &value, 4);
+        out[row * d_in + i] = static_cast<Element>(bits >> 16);
+      }
     }
   }
 }
