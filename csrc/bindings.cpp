@@ -1,8 +1,8 @@
-// pybind11: pointers and sizes in, nothing else. oats/ops.py owns the tensors and checks them.
+// The Python module oats._core. It takes addresses and sizes and checks nothing: its callers own the tensors
+// and check them.
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
-#include <array>
+#include <iterator>
 #include <string>
 #include <vector>
 
@@ -28,34 +28,30 @@ oats::Isa isa_from(const std::string& name) {
   return isa;
 }
 
-using Addresses = std::array<uintptr_t, 9>;
+constexpr const char* kStorages[] = {"exact", "int8", "int4"};
 
-oats::WeightShape shape_from(const py::tuple& numbers) {
-  const auto number = [&](size_t i) { return numbers[i].cast<int64_t>(); };
-  return {number(0),
-          number(1),
-          number(2),
-          number(3),
-          number(4) == 4 ? oats::Dtype::fp32 : oats::Dtype::bf16,
-          static_cast<oats::Storage>(number(5)),
-          static_cast<oats::Storage>(number(6)),
-          static_cast<int32_t>(number(7))};
+oats::Storage storage_from(const std::string& name) {
+  for (uint32_t i = 0; i < std::size(kStorages); ++i)
+    if (name == kStorages[i]) return static_cast<oats::Storage>(i);
+  throw py::value_error("unknown storage '" + name + "'");
+}
+
+const char* storage_name(oats::Storage storage) {
+  return kStorages[static_cast<int>(storage)];
+}
+
+oats::Dtype dtype_from(int value_bytes) {
+  return value_bytes == 4 ? oats::Dtype::fp32 : oats::Dtype::bf16;
 }
 
 oats::Projection projection_from(uintptr_t packed, uintptr_t bias, uintptr_t y, int64_t y_stride) {
   return {pointer<const oats::PackedHeader>(packed), pointer<const char>(bias), pointer<char>(y), y_stride};
 }
 
-const oats::PackedHeader& header(uintptr_t packed, size_t bytes) {
-  if (const char* problem = oats::packed_problem(pointer<const void>(packed), bytes))
-    throw py::value_error(problem);
-  return *pointer<const oats::PackedHeader>(packed);
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_core, m) {
-  m.doc() = "The C++ core of oats: addresses and sizes, no checks. Use oats.ops.";
+  m.doc() = "The C++ core of oats: takes addresses and sizes, checks nothing.";
 
   m.def("best_isa", [] { return oats::isa_name(oats::best_isa()); });
   m.def("active_isa", [] { return oats::isa_name(oats::active_isa()); });
@@ -74,59 +70,81 @@ PYBIND11_MODULE(_core, m) {
       },
       py::arg("mask"), py::arg("d_out"), py::arg("d_in"), py::call_guard<py::gil_scoped_release>());
 
-  // shape: as WeightShape; see oats/ops.py.
+  using Shape = oats::WeightShape;
+  py::class_<Shape>(m, "WeightShape")
+      .def(py::init([](int64_t d_out, int64_t d_in, int64_t rank, int64_t nnz, int value_bytes,
+                       const std::string& values, const std::string& factors, int32_t scale_columns) {
+             return Shape{d_out,
+                          d_in,
+                          rank,
+                          nnz,
+                          dtype_from(value_bytes),
+                          storage_from(values),
+                          storage_from(factors),
+                          scale_columns};
+           }),
+           py::kw_only(), py::arg("d_out"), py::arg("d_in"), py::arg("rank"), py::arg("nnz"),
+           py::arg("value_bytes"), py::arg("values"), py::arg("factors"), py::arg("scale_columns"))
+      .def_readonly("d_out", &Shape::d_out)
+      .def_readonly("d_in", &Shape::d_in)
+      .def_readonly("rank", &Shape::rank)
+      .def_readonly("nnz", &Shape::nnz)
+      .def_property_readonly("value_bytes", [](const Shape& s) { return oats::dtype_bytes(s.dtype); })
+      .def_property_readonly("values", [](const Shape& s) { return storage_name(s.values); })
+      .def_property_readonly("factors", [](const Shape& s) { return storage_name(s.factors); })
+      .def_readonly("scale_columns", &Shape::scale_columns);
+
+  // Where the tensors of a file lie, by their names there; 0 for a tensor that the weight does not have.
+  py::class_<oats::UnpackedWeight>(m, "TensorAddresses")
+      .def(py::init([](uintptr_t mask, uintptr_t values, uintptr_t u, uintptr_t v, uintptr_t values_scale,
+                       uintptr_t u_scale, uintptr_t v_scale, uintptr_t codebook, uintptr_t exponent) {
+             return oats::UnpackedWeight{pointer<uint8_t>(mask),
+                                         pointer(values),
+                                         pointer(u),
+                                         pointer(v),
+                                         pointer<uint16_t>(values_scale),
+                                         pointer<uint16_t>(u_scale),
+                                         pointer<uint16_t>(v_scale),
+                                         pointer<int8_t>(codebook),
+                                         pointer<int8_t>(exponent)};
+           }),
+           py::kw_only(), py::arg("mask"), py::arg("values"), py::arg("low_rank_u"), py::arg("low_rank_v"),
+           py::arg("values_scale") = 0, py::arg("low_rank_u_scale") = 0, py::arg("low_rank_v_scale") = 0,
+           py::arg("values_codebook") = 0, py::arg("input_exponent") = 0);
+
   m.def(
       "packed_bytes",
-      [](const py::tuple& shape, const std::string& isa) {
-        return oats::packed_bytes(shape_from(shape), isa_from(isa));
-      },
+      [](const Shape& shape, const std::string& isa) { return oats::packed_bytes(shape, isa_from(isa)); },
       py::arg("shape"), py::arg("isa"));
 
-  // tensors: mask, values, low_rank_u, low_rank_v, their scales, codebook and input exponents; 0 for those
-  // that are not.
   m.def(
       "pack",
-      [](const py::tuple& shape, const Addresses& tensors, const std::string& isa, uintptr_t out,
+      [](const Shape& shape, const oats::UnpackedWeight& t, const std::string& isa, uintptr_t out,
          int threads) {
         const oats::Isa target = isa_from(isa);
-        const oats::CanonicalWeight weight{shape_from(shape),
-                                           pointer<const uint8_t>(tensors[0]),
-                                           pointer<const void>(tensors[1]),
-                                           pointer<const void>(tensors[2]),
-                                           pointer<const void>(tensors[3]),
-                                           pointer<const uint16_t>(tensors[4]),
-                                           pointer<const uint16_t>(tensors[5]),
-                                           pointer<const uint16_t>(tensors[6]),
-                                           pointer<const int8_t>(tensors[7]),
-                                           pointer<const int8_t>(tensors[8])};
         py::gil_scoped_release release;
-        oats::pack(weight, target, pointer(out), threads);
+        oats::pack({shape, t.mask, t.values, t.low_rank_u, t.low_rank_v, t.values_scale, t.low_rank_u_scale,
+                    t.low_rank_v_scale, t.codebook, t.input_exponent},
+                   target, pointer(out), threads);
       },
       py::arg("shape"), py::arg("tensors"), py::arg("isa"), py::arg("out"), py::arg("threads"));
 
   m.def(
       "packed_header",
       [](uintptr_t packed, size_t bytes) {
-        const oats::PackedHeader& h = header(packed, bytes);
-        const oats::WeightShape& s = h.shape;
-        return py::make_tuple(
-            py::make_tuple(s.d_out, s.d_in, s.rank, s.nnz, oats::dtype_bytes(s.dtype),
-                           static_cast<int>(s.values), static_cast<int>(s.factors), s.scale_columns),
-            oats::isa_name(h.isa));
+        if (const char* problem = oats::packed_problem(pointer<const void>(packed), bytes))
+          throw py::value_error(problem);
+        const auto* h = pointer<const oats::PackedHeader>(packed);
+        return py::make_tuple(h->shape, oats::isa_name(h->isa));
       },
       py::arg("packed"), py::arg("bytes"));
 
   m.def(
       "unpack",
-      [](uintptr_t packed, const Addresses& tensors, int threads) {
-        const oats::UnpackedWeight weight{
-            pointer<uint8_t>(tensors[0]),  pointer(tensors[1]),           pointer(tensors[2]),
-            pointer(tensors[3]),           pointer<uint16_t>(tensors[4]), pointer<uint16_t>(tensors[5]),
-            pointer<uint16_t>(tensors[6]), pointer<int8_t>(tensors[7]),   pointer<int8_t>(tensors[8])};
-        py::gil_scoped_release release;
-        oats::unpack(pointer<const void>(packed), weight, threads);
+      [](uintptr_t packed, const oats::UnpackedWeight& tensors, int threads) {
+        oats::unpack(pointer<const void>(packed), tensors, threads);
       },
-      py::arg("packed"), py::arg("tensors"), py::arg("threads"));
+      py::arg("packed"), py::arg("tensors"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
 
   m.def(
       "read_sparse_rows",
@@ -145,7 +163,7 @@ PYBIND11_MODULE(_core, m) {
       },
       py::call_guard<py::gil_scoped_release>());
 
-  // projections: packed, bias, y and y_stride of each, in one flat tuple.
+  // `numbers` is one flat tuple: packed, bias, y and y_stride of each projection.
   m.def("sparse_low_rank_linears", [](const py::tuple& numbers, uintptr_t x, int64_t batch, int64_t x_stride,
                                       int threads) {
     std::vector<oats::Projection> projections(numbers.size() / 4);
@@ -165,7 +183,7 @@ PYBIND11_MODULE(_core, m) {
          int value_bytes, uintptr_t y, int threads) {
         oats::rms_norm(pointer<const void>(x), rows, columns, pointer<const void>(weight), eps,
                        one_plus ? oats::RmsNorm::scale_by_one_plus : oats::RmsNorm::round_then_scale,
-                       value_bytes == 4 ? oats::Dtype::fp32 : oats::Dtype::bf16, pointer(y), threads);
+                       dtype_from(value_bytes), pointer(y), threads);
       },
       py::call_guard<py::gil_scoped_release>());
 

@@ -1,12 +1,52 @@
+from typing import Literal
+
+class WeightShape:
+    d_out: int
+    d_in: int
+    rank: int
+    nnz: int
+    value_bytes: int
+    values: Literal["exact", "int8", "int4"]
+    factors: Literal["exact", "int8"]
+    scale_columns: int
+
+    def __init__(
+        self,
+        *,
+        d_out: int,
+        d_in: int,
+        rank: int,
+        nnz: int,
+        value_bytes: int,
+        values: str,
+        factors: str,
+        scale_columns: int,
+    ) -> None: ...
+
+class TensorAddresses:
+    def __init__(
+        self,
+        *,
+        mask: int,
+        values: int,
+        low_rank_u: int,
+        low_rank_v: int,
+        values_scale: int = 0,
+        low_rank_u_scale: int = 0,
+        low_rank_v_scale: int = 0,
+        values_codebook: int = 0,
+        input_exponent: int = 0,
+    ) -> None: ...
+
 def best_isa() -> str: ...
 def active_isa() -> str: ...
 def isa_names() -> list[str]: ...
 def release_threads() -> None: ...
 def mask_population(mask: int, d_out: int, d_in: int) -> int: ...
-def packed_bytes(shape: tuple[int, ...], isa: str) -> int: ...
-def pack(shape: tuple[int, ...], tensors: list[int], isa: str, out: int, threads: int) -> None: ...
-def packed_header(packed: int, bytes: int) -> tuple[tuple[int, ...], str]: ...
-def unpack(packed: int, tensors: list[int], threads: int) -> None: ...
+def packed_bytes(shape: WeightShape, isa: str) -> int: ...
+def pack(shape: WeightShape, tensors: TensorAddresses, isa: str, out: int, threads: int) -> None: ...
+def packed_header(packed: int, bytes: int) -> tuple[WeightShape, str]: ...
+def unpack(packed: int, tensors: TensorAddresses, threads: int) -> None: ...
 def read_sparse_rows(packed: int, rows: int, count: int, out: int, threads: int, /) -> None: ...
 def sparse_low_rank_linear(
     packed: int, x: int, batch: int, x_stride: int, bias: int, y: int, y_stride: int, threads: int, /

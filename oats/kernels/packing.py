@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from oats import _core
-from oats.config import LOW_RANK, VALUES, Storage
+from oats.config import Storage
 from oats.errors import FormatError
 from oats.format.layer_spec import LayerSpec
 from oats.kernels.cuda import packing as cuda
@@ -90,27 +90,26 @@ def packed_header(packed: Tensor) -> PackedHeader:
         shape, isa = _core.packed_header(packed.data_ptr(), packed.numel())
     except ValueError as error:
         raise FormatError(f"{error}; pack the weight again on this machine") from error
-    d_out, d_in, rank, nnz, value_bytes, values, low_rank, scale_columns = shape
-    storage = Storage(VALUES[values], LOW_RANK[low_rank], scale_columns)
-    return PackedHeader(LayerSpec(d_out, d_in, rank, nnz, _DTYPES[value_bytes], storage), isa)
+    storage = Storage(shape.values, shape.factors, shape.scale_columns)
+    dtype = _DTYPES[shape.value_bytes]
+    return PackedHeader(LayerSpec(shape.d_out, shape.d_in, shape.rank, shape.nnz, dtype, storage), isa)
 
 
-def _shape(spec: LayerSpec) -> tuple[int, ...]:
-    """`spec` as the core's WeightShape."""
-    storage = spec.storage
-    codes = VALUES.index(storage.values), LOW_RANK.index(storage.low_rank), storage.scale_columns
-    return (*spec.sizes, _VALUE_BYTES[spec.dtype], *codes)
+def _shape(spec: LayerSpec) -> _core.WeightShape:
+    return _core.WeightShape(
+        d_out=spec.d_out,
+        d_in=spec.d_in,
+        rank=spec.rank,
+        nnz=spec.nnz,
+        value_bytes=_VALUE_BYTES[spec.dtype],
+        values=spec.storage.values,
+        factors=spec.storage.low_rank,
+        scale_columns=spec.storage.scale_columns,
+    )
 
 
-# In the order in which the core takes their addresses.
-_TENSORS = (
-    *("mask", "values", "low_rank_u", "low_rank_v"),
-    *("values_scale", "low_rank_u_scale", "low_rank_v_scale", "values_codebook", "input_exponent"),
-)
-
-
-def _addresses(tensors: Mapping[str, Tensor]) -> list[int]:
-    return [tensors[name].data_ptr() if name in tensors else 0 for name in _TENSORS]
+def _addresses(tensors: Mapping[str, Tensor]) -> _core.TensorAddresses:
+    return _core.TensorAddresses(**{name: tensor.data_ptr() for name, tensor in tensors.items()})
 
 
 def _aligned(size: int) -> Tensor:

@@ -48,9 +48,9 @@ def test_every_index_of_the_layout(tmp_path: Path) -> None:
     compiler = shutil.which(COMPILER)
     if compiler is None or not SOURCES.is_dir():
         pytest.skip(f"no C++ compiler ({COMPILER}), or no sources in {SOURCES}")
-    program = tmp_path / "test_tiles"
+    program = tmp_path / "test_cells"
     command = [compiler, "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-I", str(SOURCES)]
-    subprocess.run([*command, str(ROOT / "tests/cuda/test_tiles.cpp"), "-o", str(program)], check=True)
+    subprocess.run([*command, str(ROOT / "tests/cuda/test_cells.cpp"), "-o", str(program)], check=True)
     result = subprocess.run([str(program)], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 

@@ -15,12 +15,12 @@ struct Projection {
   int64_t y_stride;
 };
 
-// For each of `batch` rows of x, and each of `count` projections: y = S x + U (V x) + bias, accumulated in
-// fp32. x, y and bias have the weights' dtype, which is the same for all, as is d_in. Rows of x are
-// `x_stride` elements apart; the elements of a row are contiguous. The same call gives the same bits whatever
-// `threads` is, and whatever the other projections are. A NaN or infinity in x reaches the outputs that have
-// a weight for it; at small batches, and on tiles (AMX) at all, it may reach others too, as 0 * NaN in a
-// dense product does.
+// Computes y = S x + U (V x) + bias for each of `batch` rows of x and each of `count` projections, summed in
+// fp32. All projections have the same d_in and dtype, which is also that of x, y and bias. Rows of x are
+// `x_stride` elements apart; the elements of a row are contiguous. The same call gives the same bits for any
+// `threads` and any other projections. A NaN or infinity in x reaches all outputs that have a weight for it.
+// At small batches, and on tiles (AMX) at any batch, it may also reach others, as 0 * NaN does in a dense
+// product.
 void sparse_low_rank_linear(const Projection* projections, int count, const void* x, int64_t batch,
                             int64_t x_stride, int threads);
 

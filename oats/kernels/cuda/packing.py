@@ -120,7 +120,7 @@ _MASKS_BACK = (0, 4, 3, 1, 5, 2, 6)
 def _cells(d_out: int, d_in: int) -> tuple[int, int]:
     """Strips of the weight, and cells of a strip."""
     compiled = availability.compiled
-    return -(-d_out // compiled.tile_rows), -(-d_in // compiled.tile_columns)
+    return -(-d_out // compiled.cell_rows), -(-d_in // compiled.cell_columns)
 
 
 def _cut(matrix: Tensor) -> Tensor:

@@ -61,7 +61,7 @@ def _whole_cells(rows: Tensor) -> Tensor:
     """`rows` as the fused kernel reads them: aligned, with zeros up to a multiple of 64 columns."""
     columns = rows.shape[1]
     if (
-        columns % availability.compiled.tile_columns == 0
+        columns % availability.compiled.cell_columns == 0
         and (rows.stride(1) == 1 or columns == 1)
         and rows.stride(0) % 8 == 0
         and rows.data_ptr() % 16 == 0

@@ -1,7 +1,7 @@
-// Which tiles there are, and of what size: 64 bytes that a thread loads before it uses tiles.
+// Loads and stores the shapes of the tile registers. A thread does so before it uses tiles.
 //
-// Not the intrinsics: GCC 12 takes them to read and write eight of the bytes, and leaves out what writes the
-// rest. tests/core/emulated_tiles.h stands in for this file and for the other tile instructions.
+// Written out, not as intrinsics: GCC 12 believes that those access 8 of the 64 bytes, and drops the writes
+// to the rest. tests/core/emulated_tiles.h replaces this file, and the other tile instructions.
 #ifndef OATS_TILE_STATE
 #define OATS_TILE_STATE
 

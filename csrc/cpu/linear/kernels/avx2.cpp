@@ -1,3 +1,5 @@
+// AVX2: eight lanes. It has no expansion and no compression, so both are a permutation by an index from a
+// table.
 #include <immintrin.h>
 
 #include "column_kernels_inl.h"
@@ -5,8 +7,8 @@
 namespace oats {
 namespace {
 
-// AVX2 has no expand: for each mask byte, the index of the value that goes to each lane, and -128
-// in a lane that is zero (the permutation reads the low three bits only, the sign becomes the zero).
+// For each mask byte, the index of the value that goes to each lane, and -128 for a lane that becomes zero:
+// the permutation reads the low three bits only, and the sign becomes the mask of the zero.
 struct ExpandTable {
   int8_t index[256][8];
   constexpr ExpandTable() : index() {
@@ -18,7 +20,7 @@ struct ExpandTable {
 };
 alignas(64) constexpr ExpandTable kExpand;
 
-// The inverse: for each mask byte, the lanes that it keeps, in order.
+// For each mask byte, the lanes that it keeps, in order.
 struct CompressTable {
   int8_t index[256][8];
   constexpr CompressTable() : index() {
@@ -73,7 +75,8 @@ __m256 load_values(const int8_t* codes) {
 template <class Io>
 struct Avx2 : Io {
   using Value = typename Io::Element;
-  static constexpr int lanes = 8, group = 1, registers = 12;
+  static constexpr int lanes = 8, group = 1, registers = 12, flip = 0;
+  static constexpr bool scaled_activations = false;
   using Mask = uint8_t;
   using Vector = __m256;
   using Weights = __m256;

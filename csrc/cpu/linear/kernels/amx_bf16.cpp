@@ -1,4 +1,5 @@
-// AMX with bf16: vdpbf16ps takes two cycles for 32 products on these CPUs, tdpbf16ps sixteen for 8192.
+// AMX with BF16: the kernels on tiles. On these CPUs vdpbf16ps takes two cycles for 32 products, and
+// tdpbf16ps sixteen for 8192: zeros are multiplied too, and it still pays.
 #include "avx512_bf16_inl.h"
 #include "tile_kernels.h"
 #include "tile_state_inl.h"
@@ -6,18 +7,19 @@
 namespace oats {
 namespace {
 
-// Bytes of a row of every tile.
+// Every row of every tile has so many bytes.
 constexpr int kRowBytes = 64;
 
 TileState configure(int rows) {
   TileState before;
   store_state(before);
-  // Intel SDM, volume 1, table 18-2: palette, then bytes a row at 16, and rows at 48, of each tile.
+  // Intel SDM, volume 1, table 18-2: the palette at 0, then, for each tile, bytes of a row at 16 and rows at
+  // 48.
   TileState wanted{};
   wanted.bytes[0] = 1;
   for (int tile = 0; tile < 8; ++tile) {
     wanted.bytes[16 + 2 * tile] = kRowBytes;
-    // 6 and 7 hold cells, the others rows of x.
+    // Tiles 6 and 7 hold cells, the others have the rows of x.
     wanted.bytes[48 + tile] = static_cast<uint8_t>(tile >= 6 ? kTileGroups : rows);
   }
   load_state(wanted);
@@ -25,7 +27,7 @@ TileState configure(int rows) {
 }
 
 void restore(const TileState& before) {
-  // Tiles that stay in use slow down every switch between threads.
+  // Tiles in use slow down every switch between threads, so they are released.
   if (before.bytes[0]) {
     load_state(before);
   } else {
@@ -33,8 +35,8 @@ void restore(const TileState& before) {
   }
 }
 
-// Sums are tiles 0 to 3: of 1 row tile x 1 to 4 strips, or 2 x 1 to 2. Four of them, so that a product need
-// not wait for the one before it (52 cycles).
+// Tiles 0 to 3 are sums: of one row tile and up to four strips, or of two row tiles and up to two strips.
+// Four independent sums, so that a product does not wait for the one before it (52 cycles).
 template <int RowTiles, int Strips>
 struct Sums {
   static_assert(RowTiles <= 2 && RowTiles * Strips <= 4);
@@ -59,7 +61,7 @@ struct Sums {
     if constexpr (has(3)) _tile_stored(3, at(3), stride * 4);
   }
 
-  // Sums += a tile of groups times a tile of inputs for each row tile, which are `next` units apart.
+  // Sums += one tile of groups times one tile of inputs for each row tile. Row tiles are `next` units apart.
   [[gnu::always_inline]] static void add(const uint32_t* cells, int64_t stride, const uint32_t* inputs,
                                          int64_t next) {
     const int64_t bytes = stride * 4;
@@ -117,7 +119,7 @@ void multiply(const uint32_t* cells, int strips, int64_t tiles, const uint32_t* 
     if (strip < strips) part(Constant<2>{}, Constant<1>{}, strip);
   }
   if (row_tile < row_tiles) {
-    StripLoops<Avx512Bf16>::with_strips(strips, [&](auto width) { part(Constant<1>{}, width, 0); });
+    with_constant<kStripsPerBlock>(strips, [&](auto width) { part(Constant<1>{}, width, 0); });
   }
 }
 
@@ -151,17 +153,17 @@ struct TileLoops {
     return values.index();
   }
 
-  // Row tiles that expand_and_multiply() takes.
+  // The most row tiles that expand_and_multiply() takes.
   static constexpr int kFewRowTiles = Strips::kCodes ? 1 : 2;
 
-  // Cells are multiplied as soon as there is a tile of them: the products of one run beside the expansion of
-  // the next.
+  // Multiplies cells as soon as they fill a tile: the products of one tile run beside the expansion of the
+  // next.
   static void expand_and_multiply(const PackedHeader* weight, int64_t block, const uint32_t* inputs,
                                   int64_t row_tiles, int rows, float* sums) {
     if constexpr (kFewRowTiles > 1) {
       if (row_tiles == 2) return by_pairs(weight, block, inputs, rows, sums);
     }
-    Strips::with_strips(strips_of_block(weight->strips, block), [&](auto strips) {
+    with_constant<kStripsPerBlock>(strips_of_block(weight->strips, block), [&](auto strips) {
       constexpr int kStrips = decltype(strips)::value;
       alignas(64) uint32_t cells[2][kTileGroups * kStrips * kLanes];
       const auto* mask = Strips::masks(weight, block);
@@ -179,8 +181,8 @@ struct TileLoops {
     });
   }
 
-  // The same for two row tiles, whose sums leave room for two strips: as many passes over the block as it has
-  // pairs of strips.
+  // The same for two row tiles. Their sums leave room for two strips, so this passes over the block once for
+  // each pair of strips.
   static void by_pairs(const PackedHeader* weight, int64_t block, const uint32_t* inputs, int rows,
                        float* sums) {
     const int strips = strips_of_block(weight->strips, block);
@@ -223,14 +225,14 @@ struct TileLoops {
     Sums<2, Width>::store(sums + first * kLanes, rows, strips * kLanes);
   }
 
-  // Zeros up to a whole tile. Tiles are loaded behind the compiler's back.
+  // Fills the tile up with zeros. The asm tells the compiler that a tile load reads these stores.
   static void finish_tile(uint32_t* tile, int64_t groups, int strips) {
     std::fill(tile + groups * strips * kLanes, tile + kTileGroups * strips * kLanes, 0u);
     asm volatile("" : : "r"(tile) : "memory");
   }
 
   static const uint32_t* factor(const FactorBlock& factor, int64_t begin, int64_t end, uint32_t* room) {
-    const int64_t units = factor.strips * kLanes;  // of a group
+    const int64_t units = factor.strips * kLanes;  // in a group
     if constexpr (Strips::kCodes) {
       for (int s = 0; s < factor.strips; ++s)
         Columns::exact_cells(factor, s, begin, end, room + s * kLanes, units);

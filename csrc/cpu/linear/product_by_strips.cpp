@@ -1,61 +1,63 @@
-//   every thread:  its share of V x, then S x for its strips
-//   one barrier:   U needs all of V x; S x before it hides that the shares of V x are uneven
-//   every thread:  U (V x) and the bias for its strips, then the outputs
+// The product with lanes that are outputs, for few columns.
+//
+//   every thread:  lays out its share of the activations; barrier, if there was anything to lay out
+//   every thread:  computes its share of V x, then S x for its blocks
+//   one barrier:   U needs all of V x. S x comes before it, and hides that the shares of V x are uneven.
+//   every thread:  adds U (V x) and the bias for some blocks, and writes their outputs
+//
+// Reading the weight bounds this: at batch 1 each byte of it is used once.
 #include <algorithm>
 
+#include "kernels/strip_kernels.h"
 #include "products.h"
-#include "strip_kernels.h"
 
 namespace oats {
 
 namespace {
 
-// Columns whose activations and sums are held at once; the weights are read again for each tile.
-constexpr int64_t kTileColumns = 128;
+// Columns whose activations and sums are held at once. The weight is read again for the next panel.
+constexpr int64_t kPanelColumns = 128;
 
-// What one projection needs beside its weight.
+// Memory for one projection.
 struct Sums {
   Activations low_rank;  // V x: [rank units][columns]
   float* sums;           // [block][columns][strip][lanes]
-  float* rank_sums;      // the same for V x
+  float* rank_sums;      // of V x, the same
 };
 
-struct Tile {
+struct Panel {
   const Call& call;
-  const PackedHeader* w;       // for what all projections share
-  const StripKernels& values;  // of S
-  const StripKernels& factors;
-  int64_t first;  // of the batch
-  int columns;
-  bool direct;                // x already is what the kernels read
-  Activations plain, scaled;  // x: [groups][columns]; those that a kernel asks for
-  bool with_plain, with_scaled;
-  Sums* sums;  // of each projection
+  const PackedHeader* w;         // of the first projection, for what all share
+  const StripKernels& values;    // for S
+  const StripKernels& factors;   // for U and V
+  int64_t first;                 // row of the batch
+  int columns;                   // rows of the batch
+  bool direct;                   // x itself is the plain activations
+  Activations plain, scaled;     // x: [groups][columns]
+  bool with_plain, with_scaled;  // which of the two the kernels read
+  Sums* sums;                    // [projection]
 
-  Tile(const Call& call, int64_t first, Workspace& workspace)
+  Panel(const Call& call, int64_t first, Workspace& workspace)
       : call(call),
         w(call.first()),
         values(strip_kernels(w->isa, w->shape.dtype, w->shape.values)),
         factors(strip_kernels(w->isa, w->shape.dtype, w->shape.factors)),
         first(first),
-        columns(static_cast<int>(std::min(call.batch - first, kTileColumns))) {
+        columns(static_cast<int>(std::min(call.batch - first, kPanelColumns))) {
     const bool low_rank = call.rank_blocks() > 0;
     with_scaled = values.scaled_activations || (low_rank && factors.scaled_activations);
     with_plain = !values.scaled_activations || (low_rank && !factors.scaled_activations);
-    // One row of whole groups of 4 bytes is already [groups][1], where it is aligned to them.
+    // One row of whole 4-byte units, aligned to 4, already is [groups][1].
     direct = columns == 1 && call.value_bytes() * w->layout.group == 4 &&
              w->shape.d_in % w->layout.group == 0 &&
              reinterpret_cast<uintptr_t>(call.row_of_x(first)) % alignof(uint32_t) == 0;
-    Cutter size(nullptr);
-    cut(size);
-    Cutter memory(workspace.reserve(size.used()));
-    cut(memory);
+    workspace.provide([this](Cutter& memory) { cut(memory); });
     if (direct) plain.units = reinterpret_cast<uint32_t*>(const_cast<char*>(call.row_of_x(first)));
   }
 
   void cut(Cutter& memory) {
     plain = {memory.take<uint32_t>(with_plain && !direct ? w->groups * columns : 0), nullptr};
-    // Of whole groups of codes.
+    // Scaled activations come in whole sets of kScaledColumns.
     const int64_t scales = with_scaled ? divide_up(w->shape.d_in, kScaledColumns) : 0;
     scaled = {memory.take<uint32_t>(scales * kScaledUnits * columns), memory.take<XScale>(scales * columns)};
     sums = memory.take<Sums>(call.count);
@@ -141,9 +143,9 @@ struct Tile {
 }  // namespace
 
 void product_by_strips(const Call& call, Workspace& workspace) {
-  for (int64_t first = 0; first < call.batch; first += kTileColumns) {
-    const Tile tile(call, first, workspace);
-    in_team(call, [&](int part, int parts) { tile.run_part(part, parts); });
+  for (int64_t first = 0; first < call.batch; first += kPanelColumns) {
+    const Panel panel(call, first, workspace);
+    in_team(call, [&](int part, int parts) { panel.run_part(part, parts); });
   }
 }
 

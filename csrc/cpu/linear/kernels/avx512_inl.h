@@ -1,4 +1,4 @@
-// What both AVX-512 files need beside their Traits.
+// Pieces that the Traits for AVX-512 share, with and without BF16.
 #pragma once
 
 #include <immintrin.h>
@@ -10,9 +10,9 @@
 namespace oats {
 namespace {
 
-// Zero that the compiler takes for an unknown value. On Zen 5 an expansion or compression waits for the last
-// writer of its destination even where zero-masking overwrites all of it: 5 cycles each in a row of them, 1
-// with this as the destination's old value (docs/kernels.md).
+// A zero that the compiler believes to be unknown. On Zen 5 an expansion or compression waits for the last
+// writer of its destination, even if zero-masking overwrites all of it: it takes 5 cycles in a row of them.
+// If the old value of the destination is this zero, it takes 1 (docs/kernels.md).
 inline __m512i fresh_zero() {
   __m512i zero = _mm512_setzero_si512();
   asm("" : "+v"(zero));
@@ -25,7 +25,7 @@ inline void transpose_units(__m512i (&rows)[16]) {
     a[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
     a[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
   }
-  // b[4 i + j]: column j of each 128-bit lane, rows 4 i to 4 i + 3.
+  // b[4 i + j] holds column j of each 128-bit lane, rows 4 i to 4 i + 3.
   for (int i = 0; i < 16; i += 4) {
     b[i] = _mm512_unpacklo_epi64(a[i], a[i + 2]);
     b[i + 1] = _mm512_unpackhi_epi64(a[i], a[i + 2]);
@@ -51,8 +51,8 @@ inline void transpose_units(__m512 (&rows)[16]) {
   for (int i = 0; i < 16; ++i) rows[i] = _mm512_castsi512_ps(bits[i]);
 }
 
-// The memory form of the compression is slow on some CPUs; behind the units that count comes what the caller
-// allows.
+// Compresses in a register and stores all of it, because compression to memory is slow on some CPUs. The
+// caller allows that the lanes behind the used units are overwritten.
 inline uint32_t compress_units(uint32_t* units, __m512i row) {
   const __mmask16 used = _mm512_test_epi32_mask(row, row);
   _mm512_storeu_si512(units, _mm512_mask_compress_epi32(fresh_zero(), used, row));
@@ -68,7 +68,7 @@ inline void decode_run(const uint8_t* run, const int8_t* codebook, int8_t* codes
   _mm512_storeu_si512(codes + 64, _mm512_shuffle_epi8(table, high));
 }
 
-// Sixteen bf16 as fp32.
+// Sixteen bf16 to fp32.
 inline __m512 load_bf16(const uint16_t* values) {
   const __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(values)));
   return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));

@@ -1,54 +1,57 @@
-//   every thread:  its share of the activations; barrier
-//   every thread:  its share of V x, for all tiles of columns; barrier
-//   every thread:  for some rows: U (V x); then for a range of groups: gather the non-zero units of S once,
-//   and
-//                  multiply them for each tile, word of groups by word of groups; then the outputs
+// The product with lanes that are columns, for many columns.
 //
-// The activations of a word of groups stay in L1 while all rows pass; units and sums stay in L2. What comes
-// from further away is the activations once for `kBlockRows` rows and the sums once for `kRangeGroups`
-// groups.
+//   every thread:  lays out its share of the activations; barrier
+//   every thread:  computes its share of V x, for all slices; barrier
+//   every thread:  for some rows: computes U (V x); then, range after range of groups, gathers the
+//                  non-zero units of S once and multiplies them, slice by slice, word of groups by
+//                  word of groups; then writes the outputs
+//
+// Arithmetic bounds this, if the operands are near: the activations of a word of groups stay in L1 while all
+// rows pass, units and sums stay in L2. Activations come from further away once for kBlockRows rows, sums
+// once for kRangeGroups groups.
 #include <algorithm>
 
-#include "column_kernels.h"
+#include "kernels/column_kernels.h"
+#include "kernels/strip_kernels.h"
 #include "products.h"
-#include "strip_kernels.h"
 
 namespace oats {
 
 namespace {
 
-// Columns whose activations are held at once; units are gathered again for the next ones.
+// Columns whose activations are held at once. Units are gathered again for the next panel.
 constexpr int64_t kPanelColumns = 512;
 
-// At 37.5 % density the units of a range take 320 KB, beside 128 KB of sums of a tile, in a 1 MB L2.
+// At 37.5 % density the units of a range take 320 KB and the sums of a slice 128 KB, of 1 MB of L2.
 constexpr int64_t kBlockRows = 256;
 constexpr int64_t kRangeGroups = 512;
 
-// Columns that go through the kernels together.
-struct Tile {
+// Columns of a panel that go through the kernels together.
+struct Slice {
   int64_t first;  // column of the panel
   int vectors;
-  int columns;  // real ones
+  int columns;  // without padding
 };
 
 struct Panel {
   const Call& call;
-  const PackedHeader* w;  // for what all projections share
-  const StripKernels& strips;
+  const PackedHeader* w;         // of the first projection, for what all share
+  const StripKernels& strips;    // for what does not depend on the storage
   const ColumnKernels& kernels;  // for what does not depend on the storage
-  const ColumnKernels& values;   // of S
-  const ColumnKernels& factors;
-  int64_t first, columns;  // of the batch
-  int64_t lanes, vectors, tiles;
+  const ColumnKernels& values;   // for S
+  const ColumnKernels& factors;  // for U and V
+  int64_t first, columns;        // rows of the batch
+  int64_t lanes, vectors, slices;
   int64_t block_rows, range_groups, range_words;
-  uint32_t* activations;  // [tile][groups][columns of the tile]
-  uint32_t** low_rank;    // of each projection: [tile][rank units][columns of the tile]
+  uint32_t* activations;  // [slice][groups][columns of the slice]
+  uint32_t** low_rank;    // [projection]: V x, [slice][rank units][columns of the slice]
 
+  // Memory of one thread.
   struct Scratch {
     uint32_t* units;        // [row][range_groups + lanes]
     uint64_t* masks;        // [word][row]
     const uint32_t** next;  // [row]
-    float* sums;            // [tile][row][columns of the tile]
+    float* sums;            // [slice][row][columns of the slice]
   };
   char* scratch;
   size_t scratch_bytes;
@@ -64,7 +67,7 @@ struct Panel {
         columns(std::min(call.batch - first, kPanelColumns)),
         lanes(w->layout.lanes),
         vectors(divide_up(columns, lanes)),
-        tiles(divide_up(vectors, kernels.max_vectors)),
+        slices(divide_up(vectors, kernels.max_vectors)),
         block_rows(0),
         range_groups(std::min(kRangeGroups, w->groups)),
         range_words(divide_up(range_groups, kGroupsPerWord)) {
@@ -72,13 +75,8 @@ struct Panel {
       const int64_t rows = call.projections[i].w->blocks() * kStripsPerBlock * lanes;
       block_rows = std::max(block_rows, std::min(kBlockRows, rows));
     }
-    Cutter one(nullptr);
-    cut_scratch(one);
-    scratch_bytes = one.used();
-    Cutter size(nullptr);
-    cut(size);
-    Cutter memory(workspace.reserve(size.used()));
-    cut(memory);
+    scratch_bytes = bytes_of([this](Cutter& memory) { cut_scratch(memory); });
+    workspace.provide([this](Cutter& memory) { cut(memory); });
   }
 
   void cut(Cutter& memory) {
@@ -102,32 +100,32 @@ struct Panel {
     return s;
   }
 
-  // Tiles as even as can be: a narrow last one would run with too few sums in flight.
-  Tile tile(int64_t i) const {
-    const int64_t begin = vectors * i / tiles, end = vectors * (i + 1) / tiles;
+  // As even as possible: a narrow last slice would have too few sums in flight.
+  Slice slice_at(int64_t i) const {
+    const int64_t begin = vectors * i / slices, end = vectors * (i + 1) / slices;
     return {begin * lanes, static_cast<int>(end - begin),
             static_cast<int>(std::min(columns, end * lanes) - begin * lanes)};
   }
 
   void prepare(int64_t begin, int64_t end) const {
-    for (int64_t i = 0; i < tiles; ++i) {
-      const Tile t = tile(i);
-      strips.prepare(call.row_of_x(first + t.first), call.x_stride, w->shape.d_in, t.columns,
-                     static_cast<int>(t.vectors * lanes), begin, end,
-                     {activations + t.first * w->groups, nullptr});
+    for (int64_t i = 0; i < slices; ++i) {
+      const Slice slice = slice_at(i);
+      strips.prepare(call.row_of_x(first + slice.first), call.x_stride, w->shape.d_in, slice.columns,
+                     static_cast<int>(slice.vectors * lanes), begin, end,
+                     {activations + slice.first * w->groups, nullptr});
     }
   }
 
-  // sums [row][columns of the tile] += the rows of blocks [begin, end) of a factor times `inputs`,
-  // `kGroupsPerWord` groups at a time so that their activations stay in L1 for all strips.
+  // sums [row][columns of the slice] += blocks [begin, end) of U or V times `inputs`, kGroupsPerWord groups
+  // at a time, so that their activations stay in L1 for all strips.
   void dense(const PackedHeader* weight, bool is_v, int64_t begin, int64_t end, const uint32_t* inputs,
-             const Tile& t, float* sums) const {
-    const int64_t groups = is_v ? weight->groups : weight->rank_groups, width = t.vectors * lanes;
+             const Slice& slice, float* sums) const {
+    const int64_t groups = is_v ? weight->groups : weight->rank_groups, width = slice.vectors * lanes;
     for (int64_t g = 0; g < groups; g += kGroupsPerWord) {
       for (int64_t b = begin; b < end; ++b) {
         const FactorBlock factor = factor_block(weight, is_v, b);
         for (int s = 0; s < factor.strips; ++s) {
-          factors.dense(factor, s, g, std::min(groups, g + kGroupsPerWord), inputs + g * width, t.vectors,
+          factors.dense(factor, s, g, std::min(groups, g + kGroupsPerWord), inputs + g * width, slice.vectors,
                         sums + ((b - begin) * kStripsPerBlock + s) * lanes * width);
         }
       }
@@ -137,31 +135,33 @@ struct Panel {
   void low_rank_inputs(int projection, int64_t block, const Scratch& scratch) const {
     const PackedHeader* weight = call.projections[projection].w;
     const int64_t rows = strips_of_block(weight->rank_strips, block) * lanes;
-    for (int64_t i = 0; i < tiles; ++i) {
-      const Tile t = tile(i);
-      const int64_t width = t.vectors * lanes;
+    for (int64_t i = 0; i < slices; ++i) {
+      const Slice slice = slice_at(i);
+      const int64_t width = slice.vectors * lanes;
       std::fill_n(scratch.sums, rows * width, 0.f);
-      dense(weight, true, block, block + 1, activations + t.first * w->groups, t, scratch.sums);
+      dense(weight, true, block, block + 1, activations + slice.first * w->groups, slice, scratch.sums);
       for (int64_t row = 0; row < rows; row += lanes) {
         const int64_t unit = (block * kStripsPerBlock * lanes + row) / w->layout.group;
-        kernels.sums_to_activations(scratch.sums + row * width, t.vectors,
-                                    low_rank[projection] + t.first * rank_units(projection) + unit * width);
+        kernels.sums_to_activations(
+            scratch.sums + row * width, slice.vectors,
+            low_rank[projection] + slice.first * rank_units(projection) + unit * width);
       }
     }
   }
 
-  // Blocks [begin, end) of a projection, at most block_rows of rows.
+  // Blocks [begin, end) of a projection, at most block_rows rows.
   void outputs(int projection, int64_t begin, int64_t end, const Scratch& scratch) const {
     const PackedHeader* weight = call.projections[projection].w;
     const int64_t packed_rows = kStripsPerBlock * lanes, unit_stride = range_groups + lanes;
     const int64_t first_row = begin * packed_rows;
     const int64_t rows = std::min(end * kStripsPerBlock, weight->strips) * lanes - first_row;
-    int64_t next_value[kBlockRows] = {};  // of each block
-    for (int64_t i = 0; i < tiles; ++i) {
-      const Tile t = tile(i);
-      float* sums = scratch.sums + t.first * rows;
-      std::fill_n(sums, rows * t.vectors * lanes, 0.f);
-      dense(weight, false, begin, end, low_rank[projection] + t.first * rank_units(projection), t, sums);
+    int64_t next_value[kBlockRows] = {};  // [block]
+    for (int64_t i = 0; i < slices; ++i) {
+      const Slice slice = slice_at(i);
+      float* sums = scratch.sums + slice.first * rows;
+      std::fill_n(sums, rows * slice.vectors * lanes, 0.f);
+      dense(weight, false, begin, end, low_rank[projection] + slice.first * rank_units(projection), slice,
+            sums);
     }
     for (int64_t g = 0; g < w->groups; g += range_groups) {
       const int64_t range_end = std::min(w->groups, g + range_groups);
@@ -171,25 +171,25 @@ struct Panel {
             values.gather(weight, b, g, range_end, next_value[b - begin], scratch.units + row * unit_stride,
                           unit_stride, scratch.masks + row, rows);
       }
-      for (int64_t i = 0; i < tiles; ++i) {
-        const Tile t = tile(i);
-        const int64_t width = t.vectors * lanes;
+      for (int64_t i = 0; i < slices; ++i) {
+        const Slice slice = slice_at(i);
+        const int64_t width = slice.vectors * lanes;
         for (int64_t row = 0; row < rows; ++row) scratch.next[row] = scratch.units + row * unit_stride;
         for (int64_t word = 0; word < divide_up(range_end - g, kGroupsPerWord); ++word) {
           kernels.sparse(scratch.masks + word * rows, scratch.next, static_cast<int>(rows),
-                         activations + t.first * w->groups + (g + word * kGroupsPerWord) * width, t.vectors,
-                         scratch.sums + t.first * rows);
+                         activations + slice.first * w->groups + (g + word * kGroupsPerWord) * width,
+                         slice.vectors, scratch.sums + slice.first * rows);
         }
       }
     }
-    for (int64_t i = 0; i < tiles; ++i) {
-      const Tile t = tile(i);
+    for (int64_t i = 0; i < slices; ++i) {
+      const Slice slice = slice_at(i);
       for (int64_t row = 0; row < rows; row += lanes) {
         const int64_t feature = first_row + row;
-        kernels.store(scratch.sums + (t.first * rows + row * t.vectors * lanes), t.vectors, t.columns,
-                      call.bias_of(projection, feature),
+        kernels.store(scratch.sums + (slice.first * rows + row * slice.vectors * lanes), slice.vectors,
+                      slice.columns, call.bias_of(projection, feature),
                       static_cast<int>(std::min(lanes, weight->shape.d_out - feature)),
-                      call.output(projection, first + t.first, feature),
+                      call.output(projection, first + slice.first, feature),
                       call.projections[projection].y_stride);
       }
     }

@@ -1,4 +1,5 @@
-// The orders in which sparse_low_rank_linear() can work, and what they share.
+// What the three orders of the product share: the arguments of a call, how blocks are divided among threads,
+// and memory to work in. csrc/README.md says how a call runs.
 #pragma once
 
 #include <omp.h>
@@ -9,20 +10,20 @@
 #include <memory>
 #include <new>
 
+#include "kernels/strip_kernels.h"
 #include "oats/packed_weight.h"
 #include "oats/sparse_low_rank_linear.h"
-#include "strip_kernels.h"
 
 namespace oats {
 
-// One call. The projections agree in d_in, dtype and layout; their blocks are numbered through, and so are
-// the blocks of their V.
+// One call. All projections have the same d_in, dtype and ISA. Blocks are numbered through all projections,
+// those of U and S together and those of V by themselves.
 struct Call {
   const Projection* projections;
   int count;
   const char* x;
   int64_t batch, x_stride;
-  int team;
+  int team;  // threads
 
   const PackedHeader* first() const { return projections[0].w; }
   int64_t value_bytes() const { return static_cast<int64_t>(dtype_bytes(first()->shape.dtype)); }
@@ -33,28 +34,21 @@ struct Call {
   const char* bias_of(int i, int64_t feature) const {
     return projections[i].bias ? projections[i].bias + feature * value_bytes() : nullptr;
   }
-  int64_t blocks() const {
-    int64_t blocks = 0;
-    for (int i = 0; i < count; ++i) blocks += projections[i].w->blocks();
-    return blocks;
-  }
-  int64_t rank_blocks() const {
-    int64_t blocks = 0;
-    for (int i = 0; i < count; ++i) blocks += projections[i].w->rank_blocks();
-    return blocks;
-  }
+  int64_t blocks() const { return total(&PackedHeader::blocks); }
+  int64_t rank_blocks() const { return total(&PackedHeader::rank_blocks); }
 
-  // visit(projection, its blocks [begin, end)) for what `begin` to `end` of all blocks is of each.
+  // Calls visit(projection, begin, end) for each projection that has some of blocks [begin, end); what it
+  // gets are numbers of its own blocks.
   template <class Visit>
   void split(int64_t begin, int64_t end, const Visit& visit) const {
-    split(begin, end, [](const PackedHeader* w) { return w->blocks(); }, visit);
+    split(begin, end, &PackedHeader::blocks, visit);
   }
-  // The same for the blocks of V.
+  // The same for blocks of V.
   template <class Visit>
   void split_rank(int64_t begin, int64_t end, const Visit& visit) const {
-    split(begin, end, [](const PackedHeader* w) { return w->rank_blocks(); }, visit);
+    split(begin, end, &PackedHeader::rank_blocks, visit);
   }
-  // visit(projection, block) for a part's share of the blocks of V.
+  // Calls visit(projection, block) for each block of V that belongs to `part` of `parts`.
   template <class Visit>
   void for_rank_blocks(int part, int parts, const Visit& visit) const {
     split_rank(rank_blocks() * part / parts, rank_blocks() * (part + 1) / parts,
@@ -64,10 +58,17 @@ struct Call {
   }
 
  private:
-  template <class Blocks, class Visit>
-  void split(int64_t begin, int64_t end, const Blocks& blocks_of, const Visit& visit) const {
+  using BlocksOf = int64_t (PackedHeader::*)() const;
+
+  int64_t total(BlocksOf blocks_of) const {
+    int64_t blocks = 0;
+    for (int i = 0; i < count; ++i) blocks += (projections[i].w->*blocks_of)();
+    return blocks;
+  }
+  template <class Visit>
+  void split(int64_t begin, int64_t end, BlocksOf blocks_of, const Visit& visit) const {
     for (int i = 0; i < count && end > 0; ++i) {
-      const int64_t blocks = blocks_of(projections[i].w);
+      const int64_t blocks = (projections[i].w->*blocks_of)();
       if (begin < blocks) visit(i, begin, end < blocks ? end : blocks);
       begin = begin > blocks ? begin - blocks : 0;
       end -= blocks;
@@ -75,24 +76,56 @@ struct Call {
   }
 };
 
-// A block of U or of V.
 inline FactorBlock factor_block(const PackedHeader* w, bool is_v, int64_t block) {
   const WeightShape& shape = w->shape;
-  const char* base = reinterpret_cast<const char*>(w);
   const int64_t columns = is_v ? shape.d_in : shape.rank, group = w->factors_layout.group;
   const int64_t scale_groups = is_v ? w->scale_groups : w->rank_scale_groups;
   const int64_t first = block * kStripsPerBlock, lanes = w->layout.lanes;
   const int64_t strip_bytes =
       lanes * divide_up(columns, group) * group * storage_bits(shape.factors, shape.dtype) / 8;
-  const auto* scales = reinterpret_cast<const uint16_t*>(base + (is_v ? w->v_scale_at : w->u_scale_at));
-  return {base + (is_v ? w->v_at : w->u_at) + first * strip_bytes, scales + first * scale_groups * lanes,
+  return {part_at<char>(w, is_v ? w->v_at : w->u_at) + first * strip_bytes,
+          part_at<uint16_t>(w, is_v ? w->v_scale_at : w->u_scale_at) + first * scale_groups * lanes,
           shape.scale_columns, strips_of_block(is_v ? w->rank_strips : w->strips, block)};
+}
+
+// Cuts memory into pieces aligned to 64. Without memory it only counts the bytes.
+class Cutter {
+ public:
+  explicit Cutter(char* memory) : memory_(memory) {}
+
+  template <class T>
+  T* take(int64_t count) {
+    T* piece = memory_ ? reinterpret_cast<T*>(memory_ + used_) : nullptr;
+    used_ += (count * sizeof(T) + 63) / 64 * 64;
+    return piece;
+  }
+
+  size_t used() const { return used_; }
+
+ private:
+  char* memory_;
+  size_t used_ = 0;
+};
+
+// Bytes that `cut` takes from a Cutter.
+template <class Cut>
+size_t bytes_of(const Cut& cut) {
+  Cutter counter(nullptr);
+  cut(counter);
+  return counter.used();
 }
 
 // Memory that a thread keeps between its calls, up to a size that a process with many threads can afford.
 class Workspace {
  public:
   static constexpr size_t kKept = 16 << 20;
+
+  // Gives `cut` all the memory that it takes. `cut` is called twice, first to count.
+  template <class Cut>
+  void provide(const Cut& cut) {
+    Cutter memory(reserve(bytes_of(cut)));
+    cut(memory);
+  }
 
   char* reserve(size_t wanted) {
     if (wanted > bytes_) {
@@ -118,33 +151,14 @@ class Workspace {
   size_t bytes_ = 0;
 };
 
-// Cuts a workspace into aligned pieces: first with no memory to learn the size, then with it.
-class Cutter {
- public:
-  explicit Cutter(char* memory) : memory_(memory) {}
-
-  template <class T>
-  T* take(int64_t count) {
-    T* piece = memory_ ? reinterpret_cast<T*>(memory_ + used_) : nullptr;
-    used_ += (count * sizeof(T) + 63) / 64 * 64;
-    return piece;
-  }
-
-  size_t used() const { return used_; }
-
- private:
-  char* memory_;
-  size_t used_ = 0;
-};
-
-// visit(begin, end) for each of `steps` pieces of [begin, end), as even as can be.
+// Calls visit(begin, end) for each of `steps` pieces of [begin, end), as even as possible.
 template <class Visit>
 void in_steps(int64_t begin, int64_t end, int64_t steps, const Visit& visit) {
   for (int64_t i = 0; i < steps; ++i)
     visit(begin + (end - begin) * i / steps, begin + (end - begin) * (i + 1) / steps);
 }
 
-// run(part, parts) on each thread of a call.
+// Calls run(part, parts) on each thread of a call.
 template <class Run>
 void in_team(const Call& call, const Run& run) {
   if (call.team == 1) {
@@ -155,25 +169,25 @@ void in_team(const Call& call, const Run& run) {
   }
 }
 
-// A barrier for the parts of one call. A call with one part may stand inside a parallel region of its caller,
-// whose threads must not be waited for.
+// A barrier for the parts of one call. A call with one part must not wait: its caller may have opened a
+// parallel region of its own, whose other threads would never come.
 inline void wait_for_all(int parts) {
   if (parts > 1) {
 #pragma omp barrier
   }
 }
 
-// The block where part `i` of `n` begins, so that each has the same number of bytes to read: of S and U, or
-// of S and of an even share of the blocks of V.
+// The block of U and S where part `i` of `n` begins. Parts have about the same number of bytes to read: of S
+// and an even share of the blocks of V if `with_v`, else of S and U.
 int64_t block_boundary(const Call& call, int i, int n, bool with_v);
 
-// Lanes are outputs: an expansion of the weights serves all columns. Bound by memory where they are few.
+// Lanes are outputs: one expansion of the weights serves all columns. For few columns, bound by memory.
 void product_by_strips(const Call& call, Workspace& workspace);
 
-// Lanes are columns: zero units are skipped. Bound by arithmetic.
+// Lanes are columns: zero units are skipped. For many columns, bound by arithmetic.
 void product_by_columns(const Call& call, Workspace& workspace);
 
-// Tiles of the batch times tiles of expanded cells, where the ISA has tile_kernels().
+// Tiles of the batch times tiles of expanded cells. Needs tile_kernels().
 void product_by_tiles(const Call& call, Workspace& workspace);
 
 }  // namespace oats

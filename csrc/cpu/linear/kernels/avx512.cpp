@@ -1,4 +1,4 @@
-// AVX-512 F, BW, VL and DQ: what every AVX-512 server CPU has.
+// AVX-512 F, BW, VL and DQ, which every server CPU with AVX-512 has: sixteen lanes, all weights become fp32.
 #include <immintrin.h>
 
 #include "avx512_inl.h"
@@ -26,7 +26,8 @@ __m512 expand_lanes(__m512 values, __mmask16 mask) {
 template <class Io>
 struct Avx512 : Io {
   using Value = typename Io::Element;
-  static constexpr int lanes = 16, group = 1, registers = 24;
+  static constexpr int lanes = 16, group = 1, registers = 24, flip = 0;
+  static constexpr bool scaled_activations = false;
   using Mask = uint16_t;
   using Vector = __m512;
   using Weights = __m512;

@@ -1,11 +1,14 @@
-// The loops of ColumnKernels, for any vector type; see strip_kernels_inl.h for how it is included, and for
-// most of what a `Traits` names. Here also:
-//   load_units(units), store_units(units, weights)   `lanes` units
-//   transpose(weights[lanes])                        a lanes x lanes square of units
-//   compress(units, weights)                         the non-zero units, in order; returns which were
-// `Stored` are the Traits of what is stored. Where that is codes, they have
-//   cell_scales(uint16_t*)               of the rows of a cell
-//   exact(weights, cell scales)          the Traits' weights for which they stand
+// The loops of ColumnKernels, for any vector type. A slice of columns fills up to eight vectors; each
+// non-zero unit of a row of S is multiplied into one sum for each of them. Loads of activations bound this:
+// two rows go together and share them.
+//
+// strip_kernels_inl.h says how this file is included and what `Traits` have. Here they also have:
+//   transpose_sums(vector[lanes])  a square of lanes x lanes sums
+//   compress(units, weights)       stores the non-zero units in order; returns their lanes as bits
+// `Stored` are the Traits of what is stored. Those of codes also have:
+//   CellScales, cell_scales(bf16)  the scales of the rows of a cell
+//   exact(weights, CellScales, weights[group / Traits::group])
+//                                  a cell of codes as exact weights
 #pragma once
 
 #include <algorithm>
@@ -27,10 +30,10 @@ struct ColumnLoops {
   static constexpr int kGroup = Traits::group;
   // Units of a lane in a cell as it is stored.
   static constexpr int kUnits = Stored::group / Traits::group;
-  // Two rows of sums at once, see sparse_rows.
+  // sparse_rows() holds the sums of two rows in registers.
   static constexpr int kMaxVectors = Traits::registers >= 16 ? 8 : 6;
 
-  // The bits of one square in a row's mask.
+  // The bits of `lanes` groups in a row's mask word.
   static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__);
   using Piece = std::conditional_t<kLanes == 16, uint16_t, uint8_t>;
 
@@ -69,7 +72,7 @@ struct ColumnLoops {
     return values.index();
   }
 
-  // What a cell of codes stands for: units that are `stride` apart, of at most `groups` groups.
+  // Stores a cell of codes as exact units, `stride` from group to group, for at most `groups` groups.
   template <class Scale>
   static void store_exact(typename StoredLoops::Weights codes, const Scale& scale, uint32_t* units,
                           int64_t stride, int64_t groups) {
@@ -81,7 +84,7 @@ struct ColumnLoops {
     }
   }
 
-  // The units of `groups` groups from g on, at most kLanes.
+  // Expands up to kLanes groups from `g` on to exact units: cells[group][strip][lanes].
   static void gather_cells(const PackedHeader* weight, int64_t block, int64_t g, int64_t groups,
                            const typename StoredLoops::Mask* mask, typename StoredLoops::Values& values,
                            uint32_t* cells) {
@@ -121,9 +124,9 @@ struct ColumnLoops {
     }
   }
 
-  // Two rows at a time. A group in which both have a unit loads its activations once for both: loads are what
-  // bounds this loop. The groups in which only one has a unit go in pairs, so that there always are 2 *
-  // Vectors sums in flight: a product takes 4 to 6 cycles, and two start in each.
+  // Two rows at a time. Loads bound this loop, so a group in which both rows have a unit loads its
+  // activations once for both. Groups in which only one row has a unit go in pairs, so that 2 * Vectors sums
+  // are in flight: a product takes 4 to 6 cycles, and two start in each cycle.
   template <int Vectors>
   static void sparse_rows(const uint64_t* masks, const uint32_t** next, int rows, const uint32_t* activations,
                           float* sums) {
@@ -142,7 +145,7 @@ struct ColumnLoops {
         sum0[i] = Traits::load(sums + i * kLanes);
         sum1[i] = Traits::load(sums + kColumns + i * kLanes);
       }
-      // The next rows' units and sums, from L2.
+      // Prefetch the units and sums of the next rows from L2.
       if (row + 2 < rows) {
         for (int i = 0; i < 3; ++i) {
           __builtin_prefetch(next[row + 2] + i * kLanes);
@@ -151,7 +154,7 @@ struct ColumnLoops {
 #pragma GCC unroll 16
         for (int i = 0; i < 2 * Vectors; ++i) __builtin_prefetch(sums + 2 * kColumns + i * kLanes, 1);
       }
-      // The next word's activations, from L3 to L2, spread over the rows.
+      // Prefetch the activations of the next word from L3 to L2, a few lines with each row.
       const uint32_t* next_word = activations + kGroupsPerWord * kColumns;
       for (int i = row * kWordLines<Vectors> / rows; i < (row + 2) * kWordLines<Vectors> / rows; ++i) {
         __builtin_prefetch(next_word + i * 16, 0, 2);
@@ -192,12 +195,11 @@ struct ColumnLoops {
   static uint32_t unit_of(const uint32_t* unit) { return *unit; }
   static uint32_t unit_of(const Value* values) { return StripLoops<Traits>::unit(values, kGroup); }
 
-  // Rows of a dense factor that share the loads of the activations.
+  // `Rows` rows of a dense factor share each load of activations. A cell holds stored values or units.
   template <int Vectors, int Rows, class Cell>
   static void dense_rows(const Cell* strip, int strips, int64_t begin, int64_t end,
                          const uint32_t* activations, float* sums) {
     constexpr int kColumns = Vectors * kLanes;
-    // Cells of values, or of units.
     constexpr int kPerUnit = std::is_same_v<Cell, Value> ? kGroup : 1;
     for (int first = 0; first < kLanes; first += Rows) {
       Vector sum[Rows][Vectors];
@@ -220,62 +222,18 @@ struct ColumnLoops {
     }
   }
 
-  template <class Call>
-  static void with_vectors(int vectors, const Call& call) {
-    switch (vectors) {
-#define OATS_VECTORS(n)                                     \
-  case n:                                                   \
-    if constexpr (n <= kMaxVectors) call.template run<n>(); \
-    break;
-      OATS_VECTORS(1)
-      OATS_VECTORS(2)
-      OATS_VECTORS(3)
-      OATS_VECTORS(4)
-      OATS_VECTORS(5)
-      OATS_VECTORS(6)
-      OATS_VECTORS(7)
-      OATS_VECTORS(8)
-#undef OATS_VECTORS
-    }
-  }
-
-  struct Sparse {
-    const uint64_t* masks;
-    const uint32_t** next;
-    int rows;
-    const uint32_t* activations;
-    float* sums;
-    template <int Vectors>
-    void run() const {
-      sparse_rows<Vectors>(masks, next, rows, activations, sums);
-    }
-  };
-
-  template <class Cell>
-  struct Dense {
-    const Cell* strip;
-    int strips;
-    int64_t begin, end;
-    const uint32_t* activations;
-    float* sums;
-    template <int Vectors>
-    void run() const {
-      dense_rows<Vectors, Vectors * 4 <= Traits::registers ? 4 : 2>(strip, strips, begin, end, activations,
-                                                                    sums);
-    }
-  };
-
   static void sparse(const uint64_t* masks, const uint32_t** next, int rows, const uint32_t* activations,
                      int vectors, float* sums) {
-    with_vectors(vectors, Sparse{masks, next, rows, activations, sums});
+    with_constant<kMaxVectors>(vectors,
+                               [&](auto width) { sparse_rows<width>(masks, next, rows, activations, sums); });
   }
 
-  // What the codes of one strip of a factor stand for: the cells of groups [begin, end), `stride` units
-  // apart. `begin` is a multiple of the groups that share a scale.
+  // Expands the codes of one strip of a factor in groups [begin, end) to exact units, `stride` from group to
+  // group. `begin` is a multiple of kScaledColumns inputs.
   static void exact_cells(const FactorBlock& factor, int strip, int64_t begin, int64_t end, uint32_t* out,
                           int64_t stride) {
     const auto* codes = static_cast<const typename Stored::Value*>(factor.cells) + strip * StoredLoops::kCell;
-    constexpr int64_t kScaled = kScaledColumns / kGroup;
+    constexpr int64_t kScaled = StripLoops<Traits>::kScaledGroups;
     for (int64_t g = begin; g < end; g += kScaled) {
       const auto scale = Stored::cell_scales(
           factor.scales + (g * kGroup / factor.scale_columns * factor.strips + strip) * kLanes);
@@ -288,13 +246,19 @@ struct ColumnLoops {
 
   static void dense(const FactorBlock& factor, int strip, int64_t begin, int64_t end,
                     const uint32_t* activations, int vectors, float* sums) {
+    const auto multiply = [&](const auto* cells, int strips, int64_t first, int64_t last) {
+      with_constant<kMaxVectors>(vectors, [&](auto width) {
+        dense_rows<width, width * 4 <= Traits::registers ? 4 : 2>(cells, strips, first, last, activations,
+                                                                  sums);
+      });
+    };
     if constexpr (StoredLoops::kCodes) {
       alignas(64) uint32_t exact[kGroupsPerWord * kLanes];
       exact_cells(factor, strip, begin, end, exact, kLanes);
-      with_vectors(vectors, Dense<uint32_t>{exact, 1, 0, end - begin, activations, sums});
+      multiply(exact, 1, 0, end - begin);
     } else {
-      const auto* cells = static_cast<const Value*>(factor.cells) + strip * StoredLoops::kCell;
-      with_vectors(vectors, Dense<Value>{cells, factor.strips, begin, end, activations, sums});
+      multiply(static_cast<const Value*>(factor.cells) + strip * StoredLoops::kCell, factor.strips, begin,
+               end);
     }
   }
 
@@ -334,8 +298,7 @@ struct ColumnLoops {
   }
 };
 
-// The kernels of an ISA for each dtype and storage. `Exact` and `Codes` are its Traits, of fp32 or bf16
-// elements.
+// The kernels of an ISA for each dtype and storage, from its Traits for exact storage and for codes.
 template <template <class> class Exact, template <class> class Codes>
 const StripKernels& strip_table(Dtype dtype, Storage storage) {
   if (storage == Storage::exact) {

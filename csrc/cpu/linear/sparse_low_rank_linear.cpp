@@ -1,42 +1,42 @@
+// One call of the product: multiplies x by 2^input_exponent if the weights have codes, decides how many
+// threads take part and in which order they work, and divides the blocks among them. Projections that cannot
+// share activations are calls of their own.
 #include "oats/sparse_low_rank_linear.h"
 
 #include <algorithm>
 #include <cstring>
 
-#include "column_kernels.h"
+#include "elements.h"
+#include "kernels/column_kernels.h"
+#include "kernels/tile_kernels.h"
 #include "products.h"
-#include "tile_kernels.h"
 
 namespace oats {
 
 namespace {
 
+// Below this much work for a thread, waking it costs more than it saves.
 constexpr int64_t kElementsPerThread = 32 << 10;
+constexpr int64_t kBytesPerThread = 32 << 10;  // of packed weights
 
-// x times powers of two, which is exact. bf16 is the upper half of fp32.
-template <class T>
-void scale_inputs(const T* x, int64_t batch, int64_t x_stride, int64_t d_in, const T* powers, T* out,
-                  int threads) {
-  constexpr int kShift = 32 - 8 * sizeof(T);
-  const auto to_float = [](T bits) {
-    const uint32_t wide = static_cast<uint32_t>(bits) << kShift;
-    float value;
-    std::memcpy(&value, &wide, 4);
-    return value;
-  };
+// out = x times powers of two, which is exact. bf16 is the upper half of fp32.
+template <class Io, class Element = typename Io::Element>
+void scale_inputs(const Element* x, int64_t batch, int64_t x_stride, int64_t d_in, const Element* powers,
+                  Element* out, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (batch * d_in >= kElementsPerThread * 2)
   for (int64_t row = 0; row < batch; ++row) {
     for (int64_t i = 0; i < d_in; ++i) {
-      const float value = to_float(x[row * x_stride + i]) * to_float(powers[i]);
-      uint32_t bits;
-      std::memcpy(&bits, &value, 4);
-      out[row * d_in + i] = static_cast<T>(bits >> kShift);
+      const float value = Io::to_float(x[row * x_stride + i]) * Io::to_float(powers[i]);
+      if constexpr (sizeof(Element) == 4) {
+        out[row * d_in + i] = value;
+      } else {
+        uint32_t bits;
+        std::memcpy(&bits, &value, 4);
+        out[row * d_in + i] = static_cast<Element>(bits >> 16);
+      }
     }
   }
 }
-
-// Below this many packed bytes a thread, waking it costs more than it saves.
-constexpr int64_t kBytesPerThread = 32 << 10;
 
 }  // namespace
 
@@ -47,23 +47,22 @@ void sparse_low_rank_linear(const Projection* projections, int count, const void
   for (int i = 1; i < count; ++i) {
     const PackedHeader* w = projections[i].w;
     if (w->isa == first->isa && !w->inputs_at && !first->inputs_at) continue;
-    // Activations are laid out for one kind of kernel.
+    // The activations are laid out for one ISA, and scaled by the exponents of one weight.
     sparse_low_rank_linear(projections, i, x, batch, x_stride, threads);
     sparse_low_rank_linear(projections + i, count - i, x, batch, x_stride, threads);
     return;
   }
   if (first->inputs_at && batch > 0) {
     const int64_t d_in = first->shape.d_in;
-    const char* powers = reinterpret_cast<const char*>(first) + first->inputs_at;
-    const auto scale = [&](auto type) {
-      using T = decltype(type);
+    const auto scale = [&](auto io) {
+      using T = typename decltype(io)::Element;
       auto* out = reinterpret_cast<T*>(scaled_x.reserve(std::max<int64_t>(batch * d_in, 1) * sizeof(T)));
-      scale_inputs(static_cast<const T*>(x), batch, x_stride, d_in, reinterpret_cast<const T*>(powers), out,
-                   threads);
+      scale_inputs<decltype(io)>(static_cast<const T*>(x), batch, x_stride, d_in,
+                                 part_at<T>(first, first->inputs_at), out, threads);
       x = out;
       x_stride = d_in;
     };
-    first->shape.dtype == Dtype::fp32 ? scale(uint32_t{}) : scale(uint16_t{});
+    first->shape.dtype == Dtype::fp32 ? scale(Fp32Element{}) : scale(Bf16Element{});
   }
   Call call{projections, count, static_cast<const char*>(x), batch, x_stride, 1};
   int64_t bytes = 0;
@@ -85,15 +84,14 @@ void sparse_low_rank_linear(const Projection* projections, int count, const void
 
 namespace {
 
-// Bytes of a strip of U or V with `columns`.
+// Bytes of one strip of U or V that has `columns` columns.
 int64_t factor_bytes(const PackedHeader* w, int64_t columns) {
   return w->layout.lanes * columns * storage_bits(w->shape.factors, w->shape.dtype) / 8;
 }
 
-// Bytes of the first `block` blocks: of S, and of U where `with_u`. Scales and padding are left out: they are
-// few.
+// Bytes of the first `block` blocks of S, and of U if `with_u`, without the few bytes of scales and padding.
 int64_t bytes_before(const PackedHeader* w, int64_t block, bool with_u) {
-  const auto* starts = reinterpret_cast<const uint64_t*>(reinterpret_cast<const char*>(w) + w->starts_at);
+  const auto* starts = part_at<uint64_t>(w, w->starts_at);
   const int64_t strip = w->layout.lanes * w->shape.d_in / 8 + (with_u ? factor_bytes(w, w->shape.rank) : 0);
   return static_cast<int64_t>(starts[block]) * w->value_bits() / 8 +
          std::min(block * kStripsPerBlock, w->strips) * strip;
@@ -120,7 +118,7 @@ int64_t block_boundary(const Call& call, int i, int n, bool with_v) {
     const PackedHeader* w = call.projections[p].w;
     total += bytes_before(w, w->blocks(), !with_v);
   }
-  // A part whose blocks of V are already more than its share leaves the boundary where it is.
+  // A part whose blocks of V already exceed its share gets no blocks of S: the boundary stays.
   int64_t wanted = 0;
   for (int part = 1; part <= i; ++part) wanted = std::max(wanted, total / n * part - v_bytes_before(part));
   int64_t blocks = 0;

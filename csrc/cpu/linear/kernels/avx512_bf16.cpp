@@ -1,9 +1,9 @@
-// AVX-512 with VBMI2 (expansion of 16-bit lanes), and BF16 and VNNI (products of pairs).
+// AVX-512 with VBMI2 (expands lanes of 8 and 16 bits), BF16 (products of pairs) and VNNI (products of fours).
 #include "avx512_bf16_inl.h"
 
 namespace oats {
 
-// fp32 gains nothing from these instructions.
+// None of these instructions helps fp32.
 const StripKernels& strip_kernels_avx512_bf16(Dtype dtype, Storage storage) {
   if (dtype == Dtype::fp32) return strip_kernels_avx512(dtype, storage);
   return storage == Storage::exact ? StripLoops<Avx512Bf16>::table() : StripLoops<Avx512Codes>::table();

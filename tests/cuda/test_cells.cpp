@@ -1,11 +1,11 @@
-// Exhaustive checks of csrc/cuda/tiles.h on the host; tests/kernels/test_cuda.py builds and runs it.
+// Exhaustive checks of csrc/cuda/cells.h on the host; tests/kernels/test_cuda.py builds and runs it.
 #include <cstdarg>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <vector>
 
-#include "tiles.h"
+#include "cells.h"
 
 namespace {
 
@@ -50,7 +50,7 @@ void check_place_quad() {
 // Every mask of a quarter, at the least and the largest number of values before it.
 void check_first_value() {
   for (uint32_t mask = 0; mask < 1 << 16; ++mask) {
-    for (const uint32_t before : {0u, static_cast<uint32_t>(kTileElements - 16)}) {
+    for (const uint32_t before : {0u, static_cast<uint32_t>(kCellElements - 16)}) {
       uint32_t index = before;
       for (int t = 0; t < 4; ++t) {
         const uint32_t quarter = mask | before << 16;
@@ -62,10 +62,10 @@ void check_first_value() {
   }
 }
 
-// Wherever a tile begins in its first chunk, and whatever its size, the ring holds what is read.
+// Wherever a cell begins in its first chunk, and whatever its size, the ring holds what is read.
 void check_ring() {
   for (uint32_t begin = 0; begin < 3 * kChunkValues; ++begin) {
-    for (uint32_t count = 0; count <= kTileElements; ++count) {
+    for (uint32_t count = 0; count <= kCellElements; ++count) {
       const uint32_t end = begin + count, all = chunks_of(end), read = chunks_read(end);
       if (read - begin / kChunkValues > kRingChunks || read * kChunkValues < end + 4 ||
           all * kChunkValues < end || all * kChunkValues >= end + kChunkValues)
@@ -98,12 +98,12 @@ void check_shares() {
 
 void check_splits() {
   for (int64_t strips = 0; strips <= 2000; strips += strips < 20 ? 1 : 37) {
-    for (int64_t tiles = 0; tiles <= 1000; tiles += tiles < 40 ? 1 : 13) {
+    for (int64_t cells = 0; cells <= 1000; cells += cells < 40 ? 1 : 13) {
       for (const int64_t multiprocessors : {1, 4, 108, 132, 400}) {
-        const int64_t splits = splits_for(strips, tiles, multiprocessors);
+        const int64_t splits = splits_for(strips, cells, multiprocessors);
         check(splits >= 1 && splits <= 65535, "splits");
         if (splits == 1) continue;
-        check(tiles / (splits * kWarps) >= 2, "a warp of %ld splits has few tiles",
+        check(cells / (splits * kWarps) >= 2, "a warp of %ld splits has few cells",
               static_cast<long>(splits));
         check((splits - 1) * strips < 2 * multiprocessors, "more splits than needed");
       }
@@ -120,7 +120,7 @@ void check_layout() {
           const int64_t nnz = d_out * d_in;
           const Layout l = layout_of(d_out, d_in, rank, nnz, bytes);
           const int64_t begin[] = {l.starts, l.masks, l.values, l.u, l.v, l.bytes};
-          const int64_t size[] = {8 * (l.strips * l.tiles + 1), 128 * l.strips * l.tiles,
+          const int64_t size[] = {8 * (l.strips * l.cells + 1), 128 * l.strips * l.cells,
                                   bytes * nnz + kChunkBytes, bytes * d_out * l.u_stride,
                                   bytes * rank * l.v_stride};
           for (int i = 0; i < 5; ++i) {
@@ -128,7 +128,7 @@ void check_layout() {
                   static_cast<long>(d_out), static_cast<long>(d_in));
             check(begin[i + 1] - begin[i] - size[i] < 128, "part %d is too large", i);
           }
-          check(l.strips * kTileRows >= d_out && l.tiles * kTileColumns >= d_in, "tiles");
+          check(l.strips * kCellRows >= d_out && l.cells * kCellColumns >= d_in, "cells");
           check(l.u_stride >= rank && l.u_stride % 64 == 0 && l.v_stride >= d_in && l.v_stride % 64 == 0,
                 "strides");
           for (const int64_t batch : {1, 8, 9, 16, 17, 32})
@@ -141,7 +141,7 @@ void check_layout() {
                 continue;
               }
               check(w.counters + 4 * l.strips <= w.partials && w.partials % 128 == 0, "counters");
-              const int64_t outputs = kTileRows * 8 * column_groups(batch);
+              const int64_t outputs = kCellRows * 8 * column_groups(batch);
               check(8 * column_groups(batch) >= batch, "columns");
               check(w.partials + 4 * splits * l.strips * outputs <= w.bytes, "partials");
             }

@@ -1,4 +1,4 @@
-// The Traits of AVX-512 with BF16, VNNI and VBMI2, for the files whose instructions include those.
+// The Traits of AVX-512 with BF16, VNNI and VBMI2, for avx512_bf16.cpp and amx_bf16.cpp.
 #pragma once
 
 #include <immintrin.h>
@@ -9,11 +9,12 @@
 namespace oats {
 namespace {
 
-// vdpbf16ps multiplies pairs, so a mask word covers 16 outputs x 2 inputs, and the pair of inputs
-// is an embedded broadcast. It treats denormals as zero and rounds each of its two additions.
+// vdpbf16ps multiplies pairs: a cell is 16 outputs x 2 inputs, and the pair of inputs is an embedded
+// broadcast. The instruction takes denormals as zero and rounds each of its two additions.
 struct Avx512Bf16 : Bf16Element {
   using Value = uint16_t;
-  static constexpr int lanes = 16, group = 2, registers = 24;
+  static constexpr int lanes = 16, group = 2, registers = 24, flip = 0;
+  static constexpr bool scaled_activations = false;
   using Mask = uint32_t;
   using Vector = __m512;
   using Weights = __m512i;
@@ -36,9 +37,9 @@ struct Avx512Bf16 : Bf16Element {
   }
 };
 
-// vpdpbusd multiplies four unsigned bytes by four signed ones: codes plus 128, and the bytes of 16-bit
-// activations, upper and lower apart. Activations are in units of 1 / 32639 (0x7f7f) of the largest of 64,
-// which rounds a bf16 less than it was rounded before down to 2^-7 of that largest.
+// vpdpbusd multiplies four unsigned bytes by four signed ones. The unsigned bytes are codes plus 128. The
+// signed ones are the upper or the lower bytes of four 16-bit activations. Those are multiples of 1 / 32639
+// (0x7f7f) of the largest of 64; that rounds a bf16 less than it already was, down to 2^-7 of the largest.
 struct Avx512Codes : Avx512Bf16 {
   using Value = int8_t;
   static constexpr int group = 4, registers = 12, flip = 0x80;
@@ -49,7 +50,7 @@ struct Avx512Codes : Avx512Bf16 {
   };
 
   static Weights expand(const int8_t* codes, Mask mask) {
-    // As fresh_zero(): zero is 128 here.
+    // As fresh_zero(), but zero is 128 here.
     __m512i zero = _mm512_set1_epi8(-128);
     asm("" : "+v"(zero));
     return _mm512_mask_expand_epi8(zero, mask, _mm512_loadu_si512(codes));
@@ -59,7 +60,7 @@ struct Avx512Codes : Avx512Bf16 {
     return {_mm512_setzero_si512(), _mm512_set1_epi32(scale.minus_128_sums)};
   }
   static Sum multiply_add(Sum sum, Weights w, uint32_t upper, uint32_t lower) {
-    // Not the intrinsic, with which GCC 12 copies each sum in every step of a loop.
+    // With the intrinsic, GCC 12 copies each sum in every step of a loop.
     const __m512i u = _mm512_set1_epi32(static_cast<int>(upper));
     const __m512i l = _mm512_set1_epi32(static_cast<int>(lower));
     asm("vpdpbusd %2, %1, %0" : "+v"(sum.upper) : "v"(w), "v"(u));
@@ -82,8 +83,8 @@ struct Avx512Codes : Avx512Bf16 {
   }
   static __m512 load_some(const float* x, __mmask16 valid) { return _mm512_maskz_loadu_ps(valid, x); }
 
-  // A NaN or infinity makes the scale one, and so all products of the column. Below 2^-100 all is zero: the
-  // inverse of the scale would overflow.
+  // A NaN or infinity makes the scale NaN or infinite, and with it all products of these inputs. Numbers
+  // below 2^-100 become zero: the inverse of the scale would overflow.
   template <class T>
   static XScale quantise(const T* x, int64_t count, uint32_t* units, int64_t stride) {
     constexpr int kVectors = kScaledColumns / 16;
@@ -94,7 +95,7 @@ struct Avx512Codes : Avx512Bf16 {
       const int64_t left = count - i * 16;
       const auto valid = static_cast<__mmask16>(left >= 16 ? 0xffff : left > 0 ? (1u << left) - 1 : 0);
       part[i] = load_some(x + (left > 0 ? i * 16 : 0), valid);
-      // Magnitudes order as integers, NaN above all.
+      // The bits of magnitudes order like the magnitudes, NaN above all.
       largest = _mm512_max_epu32(largest, _mm512_castps_si512(_mm512_abs_ps(part[i])));
     }
     const int bits = static_cast<int>(_mm512_reduce_max_epu32(largest));
@@ -106,7 +107,7 @@ struct Avx512Codes : Avx512Bf16 {
     for (int i = 0; i < kVectors; ++i) {
       const __m256i whole = _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(_mm512_mul_ps(part[i], inverse)));
       sum = _mm512_add_epi32(sum, _mm512_cvtepi16_epi32(whole));
-      // The lower byte is signed as well, so the upper one is of the nearest multiple of 256.
+      // The lower byte is signed too, so the upper byte is that of the nearest multiple of 256.
       const __m128i lower = _mm256_cvtepi16_epi8(whole);
       const __m128i upper =
           _mm256_cvtepi16_epi8(_mm256_srai_epi16(_mm256_add_epi16(whole, _mm256_set1_epi16(128)), 8));
@@ -128,7 +129,7 @@ struct Avx512Codes : Avx512Bf16 {
     return {tiny ? 0.f : magnitude / kLargest, -128 * _mm512_reduce_add_epi32(sum)};
   }
 
-  // Of pairs: outputs 0 to 7, and 8 to 15.
+  // Each scale twice: for the pairs of outputs 0 to 7, and of 8 to 15.
   struct CellScales {
     __m512 low, high;
   };
@@ -140,7 +141,7 @@ struct Avx512Codes : Avx512Bf16 {
   }
   static void exact(Weights codes, const CellScales& scale, Weights (&out)[2]) {
     const __m512i w = _mm512_xor_si512(codes, _mm512_set1_epi8(-128));
-    // Bytes to the upper half of 16 bits: the first two of each output, then the others.
+    // Moves bytes to the upper halves of 16 bits: of each output the first two, then the other two.
     const __m512i first =
         _mm512_broadcast_i32x4(_mm_setr_epi8(-1, 0, -1, 1, -1, 4, -1, 5, -1, 8, -1, 9, -1, 12, -1, 13));
     const __m512i second = _mm512_or_si512(first, _mm512_set1_epi16(0x0200));

@@ -1,28 +1,38 @@
-// The loops of StripKernels, for any vector type. Each strip_kernels_<isa>.cpp includes this once, inside
-// its own flags; the anonymous namespace keeps the linker from handing one ISA's instantiation to another.
+// The loops of StripKernels, for any vector type. A block's sums stay in registers while its groups pass: for
+// each group the cells of up to four strips are expanded, and each is multiplied by one activation of each
+// column. With few columns, reading the masks and values bounds this; a prefetch runs ahead of the values.
+// With more columns than registers, a chunk of groups is expanded for the first columns and read back for the
+// others.
 //
-// A `Traits` names the layout and four instructions:
-//   lanes, group, registers         the layout, and how many sums registers may hold
-//   Element                         of x, y and bias; to_float(Element), from_float(float)
-//   Value, Mask, Vector, Weights    types of a stored value, a mask word, sums, expanded weights
-//   zero(), load(sums), store(...)  sums
-//   expand(values, mask)            the kept values in their lanes, zero elsewhere
-//   weights(values)                 lanes * group dense values
-//   elements(Element*)              the same, of x
-//   multiply_add(sum, weights, activation)
-//   transpose(weights[lanes])       a lanes x lanes square of units
-//   store_units(units, weights)     `lanes` units
-// and, where Value is a code (int8_t):
-//   flip                            of the layout
-//   Sum, no_sum()                   sums of codes; multiply_add takes and returns them
-//   scales(uint16_t*)               of `lanes` rows
-//   times(scales, float)
+// Each kernels/<isa>.cpp includes this, with its own flags. The anonymous namespace gives each its own copy:
+// the linker must not give one ISA code of another.
+//
+// `Traits` are what differs between ISAs. For exact storage they have:
+//   lanes, group, flip             the StripLayout
+//   registers                      how many vectors of sums fit into registers
+//   scaled_activations             whether activations are scaled (strip_kernels.h)
+//   Element, to_float, from_float  of x, y and bias: Fp32Element or Bf16Element
+//   pair(float, float)             a unit of two elements, if group is 2
+//   Value, Mask                    a stored value, a mask word
+//   Vector, Weights                `lanes` sums, `lanes` units of expanded weights
+//   zero(), load(sums), store(sums, vector)
+//   expand(values, mask)           the next values in the lanes of the mask, zero in the others
+//   weights(values)                lanes * group values without a mask
+//   elements(x)                    lanes * group elements of x, as units
+//   load_units(units), store_units(units, weights)
+//   transpose(weights[lanes])      a square of lanes x lanes units
+//   multiply_add(sum, weights, unit)
+// For codes (Value is int8_t) they also have:
+//   Sum, no_sum()                  sums of codes; multiply_add() takes and returns these
+//   scales(bf16)                   the scales of `lanes` rows
 //   add_scaled(vector, sum, scales)
-//   decode(run, codebook, codes)    the kRun codes of int4
-//   scaled_activations              whether activations are 16-bit numbers with a scale; then groups are of
-//                                   four, multiply_add takes the units of upper and of lower bytes, and
-//   no_sum(scale)                   begins with what the codes are too much
-//   quantise(elements or sums, count, units, stride)   kScaledColumns inputs of one column; returns the scale
+//   decode(run, codebook, codes)   one run of int4
+// If activations are scaled, group is 4, multiply_add() takes a unit of upper and one of lower bytes, and
+// there are:
+//   no_sum(XScale)                 begins with XScale::minus_128_sums
+//   times(scales, float)
+//   quantise(numbers, count, units, stride)
+//                                  up to kScaledColumns inputs of one column; returns their XScale
 #pragma once
 
 #include <algorithm>
@@ -30,21 +40,42 @@
 #include <cstring>
 #include <type_traits>
 
-#include "bf16.h"
+#include "elements.h"
 #include "strip_kernels.h"
 
 namespace oats {
 namespace {
 
-// How far ahead of the values the prefetch runs: past the chunk that is being multiplied, so that the next
-// one is in L1 when its expansion begins.
+// How far ahead of the values the prefetch runs. It reaches past the chunk that is multiplied now, so that
+// the next chunk is in L1 when its expansion begins.
 constexpr int kPrefetchBytes = 6144;
 
-// Groups whose cells, once expanded for the first columns, wait in L1 for the others.
+// Groups of a chunk: their cells are expanded for the first columns and wait in L1 for the others.
 constexpr int64_t kGroupsPerChunk = 48;
 
 template <int N>
 using Constant = std::integral_constant<int, N>;
+
+// Calls f(Constant<value>, rest...), for a value from 1 to kMost.
+template <int64_t kMost, class F, class... Rest>
+void with_constant(int value, const F& f, Rest... rest) {
+  static_assert(kMost <= 8);
+  switch (value) {
+#define OATS_CASE(n)                                     \
+  case n:                                                \
+    if constexpr (n <= kMost) f(Constant<n>{}, rest...); \
+    break;
+    OATS_CASE(1)
+    OATS_CASE(2)
+    OATS_CASE(3)
+    OATS_CASE(4)
+    OATS_CASE(5)
+    OATS_CASE(6)
+    OATS_CASE(7)
+    OATS_CASE(8)
+#undef OATS_CASE
+  }
+}
 
 template <class Traits>
 struct StripLoops {
@@ -57,14 +88,14 @@ struct StripLoops {
   static constexpr int kGroup = Traits::group;
   static constexpr int kCell = kLanes * kGroup;
   static constexpr int64_t kScaledGroups = kScaledColumns / kGroup;
-  // Of activations, in a group.
+  // Units of activations in a group.
   static constexpr int kUnits = Traits::scaled_activations ? 2 : 1;
   static constexpr bool kCodes = std::is_same_v<Value, int8_t>;
-  // Columns whose sums, for all strips of a block, fit into registers.
+  // Columns whose sums for a whole block fit into registers.
   static constexpr int kMaxColumns = Traits::registers / kStripsPerBlock;
 
-  // Where the cells of a product come from, a group's at a time. Passed by value: that keeps them in
-  // registers.
+  // Where a product gets its cells from, one group at a time. Sources are passed by value, which keeps them
+  // in registers. This one expands cells of S.
   struct Kept {
     const Mask* mask;
     const Value* values;
@@ -79,7 +110,7 @@ struct StripLoops {
       }
     }
   };
-  // The same, and leaves them expanded.
+  // Expands cells of S and also stores them, for Expanded.
   struct Expanding {
     Kept kept;
     uint32_t* cells;
@@ -91,6 +122,7 @@ struct StripLoops {
       cells += Strips * kLanes;
     }
   };
+  // Loads what Expanding stored.
   struct Expanded {
     const uint32_t* cells;
     template <int Strips>
@@ -100,6 +132,7 @@ struct StripLoops {
       cells += Strips * kLanes;
     }
   };
+  // Loads cells of U or V.
   struct Factor {
     const Value* cells;
     template <int Strips>
@@ -115,7 +148,7 @@ struct StripLoops {
            block * kStripsPerBlock * weight->value_groups;
   }
 
-  // Scales of the strips of a block, [strip][lanes], for the columns of group `g`.
+  // Scales of S for one block and the columns of group `g`: [strip][lanes].
   static const uint16_t* value_scales(const PackedHeader* weight, int64_t block, int64_t g) {
     const char* base = reinterpret_cast<const char*>(weight);
     return reinterpret_cast<const uint16_t*>(base + weight->values_scale_at) +
@@ -124,8 +157,8 @@ struct StripLoops {
                kLanes;
   }
 
-  // One group after the other: sums += cells times `Columns` columns, whose units are `stride` apart. Returns
-  // the source behind the cells used.
+  // sums += cells times `Columns` columns, group after group. The units of two groups are `stride` apart.
+  // Returns the source behind the cells used.
   template <int Strips, int Columns, class Source, class Sum>
   [[gnu::always_inline]] static Source add_products(Source source, int64_t groups, const uint32_t* units,
                                                     int64_t stride, Sum (&sum)[Columns][Strips]) {
@@ -165,8 +198,8 @@ struct StripLoops {
     return source;
   }
 
-  // The same for codes, over kScaledColumns inputs at most. `scales` are those of the strips, [strip][lanes],
-  // and `x_scales`, where activations have them, those of the columns.
+  // The same for codes and at most kScaledColumns inputs. `scales` are those of the strips, [strip][lanes];
+  // `x_scales` those of the columns, if activations are scaled.
   template <int Strips, int Columns, class Source>
   static Source multiply_codes(Source source, int64_t groups, const uint32_t* units, int64_t stride,
                                const uint16_t* scales, const XScale* x_scales, bool accumulate, float* sums) {
@@ -196,16 +229,15 @@ struct StripLoops {
     return source;
   }
 
-  // Where the scales of columns `first` and on begin, for the kScaledColumns inputs from group `g` on.
+  // The scales of x from column `first` on, for the kScaledColumns inputs from group `g` on.
   static const XScale* x_scales(const Activations& x, int64_t g, int columns, int first) {
     if constexpr (Traits::scaled_activations) return x.scales + g / kScaledGroups * columns + first;
     return nullptr;
   }
 
-  // Values of a block, from some cell on, whatever their storage.
+  // The values of a block, of any storage, from the value with index `first` in the block on.
   class Values {
    public:
-    // `first`: their index in the block.
     Values(const PackedHeader* weight, int64_t block, int64_t first) : next_(first), codebook_(nullptr) {
       const char* base = reinterpret_cast<const char*>(weight);
       auto start = static_cast<int64_t>(reinterpret_cast<const uint64_t*>(base + weight->starts_at)[block]);
@@ -218,11 +250,11 @@ struct StripLoops {
       block_ = reinterpret_cast<const Value*>(base + weight->values_at) + start;
     }
 
-    // Of the next one, in the block.
+    // Index in the block of the next value.
     int64_t index() const { return next_; }
 
-    // A source for the next cells, whose words are `masks`. int4 are decoded into `codes`, which has room for
-    // kCell codes a cell and kSpare more.
+    // A source for the next cells, whose mask words are `masks`. int4 is decoded into `codes`, which has room
+    // for kCell codes a cell and kSpare more.
     Kept source(const Mask* masks, int64_t cells, Value* codes) {
       if constexpr (kCodes) {
         if (codebook_) {
@@ -237,12 +269,12 @@ struct StripLoops {
       }
       return {masks, block_ + next_};
     }
-    // To be called with what source() returned, before and after its cells.
+    // Call this with what source() returned, as it was before and after the cells.
     void used(const Kept& begin, const Kept& end) { next_ += end.values - begin.values; }
 
    private:
     static int64_t population(const Mask* masks, int64_t cells) {
-      // As wide as the masks are, so that it can be vectorised.
+      // As wide as the masks, so that the compiler vectorises it.
       std::conditional_t<sizeof(Mask) == 8, uint64_t, uint32_t> count = 0;
       for (int64_t i = 0; i < cells; ++i) {
         if constexpr (sizeof(Mask) == 8) {
@@ -255,57 +287,26 @@ struct StripLoops {
     }
 
     int64_t next_;
-    const Value* block_;      // of int4: bytes
-    const int8_t* codebook_;  // of int4
+    const Value* block_;      // int4: bytes of two codes
+    const int8_t* codebook_;  // int4 only, else null
   };
-  // Runs begin and end beside the cells; kernels load past the last one.
+  // The first and the last run reach beyond the cells, and kernels load past the last code.
   static constexpr int64_t kSpare = 2 * kRun + 64;
 
-  // Calls f(Constant<Strips>).
-  template <class F>
-  static void with_strips(int strips, const F& f) {
-    switch (strips) {
-      case 1:
-        return f(Constant<1>{});
-      case 2:
-        return f(Constant<2>{});
-      case 3:
-        return f(Constant<3>{});
-      case 4:
-        return f(Constant<4>{});
-    }
-  }
-
-  // Calls f(Constant<Columns>, first column) over `columns`, in steps as even as can be: a narrow last one
-  // would run with too few sums in flight.
+  // Calls f(Constant<Columns>, first column) in steps over `columns`, as even as possible: a narrow last step
+  // would have too few sums in flight.
   template <class F>
   static void over_columns(int columns, const F& f) {
     const int steps = (columns + kMaxColumns - 1) / kMaxColumns;
     for (int i = 0; i < steps; ++i) {
       const int first = (columns * i + steps - 1) / steps;
-      switch ((columns * (i + 1) + steps - 1) / steps - first) {
-        case 1:
-          f(Constant<1>{}, first);
-          break;
-        case 2:
-          f(Constant<2>{}, first);
-          break;
-#define OATS_COLUMNS(n)                                      \
-  case n:                                                    \
-    if constexpr (n <= kMaxColumns) f(Constant<n>{}, first); \
-    break;
-          OATS_COLUMNS(3)
-          OATS_COLUMNS(4)
-          OATS_COLUMNS(5)
-          OATS_COLUMNS(6)
-#undef OATS_COLUMNS
-      }
+      with_constant<kMaxColumns>((columns * (i + 1) + steps - 1) / steps - first, f, first);
     }
   }
 
   static void sparse(const PackedHeader* weight, int64_t block, Activations x, int columns, float* sums) {
-    with_strips(strips_of_block(weight->strips, block), [&](auto strips) {
-      // The chunks below set the sums, but a layer without inputs has none.
+    with_constant<kStripsPerBlock>(strips_of_block(weight->strips, block), [&](auto strips) {
+      // The loops below set the sums, but not if there are no inputs.
       if (weight->groups == 0) std::fill_n(sums, columns * strips * kLanes, 0.f);
       if constexpr (kCodes) {
         sparse_codes<strips>(weight, block, x, columns, sums);
@@ -375,7 +376,7 @@ struct StripLoops {
   static void dense(const FactorBlock& factor, int64_t inputs, Activations x, int columns, bool accumulate,
                     float* sums) {
     const int64_t groups = divide_up(inputs, kGroup);
-    with_strips(factor.strips, [&](auto strips) {
+    with_constant<kStripsPerBlock>(factor.strips, [&](auto strips) {
       over_columns(columns, [&](auto width, int first) {
         Factor source{static_cast<const Value*>(factor.cells)};
         float* out = sums + first * strips * kLanes;
@@ -421,7 +422,8 @@ struct StripLoops {
     }
   }
 
-  // Square by square: a row of x is read, and a row of activations written, sixteen units at a time.
+  // Transposes square by square, so that both the rows of x and the rows of units are accessed `lanes` units
+  // at a time.
   static void prepare_squares(const Element* rows, int64_t stride, int64_t d_in, int columns, int padded,
                               int64_t begin, int64_t end, uint32_t* activations) {
     int c = 0;
@@ -491,27 +493,6 @@ struct StripLoops {
                                       sums_to_activations,
                                       store};
     return kernels;
-  }
-};
-
-// fp32 and bf16 as they are in memory.
-struct Fp32Element {
-  using Element = float;
-  static constexpr bool scaled_activations = false;
-  static constexpr int flip = 0;
-  static float to_float(float v) { return v; }
-  static float from_float(float v) { return v; }
-};
-
-struct Bf16Element {
-  using Element = uint16_t;
-  static constexpr bool scaled_activations = false;
-  static constexpr int flip = 0;
-  static float to_float(uint16_t v) { return float_from_bf16(v); }
-  static uint16_t from_float(float v) { return bf16_from_float(v); }
-  // A unit of two.
-  static uint32_t pair(float first, float second) {
-    return from_float(first) | static_cast<uint32_t>(from_float(second)) << 16;
   }
 };
 

@@ -1,23 +1,24 @@
-//   every thread:  its share of x, cut into tiles; barrier
-//   every thread:  its share of V x, rounded into tiles; barrier
-//   every thread:  for some blocks: U (V x); then S x, a range of inputs after the other: the cells of a
-//   block are
-//                  expanded once, and multiply all rows; then the outputs
+// The product on tiles, the matrix registers of AMX, for batches.
 //
-// The cells of a range (64 KB), its tiles of inputs and the sums of the blocks stay in L2. Up to one row
-// tile, each tile of cells is multiplied as soon as it is expanded.
+//   every thread:  cuts its share of x into tiles; barrier
+//   every thread:  computes its share of V x and rounds it into tiles; barrier
+//   every thread:  for some blocks: computes U (V x); then, range after range of inputs, expands the
+//                  cells of S once and multiplies all rows by them; then writes the outputs
+//
+// The expanded cells of a range (64 KB), its tiles of inputs and the sums of the blocks stay in L2. With few
+// row tiles (TileKernels::few_row_tiles), each tile of cells is multiplied as soon as it is expanded.
 #include <algorithm>
 #include <cstring>
 
+#include "kernels/strip_kernels.h"
+#include "kernels/tile_kernels.h"
 #include "products.h"
-#include "strip_kernels.h"
-#include "tile_kernels.h"
 
 namespace oats {
 
 namespace {
 
-// Rows of x that go together; cells are expanded again for the next ones.
+// Rows of x whose tiles are held at once. Cells are expanded again for the next panel.
 constexpr int64_t kPanelRows = 512;
 
 // Blocks whose sums wait in L2: 512 KB for a whole panel.
@@ -25,17 +26,18 @@ constexpr int64_t kTogether = 4;
 
 struct Panel {
   const Call& call;
-  const PackedHeader* w;       // for what all projections share
+  const PackedHeader* w;       // of the first projection, for what all share
   const StripKernels& strips;  // for what does not depend on the storage
-  const TileKernels& values;   // of S
-  const TileKernels& factors;
-  int64_t first, rows;  // of the batch
+  const TileKernels& values;   // for S
+  const TileKernels& factors;  // for U and V
+  int64_t first, rows;         // rows of the batch
   int64_t lanes, row_tiles;
   int tile_rows;
-  int64_t tile_units;   // in a tile of inputs
-  uint32_t* inputs;     // x
-  uint32_t** low_rank;  // of each projection: V x
+  int64_t tile_units;   // units in a tile of inputs
+  uint32_t* inputs;     // x, in tiles
+  uint32_t** low_rank;  // [projection]: V x, in tiles
 
+  // Memory of one thread.
   struct Scratch {
     uint32_t* cells;
     float* sums;  // [block][row][strip][lanes]
@@ -53,16 +55,11 @@ struct Panel {
         rows(rows),
         lanes(w->layout.lanes),
         row_tiles(divide_up(rows, kTileRows)),
-        // As even as can be: a product takes as long as its tile has rows.
+        // As even as possible: the more rows a tile has, the longer a product takes.
         tile_rows(static_cast<int>(divide_up(rows, row_tiles))),
         tile_units(tile_rows * kTileGroups) {
-    Cutter one(nullptr);
-    cut_scratch(one);
-    scratch_bytes = one.used();
-    Cutter size(nullptr);
-    cut(size);
-    Cutter memory(workspace.reserve(size.used()));
-    cut(memory);
+    scratch_bytes = bytes_of([this](Cutter& memory) { cut_scratch(memory); });
+    workspace.provide([this](Cutter& memory) { cut(memory); });
   }
 
   void cut(Cutter& memory) {
@@ -86,14 +83,14 @@ struct Panel {
   int64_t padded_rows() const { return row_tiles * tile_rows; }
   int64_t block_sums() const { return padded_rows() * kStripsPerBlock * lanes; }
 
-  // Of inputs that are `groups` wide: where one tile begins.
+  // Where a tile begins in inputs that have `groups` groups.
   int64_t tile_at(int64_t groups, int64_t tile, int64_t row_tile) const {
     const int64_t range = tile / kRangeTiles * kRangeTiles;
     const int64_t in_range = std::min(kRangeTiles, divide_up(groups, kTileGroups) - range);
     return (range * row_tiles + row_tile * in_range + tile - range) * tile_units;
   }
 
-  // Calls visit(first group, groups) for each range of a matrix that is `groups` wide.
+  // Calls visit(begin, end) for each range of `groups` groups.
   template <class Visit>
   static void for_ranges(int64_t groups, const Visit& visit) {
     constexpr int64_t kRange = kRangeTiles * kTileGroups;
@@ -119,14 +116,14 @@ struct Panel {
     }
   }
 
-  // sums (+)= groups [begin, end) of cells times those of inputs that are `groups` wide.
+  // sums (+)= groups [begin, end) of cells times the same groups of inputs, which have `groups` groups.
   void multiply(const uint32_t* cells, int cell_strips, const uint32_t* in, int64_t groups, int64_t begin,
                 int64_t end, bool accumulate, float* sums) const {
     values.multiply(cells, cell_strips, divide_up(end - begin, kTileGroups),
                     in + tile_at(groups, begin / kTileGroups, 0), row_tiles, tile_rows, accumulate, sums);
   }
 
-  // sums = a block of U or V times inputs.
+  // sums = one block of U or V times inputs, which have `groups` groups.
   void dense(const FactorBlock& factor, int64_t groups, const uint32_t* in, const Scratch& mine,
              float* sums) const {
     if (groups == 0) std::fill_n(sums, block_sums(), 0.f);
@@ -140,7 +137,7 @@ struct Panel {
     const PackedHeader* weight = call.projections[i].w;
     const FactorBlock v = factor_block(weight, true, block);
     dense(v, w->groups, inputs, mine, mine.sums);
-    const int64_t half = kTileGroups / 2;  // units of a strip
+    const int64_t half = kTileGroups / 2;  // units of one strip
     for (int64_t t = 0; t < row_tiles; ++t) {
       for (int s = 0; s < v.strips; ++s) {
         const int64_t strip = block * kStripsPerBlock + s;

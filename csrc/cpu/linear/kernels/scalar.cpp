@@ -1,4 +1,5 @@
-// Any CPU. Eight lanes, as on AVX2, so that compilers can use what vectors the baseline has.
+// Plain C++ for any CPU. It has eight lanes, as AVX2, so that the compiler can use the vectors of the
+// baseline.
 #include "column_kernels_inl.h"
 
 namespace oats {
@@ -7,7 +8,8 @@ namespace {
 template <class Io>
 struct Scalar : Io {
   using Value = typename Io::Element;
-  static constexpr int lanes = 8, group = 1, registers = 8;
+  static constexpr int lanes = 8, group = 1, registers = 8, flip = 0;
+  static constexpr bool scaled_activations = false;
   using Mask = uint8_t;
   struct Vector {
     float lane[lanes];
