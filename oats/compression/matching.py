@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from oats.compression.block_runner import BlockRunner, Held, replaced_forward
+from oats.compression.block_runner import BlockRunner, HiddenStates
 from oats.compression.calibration import token_mask
+from oats.compression.temporary import replaced_forward
 from oats.errors import CalibrationError
 from oats.format.bitmask import decode, decode_mask
 from oats.nn.sparse_low_rank_linear import SparseLowRankLinear
@@ -33,7 +34,7 @@ def match_block(
     runner: BlockRunner,
     index: int,
     layers: Sequence[SparseLowRankLinear],
-    targets: Held,
+    dense_outputs: HiddenStates,
     passes: int,
 ) -> tuple[float, float]:
     """Tune layers of a block, in place, so that the block returns what the dense block returned.
@@ -46,7 +47,8 @@ def match_block(
         runner: stands before block `index`.
         index: the block.
         layers: which are tuned; no layer of an earlier block.
-        targets: for each batch what the block is to return: a tensor (…, d), or a tuple that begins with one.
+        dense_outputs: what the dense block returned for each batch: a tensor (…, d), or a tuple that begins
+            with one.
         passes: over the calibration data, at least 1.
 
     Returns:
@@ -55,14 +57,14 @@ def match_block(
     Raises:
         CalibrationError: the block does not return a tensor, or its loss is not finite.
     """
-    before = _loss(runner, index, targets)
-    held = [layer.canonical() for layer in layers]
-    for layer, tuned in zip(layers, _tune(runner, index, layers, targets, passes), strict=True):
+    before = _loss(runner, index, dense_outputs)
+    untuned = [layer.canonical() for layer in layers]
+    for layer, tuned in zip(layers, _tune(runner, index, layers, dense_outputs, passes), strict=True):
         _store(layer, tuned)
-    after = _loss(runner, index, targets)
+    after = _loss(runner, index, dense_outputs)
     if after < before:
         return before, after
-    for layer, canonical in zip(layers, held, strict=True):
+    for layer, canonical in zip(layers, untuned, strict=True):
         _store(layer, canonical)
     return before, before
 
@@ -99,7 +101,7 @@ def _tune(
     runner: BlockRunner,
     index: int,
     layers: Sequence[SparseLowRankLinear],
-    targets: Held,
+    dense_outputs: HiddenStates,
     passes: int,
 ) -> list[dict[str, Tensor]]:
     tunables = [_Tunable(layer) for layer in layers]
@@ -107,14 +109,14 @@ def _tune(
         [group for tunable in tunables for group in tunable.groups()], betas=BETAS, fused=True
     )
     parameters = [group["params"][0] for group in optimizer.param_groups]
-    steps, step = passes * len(targets), 0
+    steps, step = passes * len(dense_outputs), 0
     with ExitStack() as stack:
         stack.enter_context(torch.enable_grad())
         for layer, tunable in zip(layers, tunables, strict=True):
             stack.enter_context(replaced_forward(layer, tunable.forward))
         for _ in range(passes):
-            for output, target in zip(runner.run(index), targets, strict=True):
-                loss = _relative_error(output, target, runner.batch)
+            for output, dense in zip(runner.run(index), dense_outputs, strict=True):
+                loss = _relative_error(output, dense, runner.batch)
                 # Not backward(): the block's norms, and the embedding before the first block, stay out of it.
                 gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
                 for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -133,10 +135,10 @@ def _store(layer: SparseLowRankLinear, tensors: dict[str, Tensor]) -> None:
     layer.load_state_dict(state)
 
 
-def _loss(runner: BlockRunner, index: int, targets: Held) -> float:
+def _loss(runner: BlockRunner, index: int, dense_outputs: HiddenStates) -> float:
     losses = [
-        float(_relative_error(output, target, runner.batch))
-        for output, target in zip(runner.run(index), targets, strict=True)
+        float(_relative_error(output, dense, runner.batch))
+        for output, dense in zip(runner.run(index), dense_outputs, strict=True)
     ]
     mean = sum(losses) / len(losses)
     if not torch.isfinite(torch.tensor(mean)):
@@ -144,8 +146,8 @@ def _loss(runner: BlockRunner, index: int, targets: Held) -> float:
     return mean
 
 
-def _relative_error(output: Any, target: Any, batch: dict[str, Tensor]) -> Tensor:
-    y, t = _hidden(output), _hidden(target)
+def _relative_error(output: Any, dense: Any, batch: dict[str, Tensor]) -> Tensor:
+    y, t = _hidden(output), _hidden(dense)
     each = (y - t).square().sum(-1) / t.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
     mask = token_mask(batch)
     if mask is not None and each.shape in (mask.shape, (mask.numel(),)):
