@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from oats.checkpoint.dense_source import DenseSource
 from oats.checkpoint.saving import check_output
@@ -18,8 +18,6 @@ from oats.compression.block_store import BlockStore
 from oats.compression.distributed import Ranks
 from oats.compression.memory import Limit, return_freed
 from oats.compression.report import CompressionReport, LayerReport
-from oats.compression.targets import Targets
-from oats.compression.walk import rehearse
 from oats.config import OatsConfig
 from oats.errors import DistributedError
 from oats.models.linear import replace_
@@ -33,9 +31,10 @@ class FileBlocks(BlockStore):
         source: the dense model.
         staging: gets finished blocks and hidden states.
         shards: writes the finished blocks.
-        plan: what decides the result; only an equal run goes on from this one.
+        plan: everything that decides the result; a run goes on from another only if their plans are equal.
         overwrite: whether the model at ``staging.out`` may be replaced.
-        targets, batches, config, ranks: of the run.
+        batches: number of calibration batches.
+        config, ranks: of the run.
         dtype: of the weights that the model gets.
         limit: to the memory of this process.
     """
@@ -45,52 +44,51 @@ class FileBlocks(BlockStore):
     shards: Shards
     plan: dict[str, Any]
     overwrite: bool
-    targets: Targets
-    batches: list[dict[str, Tensor]]
+    batches: int
     config: OatsConfig
     ranks: Ranks
     dtype: torch.dtype
     limit: Limit
     table: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Entries of the finished layers in ``quantization_config.layers``; complete on the first rank."""
-    started: float = 0.0
-    """Time at the end of :meth:`start`, after which the staging directory is this run's; 0 before."""
+    """Entries of the finished layers in ``quantization_config.layers``, on the first rank."""
 
-    def start(self) -> tuple[int, CompressionReport | None]:
+    def start(self, rehearse: Callable[[], None]) -> tuple[int, CompressionReport | None]:
         """Find what an earlier run finished; or else rehearse, and make the staging directory.
 
         Raises:
             OutputExistsError: another run is at work.
             ConfigError: an unfinished run had other settings.
             DistributedError: this rank does not see the directory.
-            CalibrationError, WeightError: as :func:`oats.compression.walk.rehearse`.
         """
         staging = self.staging
         if self.ranks.rank == 0:
             if staging.is_delivered() and staging.differences(self.plan):
                 staging.discard()
                 check_output(staging.out, overwrite=self.overwrite)
-            self._prepare()
+            staging.lock()
+            if staging.exists():
+                staging.check_plan(self.plan)
+            if not (staging.exists() and staging.progress()["blocks"]):
+                rehearse()
+                staging.create(self.plan)
+                staging.lock()
         state = self.ranks.broadcast(staging.progress() if self.ranks.rank == 0 else None)
         if not staging.exists():
             raise DistributedError(
                 f"rank {self.ranks.rank} does not see {staging.directory}, which rank 0 made; all ranks need "
                 "the same file system"
             )
-        self.started = time.perf_counter()
-        self.table = state.get("table", {})
-        return state["blocks"], _report(self.config, state) if state["blocks"] else None
-
-    def _prepare(self) -> None:
-        source, staging = self.source, self.staging
-        staging.lock()
-        if staging.exists():
-            staging.check_plan(self.plan)
-            if staging.progress()["blocks"]:
-                return
-        rehearse(source.model, source.path, self.targets, self.batches, self.config, self)
-        staging.create(self.plan)
-        staging.lock()
+        self._started = time.perf_counter()
+        if not state["blocks"]:
+            return 0, None
+        self.table = state["table"]
+        return state["blocks"], CompressionReport(
+            self.config,
+            [LayerReport(**layer) for layer in state["layers"]],
+            state["left_dense"],
+            {block: (before, after) for block, (before, after) in state["matched"].items()},
+            state["seconds"],
+        )
 
     def compressions(self, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
         """Read what an earlier run measured; or else measure, and keep it for later runs."""
@@ -104,18 +102,14 @@ class FileBlocks(BlockStore):
 
     def hidden_states(self, name: str) -> StoredStates:
         """Tensors on disk, in the directory `name` of the staging directory."""
-        return self.staging.hidden_states(name, len(self.batches))
+        return self.staging.hidden_states(name, self.batches)
 
     def fill(self, index: int) -> None:
         """Read block `index`."""
         self.source.fill(index, self.dtype)
 
     def release(self, index: int) -> None:
-        """Take the weights of block `index` away.
-
-        Raises:
-            OatsError: the run passed its memory limit.
-        """
+        """Take the weights away, and stop a run that passed its memory limit."""
         self.source.release(index)
         return_freed()
         self.limit.check()
@@ -123,11 +117,7 @@ class FileBlocks(BlockStore):
     def finish(
         self, index: int, replaced: Sequence[tuple[nn.Module, nn.Module]], report: CompressionReport
     ) -> None:
-        """Write a compressed block, put its dense layers back without weights, and note that it is finished.
-
-        Raises:
-            OatsError: a file cannot be written, or the run passed its memory limit.
-        """
+        """Write a compressed block, put its dense layers back without weights, and commit."""
         if self.ranks.rank == 0:
             self.table |= self.shards.write_block(index)
         for dense, compressed in replaced:
@@ -143,16 +133,6 @@ class FileBlocks(BlockStore):
                     "left_dense": report.left_dense,
                     "matched": report.matched,
                     "table": self.table,
-                    "seconds": report.seconds_before + time.perf_counter() - self.started,
+                    "seconds": report.seconds_before + time.perf_counter() - self._started,
                 }
             )
-
-
-def _report(config: OatsConfig, state: dict[str, Any]) -> CompressionReport:
-    return CompressionReport(
-        config,
-        [LayerReport(**layer) for layer in state["layers"]],
-        dict(state["left_dense"]),
-        {block: (before, after) for block, (before, after) in state["matched"].items()},
-        float(state["seconds"]),
-    )

@@ -22,11 +22,12 @@ from oats.checkpoint.shards import Shards
 from oats.checkpoint.staging import Staging
 from oats.compression.calibration import as_batches
 from oats.compression.compress import checked_settings, tokens_per_batch
+from oats.compression.conversion import convert
 from oats.compression.distributed import Ranks
 from oats.compression.memory import Limit, block_bytes, largest_need, resident_bytes
 from oats.compression.report import CompressionReport, Progress
 from oats.compression.targets import SPLIT, Targets, find_targets
-from oats.compression.walk import compress_blocks
+from oats.compression.walk import Walk
 from oats.config import OatsConfig
 from oats.errors import DistributedError, UnsupportedModelError
 from oats.models.linear import output_head
@@ -103,9 +104,10 @@ def compress_directory(
                 f"{ranks.size} ranks share {len(batches)} calibration batches; start at most {len(batches)} "
                 "ranks, or calibrate on more sequences"
             )
+        convert(model, dtype)
         shards, plan = Shards(source, staging), _plan(source, calibration, config, dtype, split, tokens)
         store = FileBlocks(
-            source, staging, shards, plan, overwrite, targets, batches, config, ranks, dtype, limit
+            source, staging, shards, plan, overwrite, len(batches), config, ranks, dtype, limit
         )
 
         def observe(*layer: Any) -> None:
@@ -113,14 +115,13 @@ def compress_directory(
             if progress is not None and ranks.rank == 0:
                 progress(*layer)
 
+        walk = Walk(model, source.path, targets, batches, config, store, ranks=ranks, progress=observe)
+        walk.start()
         try:
-            report = compress_blocks(
-                model, source.path, targets, batches, config, store,
-                dtype=dtype, ranks=ranks, progress=observe,
-            )  # fmt: skip
+            report = walk.run(dtype)
         except BaseException as error:
             useless = isinstance(error, UnsupportedModelError)
-            if ranks.rank == 0 and store.started and (useless or not staging.progress()["blocks"]):
+            if ranks.rank == 0 and (useless or not staging.progress()["blocks"]):
                 staging.remove()
             raise
         if ranks.rank == 0:

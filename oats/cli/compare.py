@@ -100,13 +100,8 @@ def compare(
     from oats.checkpoint.loading import load_model
     from oats.cli.comparison_table import print_table
     from oats.cli.console import notes, print_json, progress_bar, results, settings_table, status
-    from oats.compression.calibration_text import (
-        bos_token_id,
-        builtin_text,
-        calibration_sequences,
-        read_text,
-        tokenize,
-    )
+    from oats.compression.calibration_text import builtin_text, calibration_text, read_text
+    from oats.compression.tokenization import bos_token_id, calibration_sequences, tokenize
     from oats.evaluate.comparison import (
         Cell,
         Cells,
@@ -130,7 +125,7 @@ def compare(
         require_matplotlib()
     if tasks:
         require_harness()
-    source = builtin_text("first") if calibration is None else read_text(calibration)
+    source = calibration_text(calibration)
     texts = [read_text(path) for path in text] if text else [builtin_text("second")]
     with status(f"Loading {model}"):
         network, tokenizer = load_model(model, dtype)

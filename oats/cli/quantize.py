@@ -53,9 +53,10 @@ def quantize(
     from oats.checkpoint.saving import check_output, save_model
     from oats.checkpoint.stored_model import read_stored_model
     from oats.cli.console import human_bytes, print_json, progress_bar, results, settings_table, status
-    from oats.compression.calibration_text import builtin_text, calibration_sequences, read_text
+    from oats.compression.calibration_text import calibration_text
     from oats.compression.head import quantize_head_
     from oats.compression.quantize import quantize_
+    from oats.compression.tokenization import calibration_sequences
     from oats.config import OatsConfig, Storage
 
     OatsConfig(head=head)  # type: ignore[arg-type]  # checks it
@@ -73,7 +74,7 @@ def quantize(
     if calibrate or calibration is not None:
         if tokenizer is None:
             raise ConfigError(f"{directory} takes images; leave the calibration text out")
-        text = builtin_text("first") if calibration is None else read_text(calibration)
+        text = calibration_text(calibration)
         vocabulary = model.get_input_embeddings().num_embeddings
         windows = calibration_sequences(tokenizer, text, vocabulary, samples, length)
         calibrated_on = {**text.identity(), "samples": samples, "length": length}

@@ -17,16 +17,13 @@ class BlockStore:
     one block at a time, and writes finished blocks, so that a run that was stopped can go on.
     """
 
-    def start(self) -> tuple[int, CompressionReport | None]:
-        """Prepare to take finished blocks.
-
-        Returns:
-            The number of blocks that earlier runs finished, and their report.
-        """
+    def start(self, rehearse: Callable[[], None]) -> tuple[int, CompressionReport | None]:
+        """Rehearse, unless an earlier run has finished blocks; returns their number and their report."""
+        rehearse()
         return 0, None
 
     def compressions(self, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
-        """Name of each matrix → its compression: from an earlier run, or else measured now."""
+        """Name of each matrix → its compression: known from an earlier run, or measured now."""
         return measure()
 
     def hidden_states(self, name: str) -> HiddenStates | None:
@@ -42,10 +39,4 @@ class BlockStore:
     def finish(
         self, index: int, replaced: Sequence[tuple[nn.Module, nn.Module]], report: CompressionReport
     ) -> None:
-        """Take a compressed block out of the model.
-
-        Args:
-            index: the block.
-            replaced: each dense layer and what replaced it.
-            report: of all blocks so far.
-        """
+        """Take compressed block `index`; `replaced` holds each dense layer and what replaced it."""

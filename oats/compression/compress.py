@@ -13,8 +13,7 @@ from oats.compression.conversion import dtype_of
 from oats.compression.matching import TOKENS_PER_STEP
 from oats.compression.report import CompressionReport, Progress
 from oats.compression.targets import SPLIT, find_targets, is_skipped
-from oats.compression.temporary import evaluating
-from oats.compression.walk import compress_blocks, rehearse
+from oats.compression.walk import Walk
 from oats.config import OatsConfig
 from oats.errors import ConfigError
 from oats.format.layer_spec import DTYPES, storage_dtype
@@ -75,18 +74,16 @@ def compress_(
         model,
         lambda name: name.startswith(f"{path}.") and not is_skipped(f"{name}.gate_up_proj", config),
     )
-    store = BlockStore()
     try:
         targets = find_targets(model, path, block_list, config, split)
-        with evaluating(model):
-            rehearse(model, path, targets, batches, config, store)
+        walk = Walk(model, path, targets, batches, config, BlockStore(), progress=progress)
+        walk.start()
     except BaseException:
         for name, module in experts.items():
             model.set_submodule(name, module)
         raise
     experts.clear()  # so that the memory of each is free once its layers are replaced
-    dtype = DTYPES[config.dtype] if config.dtype else storage_dtype(dtype_of(model))
-    report = compress_blocks(model, path, targets, batches, config, store, dtype=dtype, progress=progress)
+    report = walk.run(DTYPES[config.dtype] if config.dtype else storage_dtype(dtype_of(model)))
     fuse_(model)
     return report
 

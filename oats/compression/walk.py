@@ -29,88 +29,19 @@ from oats.nn.sparse_low_rank_linear import SparseLowRankLinear
 from oats.nn.split_linear import SplitLinear
 
 
-def rehearse(
-    model: nn.Module,
-    path: str,
-    targets: Targets,
-    batches: list[dict[str, Tensor]],
-    config: OatsConfig,
-    store: BlockStore,
-) -> None:
-    """Check each block and run it on the first sequence: it finds what cannot work before anything changes.
+class Walk:
+    """One run: it goes on after the blocks that earlier runs finished.
 
     Args:
-        model: in evaluation mode.
-        path, targets, batches, config, store: as in :func:`compress_blocks`.
-
-    Raises:
-        CalibrationError: as :meth:`BlockRunner.run`.
-        ConfigError, WeightError: as :meth:`Targets.check_block`.
-    """
-    first = batches[0]
-    if len(first) == 1:  # else only the model knows how to cut it
-        first = {name: map_tensors(value, lambda x: x[:1]) for name, value in first.items()}
-    blocks = list(model.get_submodule(path).children())
-    runner = BlockRunner(model, blocks, [first])
-    for index in range(len(blocks)):
-        store.fill(index)
-        targets.check_block(index, config)
-        runner.advance(index)
-        store.release(index)
-
-
-def compress_blocks(
-    model: nn.Module,
-    path: str,
-    targets: Targets,
-    batches: list[dict[str, Tensor]],
-    config: OatsConfig,
-    store: BlockStore,
-    *,
-    dtype: torch.dtype,
-    ranks: Ranks | None = None,
-    progress: Progress | None = None,
-) -> CompressionReport:
-    """Convert a model, store its head as codes if asked to, and compress its blocks.
-
-    Args:
-        model: whose blocks are replaced; :func:`rehearse` has found nothing wrong with it, or `store` calls
-            that.
+        model: whose blocks are compressed.
         path: dotted path of its list of blocks.
         targets: what to compress.
         batches: calibration data, from :func:`oats.compression.calibration.as_batches`.
         config: settings of the run.
         store: where blocks come from and go to.
-        dtype: in which layers are stored.
         ranks: the processes that share the work.
         progress: called after each layer.
-
-    Raises:
-        UnsupportedModelError: nothing was compressed.
-        CalibrationError, WeightError, ConfigError, DistributedError: as :func:`oats.compress_` and
-            :func:`oats.checkpoint.streaming.compress_directory`.
     """
-    ranks = ranks or Ranks()
-    with evaluating(model):
-        original = dtype_of(model)
-        convert(model, dtype)
-        batches = [convert_batch(batch, original, dtype) for batch in batches]
-        if config.head:
-            prepare_saving_(model, config)
-            store_head_as_codes_(model, config.scale_columns)
-        report = _Walk(model, path, targets, batches, config, store, ranks, progress).run()
-    if not report.layers:
-        raise UnsupportedModelError(
-            f"{type(model).__name__}: nothing was compressed; {reasons(report.left_dense)}"
-        )
-    unwanted = {name: why for name, why in report.left_dense.items() if why != SKIPPED}
-    if unwanted and ranks.rank == 0:
-        warnings.warn(f"left dense: {reasons(unwanted)}", stacklevel=3)
-    return report
-
-
-class _Walk:
-    """One run: it goes on after the blocks that earlier runs finished."""
 
     def __init__(
         self,
@@ -120,24 +51,68 @@ class _Walk:
         batches: list[dict[str, Tensor]],
         config: OatsConfig,
         store: BlockStore,
-        ranks: Ranks,
-        progress: Progress | None,
+        *,
+        ranks: Ranks | None = None,
+        progress: Progress | None = None,
     ) -> None:
         self._model, self._path, self._targets, self._batches = model, path, targets, batches
-        self._config, self._store, self._ranks, self._progress = config, store, ranks, progress
+        self._config, self._store, self._ranks, self._progress = config, store, ranks or Ranks(), progress
         self._blocks: list[nn.Module] = list(model.get_submodule(path).children())
-        self._first, report = store.start()
-        self._report = report or CompressionReport(config, left_dense=dict(targets.left_dense))
-        # Only those are kept up to date that the settings ask for.
-        self._compressed, self._dense = self._runner("hidden"), self._runner("dense")
 
-    def run(self) -> CompressionReport:
-        uniform = self._config.budget == "uniform"
-        compressions = {} if uniform else self._store.compressions(self._measured_compressions)
-        decomposition = BlockDecomposition(self._config, compressions, self._ranks)
-        for index in range(self._first, len(self._blocks)):
-            self._step(index, decomposition)
-        return self._report
+    def start(self) -> None:
+        """Find what cannot work, before anything is changed; and the block to go on from.
+
+        Raises:
+            CalibrationError: as :meth:`BlockRunner.run`.
+            ConfigError, WeightError: as :meth:`Targets.check_block`.
+        """
+        with evaluating(self._model):
+            self._first, report = self._store.start(self._rehearse)
+        self._report = report or CompressionReport(self._config, left_dense=dict(self._targets.left_dense))
+
+    def _rehearse(self) -> None:
+        """Check each block, and run it on the first sequence."""
+        first = self._batches[0]
+        if len(first) == 1:  # else only the model knows how to cut it
+            first = {name: map_tensors(value, lambda x: x[:1]) for name, value in first.items()}
+        runner = BlockRunner(self._model, self._blocks, [first])
+        for index in range(len(self._blocks)):
+            self._store.fill(index)
+            self._targets.check_block(index, self._config)
+            runner.advance(index)
+            self._store.release(index)
+
+    def run(self, dtype: torch.dtype) -> CompressionReport:
+        """Convert the model to the dtype of its layers, store the head as codes if asked to, compress blocks.
+
+        Raises:
+            UnsupportedModelError: nothing was compressed, or the head cannot be stored as codes.
+            CalibrationError, WeightError, DistributedError: in the walk.
+        """
+        model, config = self._model, self._config
+        with evaluating(model):
+            original = dtype_of(model)
+            convert(model, dtype)
+            self._batches = [convert_batch(batch, original, dtype) for batch in self._batches]
+            if config.head:
+                prepare_saving_(model, config)
+                store_head_as_codes_(model, config.scale_columns)
+            uniform = config.budget == "uniform"
+            compressions = {} if uniform else self._store.compressions(self._measured_compressions)
+            decomposition = BlockDecomposition(config, compressions, self._ranks)
+            # What compressed blocks return, and what dense ones do. Each is kept up to date if it is used.
+            self._compressed, self._dense = self._runner("hidden"), self._runner("dense")
+            for index in range(self._first, len(self._blocks)):
+                self._step(index, decomposition)
+        report = self._report
+        if not report.layers:
+            raise UnsupportedModelError(
+                f"{type(model).__name__}: nothing was compressed; {reasons(report.left_dense)}"
+            )
+        unwanted = {name: why for name, why in report.left_dense.items() if why != SKIPPED}
+        if unwanted and self._ranks.rank == 0:
+            warnings.warn(f"left dense: {reasons(unwanted)}", stacklevel=3)
+        return report
 
     def _step(self, index: int, decomposition: BlockDecomposition) -> None:
         self._store.fill(index)

@@ -333,12 +333,13 @@ def _calibration_windows(model: PreTrainedModel, config: OatsQuantizationConfig)
     """Token ids to compress a model on, (sequences, length)."""
     from transformers import AutoTokenizer
 
-    from oats.compression.calibration_text import builtin_text, calibration_sequences, read_text
+    from oats.compression.calibration_text import calibration_text
+    from oats.compression.tokenization import calibration_sequences
     from oats.models.context import context_limit
 
     if isinstance(config.calibration, Tensor):
         return config.calibration
-    text = builtin_text("first") if config.calibration is None else read_text(config.calibration)
+    text = calibration_text(config.calibration)
     source = model.config.name_or_path
     tokenizer: Any = None
     with contextlib.suppress(OSError, ValueError, KeyError):
