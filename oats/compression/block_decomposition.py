@@ -8,9 +8,12 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from oats.compression.block_runner import BlockRunner
 from oats.compression.distributed import Ranks
 from oats.compression.quantize_layer import quantize_layer_
 from oats.compression.report import LayerReport
+from oats.compression.statistics import input_statistics
+from oats.compression.targets import Target
 from oats.config import EXACT, OatsConfig
 from oats.decomposition.alternating import Decomposition, decompose_batch
 from oats.decomposition.methods import decompose_by_method, hessian_of, second_moments_of
@@ -24,16 +27,7 @@ busy by itself, so that a batch would only take more memory."""
 
 @dataclass(frozen=True, eq=False)
 class BlockMatrix:
-    """One matrix of a block: the weight of a layer, or of one part of a fused layer.
-
-    Attributes:
-        name: of the layer; of a part: layer, dot, part.
-        layer: name of the layer.
-        part: "" for a layer that is not split.
-        weight: (d_out, d_in).
-        bias: (d_out,), or None.
-        statistic: of its inputs, from :func:`oats.compression.statistics.input_statistics`.
-    """
+    """The weight (d_out, d_in) of a layer, or of a part of a fused one, with the statistic of its inputs."""
 
     name: str
     layer: str
@@ -41,6 +35,23 @@ class BlockMatrix:
     weight: Tensor
     bias: Tensor | None
     statistic: Tensor
+
+
+def block_matrices(
+    runner: BlockRunner, index: int, targets: Mapping[str, Target], config: OatsConfig
+) -> list[BlockMatrix]:
+    """The matrices of the layers to compress in a block; without those of layers that did not run.
+
+    Args as in :func:`oats.compression.statistics.input_statistics`, whose results they have.
+    """
+    modules = {name: target.module for name, target in targets.items()}
+    statistics = input_statistics(runner, index, modules, config)
+    return [
+        BlockMatrix(f"{name}.{part}" if part else name, name, part, weight, bias, statistics[name])
+        for name, target in targets.items()
+        if name in statistics
+        for part, (weight, bias) in target.matrices().items()
+    ]
 
 
 class BlockDecomposition:

@@ -1,8 +1,9 @@
 """Block-wise matching: the compressed layers of one block are tuned together for the block's output.
 
-Layer by layer, each fit takes the others for exact. Here the kept values (supports stay) and the low-rank
-factors of a whole block are moved by Adam towards what the dense block returns on the calibration data, as in
-the transformer matching of 3BASiL (arXiv 2603.01376). Nothing else of the model changes.
+A decomposition fits one layer as if the others were exact. Here Adam moves the kept values (not their
+positions) and the low-rank factors of a whole block, so that the block returns what the dense block returns
+on the calibration data: the transformer matching of 3BASiL (arXiv 2603.01376). Nothing else of the model
+changes.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from oats.format.bitmask import decode, decode_mask
 from oats.nn.sparse_low_rank_linear import SparseLowRankLinear
 
 TOKENS_PER_STEP = 1024
-"""Sequences that make one step of Adam hold about this many tokens."""
+"""Each step of Adam takes sequences of about this many tokens in all."""
 
 RATE = 1e-3
-"""First step size, as a share of the root mean square of the tensor that moves; it falls linearly to 0."""
+"""First step size relative to the root mean square of the tensor; it falls linearly to 0."""
 
 BETAS = 0.9, 0.95
 
@@ -39,14 +40,15 @@ def match_block(
 ) -> tuple[float, float]:
     """Tune layers of a block, in place, so that the block returns what the dense block returned.
 
-    The loss is the mean over tokens of ``‖y − t‖² / ‖t‖²``: what comes next normalises each token, and a few
-    tokens of huge norm would otherwise be all that counts. Tokens that an attention mask excludes do not
-    count. Where tuning did not lower the loss, the layers stay as they were.
+    The loss is the mean over tokens of ``‖y − t‖² / ‖t‖²``, y being what the block returns and t what the
+    dense block returned. It is relative because the next block normalises each token: else a few tokens of
+    huge norm would decide. Tokens that an attention mask excludes do not count. Layers stay as they were if
+    tuning does not lower the loss.
 
     Args:
-        runner: stands before block `index`.
+        runner: before block `index`.
         index: the block.
-        layers: which are tuned; no layer of an earlier block.
+        layers: to tune; none of an earlier block.
         dense_outputs: what the dense block returned for each batch: a tensor (…, d), or a tuple that begins
             with one.
         passes: over the calibration data, at least 1.
@@ -86,7 +88,7 @@ class _Tunable:
         return nn.functional.linear(x, weight.to(x.dtype), self._bias)
 
     def groups(self) -> Iterator[dict[str, Any]]:
-        """What Adam moves, each at its own scale."""
+        """Adam's parameter groups, each with the scale of its steps."""
         sizes = {self._sparse: self._nnz, self._u: self._u.numel(), self._v: self._v.numel()}
         for tensor, count in sizes.items():
             if count:
@@ -117,7 +119,7 @@ def _tune(
         for _ in range(passes):
             for output, dense in zip(runner.run(index), dense_outputs, strict=True):
                 loss = _relative_error(output, dense, runner.batch)
-                # Not backward(): the block's norms, and the embedding before the first block, stay out of it.
+                # Not backward(): norms, and the embedding before the first block, need no gradients.
                 gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
                 for parameter, gradient in zip(parameters, gradients, strict=True):
                     parameter.grad = gradient
@@ -129,7 +131,7 @@ def _tune(
 
 
 def _store(layer: SparseLowRankLinear, tensors: dict[str, Tensor]) -> None:
-    """Replace values and factors by others, rounded to the layer's dtype."""
+    """Replace values and factors, rounded to the layer's dtype."""
     state = layer.state_dict()
     state.update({name: tensor.to(layer.dtype) for name, tensor in tensors.items() if name != "mask"})
     layer.load_state_dict(state)

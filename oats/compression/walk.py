@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from oats.compression.allocation import allocate, measure_block
-from oats.compression.block_decomposition import BlockDecomposition, BlockMatrix
+from oats.compression.block_decomposition import BlockDecomposition, block_matrices
 from oats.compression.block_runner import BlockRunner, map_tensors
 from oats.compression.block_store import BlockStore
 from oats.compression.conversion import convert, convert_batch, dtype_of
@@ -18,7 +18,6 @@ from oats.compression.matching import match_block
 from oats.compression.quantize_layer import quantize_layer_
 from oats.compression.report import CompressionReport, Progress
 from oats.compression.saving_hook import prepare_saving_
-from oats.compression.statistics import input_statistics
 from oats.compression.targets import SKIPPED, Target, Targets, reasons
 from oats.compression.temporary import evaluating
 from oats.config import OatsConfig
@@ -147,7 +146,10 @@ class Walk:
     ) -> list[tuple[nn.Module, nn.Module]]:
         """Replace the layers of a block; returns each dense layer and what replaced it."""
         config, report, targets = self._config, self._report, self._targets.blocks[index]
-        matrices = self._matrices(index)
+        runner = self._dense if config.moments == "dense" else self._compressed
+        matrices = block_matrices(runner, index, targets, config)
+        ran = {matrix.layer for matrix in matrices}
+        report.left_dense |= {n: "it did not run on the calibration data" for n in targets if n not in ran}
         if config.block_matching or config.moments == "dense":
             self._advance(self._dense, "dense", index, last=config.block_matching > 0)
             self._ranks.barrier()
@@ -175,22 +177,6 @@ class Walk:
                 for layer, hessian in zip(made, hessians, strict=True):
                     quantize_layer_(layer, config.storage, hessian)
         return replaced
-
-    def _matrices(self, index: int) -> list[BlockMatrix]:
-        """The matrices of a block with the statistics of their inputs; notes layers that did not run."""
-        targets = self._targets.blocks[index]
-        modules = {name: target.module for name, target in targets.items()}
-        runner = self._dense if self._config.moments == "dense" else self._compressed
-        statistics = input_statistics(runner, index, modules, self._config)
-        matrices = []
-        for name, target in targets.items():
-            if name not in statistics:
-                self._report.left_dense[name] = "it did not run on the calibration data"
-                continue
-            for part, (weight, bias) in target.matrices().items():
-                part_name = f"{name}.{part}" if part else name
-                matrices.append(BlockMatrix(part_name, name, part, weight, bias, statistics[name]))
-        return matrices
 
     def _not_run(self) -> int:
         """Number of matrices of targets that did not run."""
