@@ -19,7 +19,7 @@ JOINED_BYTES = 1_000_000_000
 """A model whose files hold no more than this in all becomes one file."""
 
 SHARD_BYTES = 1_500_000_000
-"""What is not in a block goes to files of about this size."""
+"""Tensors outside the blocks go to files of about this size."""
 
 
 class Shards:

@@ -1,4 +1,4 @@
-"""The walk over a model that compresses one block after another, wherever the blocks are held."""
+"""The walk over a model: one block after another is compressed, in memory or from files."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ class Walk:
             uniform = config.budget == "uniform"
             compressions = {} if uniform else self._store.compressions(self._measured_compressions)
             decomposition = BlockDecomposition(config, compressions, self._ranks)
-            # What compressed blocks return, and what dense ones do. Each is kept up to date if it is used.
+            # One runs the compressed blocks and one the dense ones. Each moves on only if it is needed.
             self._compressed, self._dense = self._runner("hidden"), self._runner("dense")
             for index in range(self._first, len(self._blocks)):
                 self._step(index, decomposition)
@@ -126,7 +126,7 @@ class Walk:
         return BlockRunner(self._model, self._blocks, self._batches, states, self._ranks)
 
     def _advance(self, runner: BlockRunner, name: str, index: int, *, last: bool = False) -> None:
-        """Make the inputs of the next block; of the last block too if what it returns is needed."""
+        """Make the inputs of the next block. With `last`, the last block runs too: its output is needed."""
         if last or index + 1 < len(self._blocks):
             runner.advance(index, self._store.hidden_states(f"{name}/{index + 1}"))
 
