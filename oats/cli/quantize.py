@@ -33,9 +33,7 @@ def quantize(
     head: Head = None,
     calibrate: Annotated[
         bool,
-        typer.Option(
-            "--calibrate", help="Fit codes by what the layers see: worth it for int4, takes longer."
-        ),
+        typer.Option("--calibrate", help="Fit codes to the layers' inputs: worth it for int4, takes longer."),
     ] = False,
     calibration: CalibrationText = None,
     samples: Samples = 64,
@@ -45,8 +43,8 @@ def quantize(
 ) -> None:
     """Store the values of a compressed model as int8 or int4 codes: fewer bytes, and faster for it.
 
-    No calibration is needed. With --calibrate, or a --calibration text, the error of each code is made good
-    by the values after it, and later blocks are fitted to what the coded ones before them return.
+    No calibration is needed. With --calibrate, or a --calibration text, the values after each code make up
+    for its error, and each block is fitted to what the quantised blocks before it return.
     """
     from oats.checkpoint.loading import load_model
     from oats.checkpoint.record import Record
