@@ -24,8 +24,9 @@ from oats.checkpoint.record import Record
 from oats.checkpoint.saving import save_model
 from oats.checkpoint.stored_model import directory_bytes, read_stored_model
 from oats.cli.console import human_bytes, progress_bar, results, status
-from oats.compression.calibration_text import bos_token_id, builtin_text, calibration_sequences, tokenize
+from oats.compression.calibration_text import builtin_text
 from oats.compression.head import quantize_head_
+from oats.compression.tokenization import bos_token_id, calibration_sequences, tokenize
 from oats.config import Storage
 from oats.evaluate.perplexity import perplexity
 from oats.kernels.isa import active_isa

@@ -1,4 +1,4 @@
-"""A dense model on disk whose blocks are in memory one at a time."""
+"""A dense model on disk that has one block in memory at a time."""
 
 from __future__ import annotations
 
@@ -21,14 +21,12 @@ _TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.floa
 class DenseSource:
     """A model whose blocks have no weights until they are read from its safetensors files.
 
-    The files are mapped into memory: pages are read when they are used, and belong to the process only until
-    the block is released.
-
-    Made by :meth:`open`.
+    The files are mapped into memory: the system reads pages when they are used, and frees them once the block
+    is released. :meth:`open` makes it.
 
     Attributes:
-        directory: that holds the model.
-        model: the model; all but its blocks has weights.
+        directory: of the model.
+        model: has weights outside the blocks.
         path: dotted path of the list of blocks.
         blocks: that list.
         files: the safetensors files.
@@ -76,7 +74,7 @@ class DenseSource:
         return DenseSource(directory, model, path, places)
 
     def fill(self, index: int, dtype: torch.dtype) -> None:
-        """Give a block its weights, in `dtype`."""
+        """Read the weights of a block, and cast them to `dtype`."""
         from safetensors import safe_open
 
         for name in self._names(index):
@@ -86,7 +84,7 @@ class DenseSource:
             self._set(name, tensor.to(dtype) if tensor.is_floating_point() else tensor)
 
     def release(self, index: int) -> None:
-        """Take a block's weights away. What is not stored (rotary frequencies) stays."""
+        """Take the weights of a block away; buffers that files do not hold (rotary frequencies) stay."""
         for name in self._names(index):
             owner, _, attribute = name.rpartition(".")
             tensor = getattr(self.model.get_submodule(owner), attribute)
@@ -106,13 +104,13 @@ class DenseSource:
 
 
 def checkpoint_files(directory: Path) -> list[Path]:
-    """The safetensors files that the checkpoint in a directory consists of; empty where it has none.
+    """The safetensors files of the checkpoint in a directory; empty if it has none.
 
     Raises:
         FormatError: the index is damaged.
     """
     single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
-    # In the order in which transformers looks.
+    # transformers looks in this order.
     if single.is_file():
         return [single]
     weight_map = read_config(index).get("weight_map") if index.is_file() else None
@@ -120,7 +118,7 @@ def checkpoint_files(directory: Path) -> list[Path]:
 
 
 def stored_float_dtype(directory: Path) -> torch.dtype:
-    """The floating dtype that most elements of a checkpoint's files have."""
+    """The floating-point dtype that takes most bytes of a checkpoint's files."""
     sizes: Counter[torch.dtype] = Counter()
     for file in checkpoint_files(directory):
         for tensor in read_header(file).values():
@@ -130,11 +128,11 @@ def stored_float_dtype(directory: Path) -> torch.dtype:
 
 
 def compressed_dtype(directory: Path, dtype: str | None) -> torch.dtype:
-    """The dtype of what a model is compressed to.
+    """The dtype of the compressed model.
 
     Args:
-        directory: that holds the model.
-        dtype: ``"bf16"`` or ``"fp32"``, or None for the one that the model is loaded in.
+        directory: of the dense model.
+        dtype: ``"bf16"`` or ``"fp32"``; None means the dtype that the model is loaded in.
     """
     if dtype is not None:
         return DTYPES[dtype]

@@ -1,16 +1,17 @@
-"""The directory in which a compressed model is put together, and from which a run that was stopped goes on.
+"""The directory that collects a compressed model, and from which a run that was stopped goes on.
 
 It lies beside the output, as ``.OUT.unfinished``, and holds
 
-- ``plan.json``: what the run was started with. Another run goes on only from an equal plan.
-- ``model/``: what will be the output: a file for each finished block, in the end all that belongs there.
-- ``hidden/<block>/<batch>.safetensors``: what enters the first block that is not finished, and
-  ``dense/…`` the same in the dense model, for matching.
-- ``compressions.json``: of each matrix, where the budget is not uniform; ``measured/…`` while it is made.
-- ``progress.json``: how many blocks are finished, and what became of their layers. It is replaced when the
-  block's file and the inputs of the next block are on disk; so it is what decides where to go on.
+- ``plan.json``: everything that decides the result. Only a run with an equal plan goes on from here.
+- ``model/``: what becomes the output: first a file for each finished block, in the end all files.
+- ``hidden/<block>/<batch>.safetensors``: the inputs of the first block that is not finished;
+  ``dense/<block>/…``: the same in the dense model, if the settings need it.
+- ``compressions.json``: the compression of each matrix, if the budget is not uniform; ``measured/…``: hidden
+  states while they are measured.
+- ``progress.json``: the number of finished blocks, and what became of their layers. It is replaced once the
+  block's file and the inputs of the next block are on disk, so that it says where to go on.
 
-Each of these files is written under another name, flushed to disk and renamed.
+Each file is written under another name, flushed to disk and renamed.
 """
 
 from __future__ import annotations
@@ -32,20 +33,19 @@ from oats.checkpoint.atomic_directory import swap_in
 from oats.checkpoint.atomic_file import write_file, write_text
 from oats.errors import ConfigError, FormatError, OatsError, OutputExistsError
 
-PLAN, PROGRESS, LOCK, MODEL = "plan.json", "progress.json", "lock", "model"
-HIDDEN, DENSE, MEASURED, REPLACED = "hidden", "dense", "measured", "replaced"
-COMPRESSIONS = "compressions.json"
+PLAN, PROGRESS, COMPRESSIONS = "plan.json", "progress.json", "compressions.json"
+LOCK, MODEL, REPLACED = "lock", "model", "replaced"
 
 
 class Staging:
     """The unfinished output of one run.
 
     Args:
-        out: where the model shall go.
+        out: where the model will be.
 
     Attributes:
-        directory: where its parts are until then.
-        model: what will be the output.
+        directory: holds the files until then.
+        model: the directory in it that becomes `out`.
     """
 
     def __init__(self, out: Path) -> None:
@@ -55,15 +55,15 @@ class Staging:
         self._lock: int | None = None
 
     def exists(self) -> bool:
-        """Whether an earlier run left something to go on from."""
+        """True if an earlier run left a plan."""
         return (self.directory / PLAN).is_file()
 
     def check_plan(self, plan: Mapping[str, Any]) -> None:
-        """Refuse to go on with another run's blocks.
+        """Refuse to go on from a run with another plan.
 
         Raises:
-            ConfigError: the earlier run's plan was another one.
-            FormatError: it cannot be read.
+            ConfigError: the plans differ.
+            FormatError: the earlier plan cannot be read.
         """
         differences = self.differences(plan)
         if differences:
@@ -73,10 +73,10 @@ class Staging:
             )
 
     def differences(self, plan: Mapping[str, Any]) -> list[str]:
-        """What of the earlier run's plan was not as in this one, for people.
+        """Say how the earlier run's plan differs from this one.
 
         Raises:
-            FormatError: it cannot be read.
+            FormatError: the earlier plan cannot be read.
         """
         before, now = _read_json(self.directory / PLAN), json.loads(json.dumps(plan))
         return [
@@ -86,7 +86,7 @@ class Staging:
         ]
 
     def create(self, plan: Mapping[str, Any]) -> None:
-        """Make the directory, unless it is there.
+        """Make the directory, unless there is one.
 
         Raises:
             OatsError: it cannot be written.
@@ -97,10 +97,10 @@ class Staging:
                 write_text(self.directory / PLAN, json.dumps(plan, indent=1), alone=True)
 
     def lock(self) -> None:
-        """Keep other runs out for as long as this process lives.
+        """Keep other runs out until :meth:`unlock`, or until this process ends.
 
         Raises:
-            OutputExistsError: one is at work.
+            OutputExistsError: another run is at work.
         """
         if self._lock is not None or not self.directory.is_dir():
             return
@@ -120,12 +120,12 @@ class Staging:
             self._lock = None
 
     def remove(self) -> None:
-        """Forget everything; a removal that is stopped is finished by the next run."""
+        """Remove the directory; the next run finishes a removal that was stopped."""
         plan = self.directory / PLAN
         if self.model.exists():
-            # Not delivered: without the plan, what is left counts as nothing.
+            # Not delivered. The plan goes first: no run goes on from a directory without one.
             plan.unlink(missing_ok=True)
-        # Delivered: as long as the plan is there, so is what says that only this removal is left to do.
+        # Delivered. The plan goes last: with it, is_delivered() says that only this removal is left to do.
         for entry in self.directory.glob("*"):
             if entry.is_dir():
                 shutil.rmtree(entry, ignore_errors=True)
@@ -142,17 +142,17 @@ class Staging:
             self.discard()
 
     def discard(self) -> None:
-        """Forget what an earlier run left.
+        """Remove what an earlier run left.
 
         Raises:
-            OutputExistsError: it is still at work.
+            OutputExistsError: that run is still at work.
         """
         self.lock()
         self.remove()
         self.unlock()
 
     def progress(self) -> dict[str, Any]:
-        """What is finished: ``blocks``, their number, and what the run noted beside it.
+        """What :meth:`commit` was given last: ``blocks`` is the number of finished blocks.
 
         Raises:
             FormatError: the file cannot be read.
@@ -161,27 +161,22 @@ class Staging:
         return _read_json(file) if file.is_file() else {"blocks": 0}
 
     def commit(self, progress: Mapping[str, Any]) -> None:
-        """Note that more blocks are finished, and drop what only they needed.
+        """Note that more blocks are finished, and remove the inputs of those blocks.
 
         Args:
-            progress: as :meth:`progress` returns it.
+            progress: what :meth:`progress` returns from now on.
 
         Raises:
             OatsError: it cannot be written.
         """
         with self.writing():
             write_text(self.directory / PROGRESS, json.dumps(progress), alone=True)
-        for kind in (HIDDEN, DENSE):
-            self.drop(kind, keep=progress["blocks"])
-
-    def drop(self, kind: str, *, keep: int) -> None:
-        """Remove the inputs of all blocks but one."""
-        for old in (self.directory / kind).glob("*"):
-            if old.name != str(keep):
-                shutil.rmtree(old, ignore_errors=True)
+        for inputs in [*self.directory.glob("hidden/*"), *self.directory.glob("dense/*")]:
+            if inputs.name != str(progress["blocks"]):
+                shutil.rmtree(inputs, ignore_errors=True)
 
     def planned(self, key: str) -> Any:
-        """One entry of the earlier run's plan; None where it has none.
+        """One entry of the earlier run's plan; None if it has no such entry.
 
         Raises:
             FormatError: the plan cannot be read.
@@ -189,7 +184,7 @@ class Staging:
         return _read_json(self.directory / PLAN).get(key)
 
     def compressions(self) -> dict[str, float] | None:
-        """Name of each matrix → its compression, where an earlier run got so far.
+        """Name of each matrix → its compression; None if no run has measured them yet.
 
         Raises:
             FormatError: the file cannot be read.
@@ -198,14 +193,14 @@ class Staging:
         return _read_json(file) if file.is_file() else None
 
     def note_compressions(self, compressions: Mapping[str, float]) -> None:
-        """Keep what :meth:`compressions` returns.
+        """Keep what :meth:`compressions` returns from now on.
 
         Raises:
             OatsError: it cannot be written.
         """
         with self.writing():
             write_text(self.directory / COMPRESSIONS, json.dumps(compressions, indent=1), alone=True)
-        self.drop(MEASURED, keep=0)
+        shutil.rmtree(self.directory / "measured", ignore_errors=True)
 
     def deliver(self, *, overwrite: bool) -> None:
         """Give the model its name.
@@ -227,19 +222,19 @@ class Staging:
             swap_in(self.model, self.out, aside, overwrite=overwrite)
 
     def is_delivered(self) -> bool:
-        """Whether an earlier run was stopped after it had given the model its name."""
+        """True if an earlier run was stopped after it had given the model its name."""
         return self.exists() and not self.model.exists() and self.out.is_dir()
 
-    def states(self, kind: str, block: int, batches: int) -> StoredStates:
-        """The inputs of a block, of which there are as many as batches."""
-        return StoredStates(self.directory / kind / str(block), batches, self)
+    def hidden_states(self, name: str, batches: int) -> StoredStates:
+        """What a block returns for each batch, kept in the directory `name`."""
+        return StoredStates(self.directory / name, batches, self)
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Turn what can go wrong while something is written into an error that says what is kept.
+        """Turn an error of the system while a file is written into one that says what is kept.
 
         Raises:
-            OatsError: it did.
+            OatsError: a file was not written.
         """
         from safetensors import SafetensorError
 
@@ -248,7 +243,7 @@ class Staging:
         except (OSError, SafetensorError) as error:
             if isinstance(error, OatsError):
                 raise
-            # The library in between keeps only the text of the system's error.
+            # safetensors keeps only the text of the system's error.
             full = getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error)
             reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
             raise OatsError(
@@ -268,7 +263,7 @@ class Staging:
 class StoredStates:
     """What a block returned for each batch, on disk: tensors, nested tuples of them, None and plain values.
 
-    Each is read when it is asked for, and mapped into memory only for as long as it is used.
+    An entry is read when it is asked for. It is mapped into memory, and only as long as it is used.
     """
 
     def __init__(self, directory: Path, batches: int, staging: Staging) -> None:
@@ -307,10 +302,10 @@ class StoredStates:
 
 
 def _described(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """A JSON value that says how tensors are nested; they go to `tensors`."""
+    """Put the tensors of a value into `tensors`; returns JSON that says how they are nested."""
     if isinstance(value, Tensor):
         name = str(len(tensors))
-        # A copy: one that is a part of another cannot be stored beside it.
+        # A copy: safetensors does not store two tensors that share memory.
         tensors[name] = value.detach().clone(memory_format=torch.contiguous_format)
         return {"tensor": name}
     if isinstance(value, tuple):

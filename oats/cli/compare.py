@@ -99,7 +99,8 @@ def compare(
     from oats.checkpoint.loading import load_model
     from oats.cli.comparison_table import print_table
     from oats.cli.console import notes, print_json, progress_bar, results, settings_table, status
-    from oats.compression.calibration_text import builtin_text, calibration_sequences, read_text
+    from oats.compression.calibration_text import builtin_text, calibration_text, read_text
+    from oats.compression.tokenization import calibration_sequences
     from oats.evaluate.cells import Cell, Cells
     from oats.evaluate.comparison import Measured, Planned, complete, measure_, plan
     from oats.evaluate.comparison_table import format_score, markdown
@@ -116,7 +117,7 @@ def compare(
         require_matplotlib()
     if tasks:
         require_harness()
-    source = builtin_text("first") if calibration is None else read_text(calibration)
+    source = calibration_text(calibration)
     half = builtin_text("second")
     texts = {path.name: read_text(path) for path in text} if text else {half.split: half}
     with status(f"Loading {model}"):

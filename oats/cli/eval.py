@@ -67,7 +67,8 @@ def evaluate(
 
     from oats.checkpoint.loading import load_model
     from oats.cli.console import print_json, progress_bar, results, settings_table, status
-    from oats.compression.calibration_text import bos_token_id, builtin_text, read_text, tokenize
+    from oats.compression.calibration_text import builtin_text, read_text
+    from oats.compression.tokenization import bos_token_id, tokenize
     from oats.evaluate.perplexity import perplexity
 
     source = builtin_text("second") if text is None else read_text(text)

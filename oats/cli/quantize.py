@@ -33,9 +33,7 @@ def quantize(
     head: Head = None,
     calibrate: Annotated[
         bool,
-        typer.Option(
-            "--calibrate", help="Fit codes by what the layers see: worth it for int4, takes longer."
-        ),
+        typer.Option("--calibrate", help="Fit codes to the layers' inputs: worth it for int4, takes longer."),
     ] = False,
     calibration: CalibrationText = None,
     samples: Samples = 64,
@@ -45,17 +43,18 @@ def quantize(
 ) -> None:
     """Store the values of a compressed model as int8 or int4 codes: fewer bytes, and faster for it.
 
-    No calibration is needed. With --calibrate, or a --calibration text, the error of each code is made good
-    by the values after it, and later blocks are fitted to what the coded ones before them return.
+    No calibration is needed. With --calibrate, or a --calibration text, the values after each code make up
+    for its error, and each block is fitted to what the quantised blocks before it return.
     """
     from oats.checkpoint.loading import load_model
     from oats.checkpoint.record import Record
     from oats.checkpoint.saving import check_output, save_model
     from oats.checkpoint.stored_model import read_stored_model
     from oats.cli.console import human_bytes, print_json, progress_bar, results, settings_table, status
-    from oats.compression.calibration_text import builtin_text, calibration_sequences, read_text
+    from oats.compression.calibration_text import calibration_text
     from oats.compression.head import quantize_head_
     from oats.compression.quantize import quantize_
+    from oats.compression.tokenization import calibration_sequences
     from oats.config import OatsConfig, Storage
 
     OatsConfig(head=head)  # type: ignore[arg-type]  # checks it
@@ -73,7 +72,7 @@ def quantize(
     if calibrate or calibration is not None:
         if tokenizer is None:
             raise ConfigError(f"{directory} takes images; leave the calibration text out")
-        text = builtin_text("first") if calibration is None else read_text(calibration)
+        text = calibration_text(calibration)
         vocabulary = model.get_input_embeddings().num_embeddings
         windows = calibration_sequences(tokenizer, text, vocabulary, samples, length)
         calibrated_on = {**text.identity(), "samples": samples, "length": length}

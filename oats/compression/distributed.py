@@ -1,7 +1,7 @@
-"""Several processes that compress one model together, on torch.distributed.
+"""Ranks: several processes that compress one model together, on torch.distributed.
 
 Each runs the model on its share of the calibration batches and decomposes its share of a block's matrices.
-What they exchange are sums over tokens, and finished layers.
+They exchange sums over tokens and finished layers.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from oats.errors import DistributedError
 T = TypeVar("T")
 
 TIMEOUT = timedelta(hours=24)
-"""A process that ends is noticed at once, by its closed connections. So this only bounds how long one may
-work on a matrix while the others wait."""
+"""How long the others wait while one rank works on a matrix. If a process ends, its connections close and the
+others notice at once."""
 
 
 class Ranks:
-    """The processes of one run: by default this one alone.
+    """The processes of one run; by default only this one.
 
     Args:
         rank: of this process.
-        size: number of processes; more than one need torch's default process group.
+        size: number of processes; more than one use torch's default process group.
 
     >>> Ranks().share(range(5))
     [0, 1, 2, 3, 4]
@@ -47,7 +47,7 @@ class Ranks:
         return list(items[self.rank :: self.size])
 
     def owners(self, costs: Mapping[str, float]) -> dict[str, int]:
-        """Name → the rank that does it: the costliest first, each to the rank with the least to do so far.
+        """Name → the rank that does it: the costliest goes first, to the rank with the least work so far.
 
         >>> Ranks(0, 2).owners({"a": 1, "b": 3, "c": 2})
         {'b': 0, 'c': 1, 'a': 1}
@@ -60,7 +60,7 @@ class Ranks:
         return owners
 
     def sum(self, sums: dict[T, Tensor]) -> dict[T, Tensor]:
-        """The sums over all ranks, by key; a key that a rank lacks counts as zeros there.
+        """The sums over all ranks, by key; a rank without a key adds zeros.
 
         Raises:
             DistributedError: another rank is gone.
@@ -79,7 +79,7 @@ class Ranks:
         return totals
 
     def broadcast(self, value: T | None, source: int = 0) -> T:
-        """What the rank `source` has; pickled.
+        """The value of rank `source`, sent by pickle.
 
         Raises:
             DistributedError: another rank is gone.
@@ -117,15 +117,15 @@ def _gathered(value: Any, size: int) -> list[Any]:
 
 
 def is_launched() -> bool:
-    """Whether ``torchrun``, or a launcher that sets the same variables, started several processes."""
+    """True if ``torchrun``, or a launcher that sets the same variables, started several processes."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
 
 
 def joined() -> AbstractContextManager[Ranks]:
-    """The ranks of the launcher's run, in a process group (gloo) while the context lasts; or this one alone.
+    """A context that gives the launched processes, in a process group (gloo); or only this one.
 
     Raises:
-        DistributedError: the others cannot be reached.
+        DistributedError: the processes cannot reach each other.
     """
     return _Group() if is_launched() else nullcontext(Ranks())
 

@@ -26,20 +26,20 @@ _ROWS = 2048
 def quantize_head_(model: nn.Module, scale_columns: int = OatsConfig.scale_columns) -> None:
     """Store the output head of a language model as int8 codes, in place; nothing of it is removed.
 
-    Decoding reads the whole head for each token: in a small model, or one with a large vocabulary, as much as
-    all blocks. The head becomes a `SparseLowRankLinear` of rank 0 that keeps every weight. An input embedding
-    that is tied to it reads its rows from there (:class:`RowsOfHead`), so that the weights are held once. The
-    model's configuration then says that nothing is tied, so that no other model may share it. To resize the
-    embeddings, do so before, or dequantise the model.
+    Decoding reads the whole head for each token. In a small model, or one with a large vocabulary, that is as
+    much as all blocks. The head becomes a `SparseLowRankLinear` of rank 0 that keeps every weight. An input
+    embedding that is tied to it reads its rows from there (:class:`RowsOfHead`), so that the weights are held
+    once. The model's configuration then says that nothing is tied; no other model may share that
+    configuration. Resize embeddings before, or dequantise the model first.
 
     Args:
-        model: of transformers; a head that has codes already stays as it is.
+        model: of transformers; a head that already has codes stays as it is.
         scale_columns: columns of a row that share a scale, 64 or 128.
 
     Raises:
-        UnsupportedModelError: there is no linear output head, or what is tied to it is not just an input
+        UnsupportedModelError: there is no linear output head, or something else is tied to it than one input
             embedding that reads its rows.
-        WeightError: a weight is not finite.
+        WeightError: a weight is NaN or infinite.
         DeviceError: the head is not on the CPU.
         ConfigError: there is no such `scale_columns`; or the head is neither float32 nor bfloat16.
     """
@@ -53,7 +53,7 @@ def quantize_head_(model: nn.Module, scale_columns: int = OatsConfig.scale_colum
 
 
 def store_head_as_codes_(model: nn.Module, scale_columns: int) -> None:
-    """Do what :func:`quantize_head_` does, but for telling ``save_pretrained`` of it."""
+    """Do what :func:`quantize_head_` does, without telling ``save_pretrained``."""
     storage = Storage("int8", "int8", scale_columns)
     head = output_head(model)
     if isinstance(head, SparseLowRankLinear):
@@ -110,7 +110,7 @@ def _coded(head: nn.Linear, storage: Storage) -> SparseLowRankLinear:
 
 
 def _check_reads(embedding: nn.Embedding, reads: RowsOfHead) -> None:
-    """Compare on a few tokens.
+    """Compare an embedding with what shall replace it, on a few tokens.
 
     Raises:
         UnsupportedModelError: they return different things.
@@ -129,18 +129,18 @@ def _check_reads(embedding: nn.Embedding, reads: RowsOfHead) -> None:
 
 
 def untie_(model: nn.Module, head: str, embedding: str) -> None:
-    """Tell transformers that the parameters of these names are not tied: there is but one weight."""
+    """Tell transformers that these two parameters are not tied: only the head still has a weight."""
     configuration = getattr(model, "config", None)
     if configuration is not None:
         configuration.tie_word_embeddings = False
     tied: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
-    for target, source in list(tied.items()):
-        if {target, source} == {head, embedding}:
-            del tied[target]
+    for name, source in list(tied.items()):
+        if {name, source} == {head, embedding}:
+            del tied[name]
 
 
 def head_of(model: nn.Module) -> tuple[SparseLowRankLinear | None, str | None]:
-    """The head, if it has codes; and the name of the embedding that reads its rows, if one does."""
+    """The head if it has codes, and the name of the embedding that reads its rows; each may be None."""
     head = output_head(model)
     if not isinstance(head, SparseLowRankLinear):
         return None, None

@@ -20,10 +20,10 @@ Collector = Callable[[BlockRunner, int, Mapping[str, nn.Module]], dict[str, Tens
 def input_statistics(
     runner: BlockRunner, index: int, linears: Mapping[str, nn.Module], config: OatsConfig
 ) -> dict[str, Tensor]:
-    """What the method of a run needs to know of the inputs of each layer of a block.
+    """The statistics that the method of a run needs, of the inputs of each layer of a block.
 
     Args:
-        runner: stands before block `index`.
+        runner: before block `index`.
         index: the block.
         linears: its layers by name.
         config: the run's settings.
@@ -38,11 +38,11 @@ def input_statistics(
 def second_moments(runner: BlockRunner, index: int, linears: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     """Σ over tokens of x_j² at the input of each linear layer of a block (arXiv 2409.13652, section 2.2).
 
-    Tokens that an attention mask (batch, length) excludes do not count, in experts that they are routed to
-    neither.
+    Tokens that an attention mask (batch, length) excludes do not count, even in experts that they are routed
+    to.
 
     Args:
-        runner: stands before block `index`.
+        runner: before block `index`.
         index: the block.
         linears: its layers by name.
 
@@ -50,7 +50,7 @@ def second_moments(runner: BlockRunner, index: int, linears: Mapping[str, nn.Mod
         Name → (d_in,) float32. A layer that did not run is absent.
 
     Raises:
-        CalibrationError: there is padding, and it cannot be told from the tokens at the input of a layer.
+        CalibrationError: there is padding, and which inputs of a layer are padding is unknown.
     """
     sums = _sum_over_inputs(runner, index, linears, lambda x: x.square().sum(0).double())
     return {name: moment.float() for name, moment in sums.items()}
@@ -62,7 +62,7 @@ def hessians(runner: BlockRunner, index: int, linears: Mapping[str, nn.Module]) 
     Args and tokens as in :func:`second_moments`, whose result is the diagonal.
 
     Returns:
-        Name → (d_in, d_in) float32; layers that always shared their input share the tensor. A layer that did
+        Name → (d_in, d_in) float32; layers that always have the same input share the tensor. A layer that did
         not run is absent.
     """
     return _sum_over_inputs(runner, index, linears, lambda x: x.mT @ x)
@@ -94,9 +94,9 @@ def _sum_over_inputs(
     runner: BlockRunner, index: int, linears: Mapping[str, nn.Module], statistic: Callable[[Tensor], Tensor]
 ) -> dict[str, Tensor]:
     """Sum of a statistic of the float32 inputs (tokens, d_in) of each layer, over all ranks' batches."""
-    # Of one batch: an input, its statistic, and the layers that it went to.
+    # For one batch: an input, its version, its statistic, and the layers that it went to.
     seen: list[tuple[Tensor, int, Tensor, list[str]]] = []
-    # Summed by the layers that shared it, so that q, k and v cost one statistic.
+    # By the layers that share an input: q, k and v cost one statistic.
     sums: dict[tuple[str, ...], Tensor] = {}
     routers = {
         module: experts

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from oats.compression.calibration_text import Text, bos_token_id, tokenize
+from oats.compression.calibration_text import Text
+from oats.compression.tokenization import bos_token_id, tokenize
 from oats.evaluate.perplexity import default_context, perplexity
 from oats.evaluate.tasks import evaluate_tasks
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from oats.compression.block_runner import replaced_forward
+from oats.compression.temporary import replaced_forward
 from oats.errors import ConfigError, UnsupportedModelError
 from oats.format.bitmask import decode
 from oats.nn.sparse_low_rank_linear import SparseLowRankLinear

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,18 @@ def calibration_images(directory: str | Path, count: int | None = None) -> list[
         )
     count = min(len(found), CALIBRATION_IMAGES) if count is None else count
     return [found[i * len(found) // count] for i in range(count)]
+
+
+def identify_images(files: Sequence[Path], directory: Path) -> dict[str, Any]:
+    """What identifies images from a directory, as plain JSON values."""
+    content = hashlib.sha256()
+    for file in files:
+        content.update(file.read_bytes())
+    return {
+        "images": directory.resolve().name,
+        "sha256": content.hexdigest()[:12],
+        "samples": len(files),
+    }
 
 
 def _side(settings: Mapping[str, Any]) -> int | None:

@@ -411,7 +411,7 @@ def test_what_other_runs_are_writing_is_left_alone(dense, text, tmp_path, monkey
 def test_a_run_stopped_while_it_compresses_leaves_no_output(dense, text, tmp_path, how):
     command = ["compress", dense, tmp_path / "out", "--calibration", text, *SMALL]
     interrupted(
-        "import oats.compression.walk; oats.compression.walk.decompose_by_method = hang", command, how
+        "from oats.compression import block_decomposition as b; b.decompose_by_method = hang", command, how
     )
     assert entries(tmp_path) == ([".out.unfinished"] if how == signal.SIGKILL else [])
     assert run(*command).exit_code == 0

@@ -143,11 +143,11 @@ def test_matching_brings_the_output_of_a_block_nearer(index: int) -> None:
     held = [{name: x.clone() for name, x in layer.canonical().items()} for layer in layers]
     others = {n: p.clone() for n, p in model.named_parameters()}
 
-    before, after = match_block(runner, index, layers, dense.held, 20)
+    before, after = match_block(runner, index, layers, dense.hidden_states, 20)
     assert after < 0.85 * before
     errors = [
         ((y - t).square().sum(-1) / t.square().sum(-1)).mean()
-        for y, t in zip(runner.run(index), dense.held, strict=True)
+        for y, t in zip(runner.run(index), dense.hidden_states, strict=True)
     ]
     assert after == pytest.approx(float(sum(errors) / len(errors)), rel=1e-4)
     for layer, canonical in zip(layers, held, strict=True):

@@ -5,7 +5,8 @@ import torch
 
 from oats.bench.model_speed import model_speeds
 from oats.bench.spread import Spread
-from oats.compression.calibration_text import Text, builtin_text, calibration_windows, read_text, tokenize
+from oats.compression.calibration_text import Text, builtin_text, read_text
+from oats.compression.tokenization import calibration_windows, tokenize
 from oats.errors import CalibrationError, ConfigError, OatsError
 from oats.evaluate.perplexity import perplexity
 

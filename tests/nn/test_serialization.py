@@ -217,7 +217,7 @@ def test_a_dense_model_is_compressed_while_it_is_loaded(dense: Path, tmp_path: P
     assert len(layers(model)) == 14 and model.config.quantization_config.settings == settings
 
     ids = byte_tokenizer()(TEXT, add_special_tokens=False).input_ids
-    from oats.compression.calibration_text import calibration_windows
+    from oats.compression.tokenization import calibration_windows
 
     by_hand = AutoModelForCausalLM.from_pretrained(dense)
     oats.compress_(by_hand, calibration_windows(torch.tensor(ids), 4, 32, bos=0), settings)

@@ -18,12 +18,13 @@ def calibration_tokens(model: PreTrainedModel, config: OatsQuantizationConfig) -
     """Token ids that `config` asks for, (sequences, length)."""
     from transformers import AutoTokenizer
 
-    from oats.compression.calibration_text import builtin_text, calibration_sequences, read_text
+    from oats.compression.calibration_text import calibration_text
+    from oats.compression.tokenization import calibration_sequences
     from oats.models.architecture import context_limit
 
     if isinstance(config.calibration, Tensor):
         return config.calibration
-    text = builtin_text("first") if config.calibration is None else read_text(config.calibration)
+    text = calibration_text(config.calibration)
     source = model.config.name_or_path
     tokenizer: Any = None
     with contextlib.suppress(OSError, ValueError, KeyError):

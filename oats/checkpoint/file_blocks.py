@@ -1,0 +1,138 @@
+"""Blocks that are read from a dense model's files, and written to a directory from which a run can go on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from oats.checkpoint.dense_source import DenseSource
+from oats.checkpoint.saving import check_output
+from oats.checkpoint.shards import Shards
+from oats.checkpoint.staging import Staging, StoredStates
+from oats.compression.block_store import BlockStore
+from oats.compression.distributed import Ranks
+from oats.compression.memory import Limit, return_freed
+from oats.compression.report import CompressionReport, LayerReport
+from oats.config import OatsConfig
+from oats.errors import DistributedError
+from oats.models.linear import replace_
+
+
+@dataclass
+class FileBlocks(BlockStore):
+    """The blocks of one run: at most one of them is in memory.
+
+    Args:
+        source: the dense model.
+        staging: gets finished blocks and hidden states.
+        shards: writes the finished blocks.
+        plan: everything that decides the result; a run goes on from another only if their plans are equal.
+        overwrite: whether the model at ``staging.out`` may be replaced.
+        batches: number of calibration batches.
+        config, ranks: of the run.
+        dtype: of the weights that the model gets.
+        limit: to the memory of this process.
+    """
+
+    source: DenseSource
+    staging: Staging
+    shards: Shards
+    plan: dict[str, Any]
+    overwrite: bool
+    batches: int
+    config: OatsConfig
+    ranks: Ranks
+    dtype: torch.dtype
+    limit: Limit
+    table: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Entries of the finished layers in ``quantization_config.layers``, on the first rank."""
+
+    def start(self, rehearse: Callable[[], None]) -> tuple[int, CompressionReport | None]:
+        """Find what an earlier run finished; or else rehearse, and make the staging directory.
+
+        Raises:
+            OutputExistsError: another run is at work.
+            ConfigError: an unfinished run had other settings.
+            DistributedError: this rank does not see the directory.
+        """
+        staging = self.staging
+        if self.ranks.rank == 0:
+            if staging.is_delivered() and staging.differences(self.plan):
+                staging.discard()
+                check_output(staging.out, overwrite=self.overwrite)
+            staging.lock()
+            if staging.exists():
+                staging.check_plan(self.plan)
+            if not (staging.exists() and staging.progress()["blocks"]):
+                rehearse()
+                staging.create(self.plan)
+                staging.lock()
+        state = self.ranks.broadcast(staging.progress() if self.ranks.rank == 0 else None)
+        if not staging.exists():
+            raise DistributedError(
+                f"rank {self.ranks.rank} does not see {staging.directory}, which rank 0 made; all ranks need "
+                "the same file system"
+            )
+        self._started = time.perf_counter()
+        if not state["blocks"]:
+            return 0, None
+        self.table = state["table"]
+        return state["blocks"], CompressionReport(
+            self.config,
+            [LayerReport(**layer) for layer in state["layers"]],
+            state["left_dense"],
+            {block: (before, after) for block, (before, after) in state["matched"].items()},
+            state["seconds"],
+        )
+
+    def compressions(self, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """Read what an earlier run measured; or else measure, and keep it for later runs."""
+        staging, first = self.staging, self.ranks.rank == 0
+        found = self.ranks.broadcast(staging.compressions() if first else None)
+        if found is None:
+            found = measure()
+            if first:
+                staging.note_compressions(found)
+        return found
+
+    def hidden_states(self, name: str) -> StoredStates:
+        """Tensors on disk, in the directory `name` of the staging directory."""
+        return self.staging.hidden_states(name, self.batches)
+
+    def fill(self, index: int) -> None:
+        """Read block `index`."""
+        self.source.fill(index, self.dtype)
+
+    def release(self, index: int) -> None:
+        """Take the weights away, and stop a run that passed its memory limit."""
+        self.source.release(index)
+        return_freed()
+        self.limit.check()
+
+    def finish(
+        self, index: int, replaced: Sequence[tuple[nn.Module, nn.Module]], report: CompressionReport
+    ) -> None:
+        """Write a compressed block, put its dense layers back without weights, and commit."""
+        if self.ranks.rank == 0:
+            self.table |= self.shards.write_block(index)
+        for dense, compressed in replaced:
+            replace_(self.source.model, compressed, dense)
+        self.release(index)
+        # Then the inputs of the next block, every rank's share of them, are on disk.
+        self.ranks.barrier()
+        if self.ranks.rank == 0:
+            self.staging.commit(
+                {
+                    "blocks": index + 1,
+                    "layers": [asdict(layer) for layer in report.layers],
+                    "left_dense": report.left_dense,
+                    "matched": report.matched,
+                    "table": self.table,
+                    "seconds": report.seconds_before + time.perf_counter() - self._started,
+                }
+            )
