@@ -46,8 +46,7 @@ def match_block(
     tuning does not lower the loss.
 
     Args:
-        runner: before block `index`.
-        index: the block.
+        runner, index: the block, and a runner that is before it.
         layers: to tune; none of an earlier block.
         dense_outputs: what the dense block returned for each batch: a tensor (…, d), or a tuple that begins
             with one.
@@ -107,9 +106,8 @@ def _tune(
     passes: int,
 ) -> list[dict[str, Tensor]]:
     tunables = [_Tunable(layer) for layer in layers]
-    optimizer = torch.optim.Adam(
-        [group for tunable in tunables for group in tunable.groups()], betas=BETAS, fused=True
-    )
+    groups = [group for tunable in tunables for group in tunable.groups()]
+    optimizer = torch.optim.Adam(groups, betas=BETAS, fused=True)
     parameters = [group["params"][0] for group in optimizer.param_groups]
     steps, step = passes * len(dense_outputs), 0
     with ExitStack() as stack:

@@ -62,11 +62,9 @@ class Walk:
     """One run: it goes on after the blocks that earlier runs finished.
 
     Args:
-        model: whose blocks are compressed.
-        path: dotted path of its list of blocks.
-        targets: what to compress.
+        model, path: whose blocks are compressed, and the dotted path of its list of blocks.
+        targets, config: what to compress, and how.
         batches: calibration data, from :func:`oats.compression.calibration.as_batches`.
-        config: settings of the run.
         store: where blocks come from and go to.
         ranks: the processes that share the work.
         progress: called after each layer.
