@@ -29,7 +29,7 @@ others notice at once."""
 class Ranks:
     """The processes of one run, in torch's default process group: this one's rank and their number.
 
-    A `DistributedError` says that another rank is gone; methods that wait for others raise it.
+    By default there is only this one. Methods that wait for others raise a `DistributedError` if one is gone.
 
     >>> Ranks().share(range(5))
     [0, 1, 2, 3, 4]

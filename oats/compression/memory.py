@@ -149,5 +149,9 @@ class Limit:
 
 
 def largest_need(needs: Iterable[dict[str, int]]) -> dict[str, int]:
-    """The one with the largest sum."""
+    """The one with the largest sum.
+
+    >>> largest_need([{"a": 1}, {"a": 2}])
+    {'a': 2}
+    """
     return max(needs, key=lambda need: sum(need.values()))

@@ -30,7 +30,7 @@ class Target:
 
     module: nn.Module
     outputs: dict[str, int]
-    """Of a fused projection whose parts are decomposed one by one: part → number of its outputs; else empty."""
+    """Of a fused projection whose parts are decomposed one by one: part → number of outputs; else empty."""
 
     def matrices(self) -> dict[str, tuple[Tensor, Tensor | None]]:
         """Part → weight (d_out, d_in) and bias (d_out,), views; the part of an unsplit layer is ""."""
