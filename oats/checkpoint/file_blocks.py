@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -14,10 +14,10 @@ from oats.checkpoint.dense_source import DenseSource
 from oats.checkpoint.saving import check_output
 from oats.checkpoint.shards import Shards
 from oats.checkpoint.staging import Staging, StoredStates
-from oats.compression.block_store import BlockStore
 from oats.compression.distributed import Ranks
 from oats.compression.memory import Limit, return_freed
 from oats.compression.report import CompressionReport, LayerReport
+from oats.compression.walk import BlockStore
 from oats.config import OatsConfig
 from oats.errors import DistributedError
 from oats.models.linear import replace_
@@ -114,13 +114,11 @@ class FileBlocks(BlockStore):
         return_freed()
         self.limit.check()
 
-    def finish(
-        self, index: int, replaced: Sequence[tuple[nn.Module, nn.Module]], report: CompressionReport
-    ) -> None:
+    def finish(self, index: int, replaced: Mapping[nn.Module, nn.Module], report: CompressionReport) -> None:
         """Write a compressed block, put its dense layers back without weights, and commit."""
         if self.ranks.rank == 0:
             self.table |= self.shards.write_block(index)
-        for dense, compressed in replaced:
+        for dense, compressed in replaced.items():
             replace_(self.source.model, compressed, dense)
         self.release(index)
         # Then the inputs of the next block, every rank's share of them, are on disk.

@@ -34,29 +34,19 @@ TRIAL_ITERATIONS = 8
 
 @dataclass(frozen=True)
 class Measure:
-    """What the budget needs to know of one dense matrix.
-
-    Attributes:
-        parameters: number of its elements.
-        outliers: share of its elements that are outliers, for ``"owl"``.
-        errors: two pairs of a compression and the relative error there, for ``"error"``.
-    """
+    """What the budget needs to know of one dense matrix."""
 
     parameters: int
     outliers: float = 0.0
+    """For ``"owl"``: the share of its elements that are outliers."""
     errors: tuple[tuple[float, float], ...] = ()
+    """For ``"error"``: two pairs of a compression and the relative error there."""
 
 
 def measure_block(
     runner: BlockRunner, index: int, targets: Mapping[str, Target], config: OatsConfig
 ) -> dict[str, Measure]:
-    """Measure the matrices of one dense block.
-
-    Args:
-        runner: before block `index`, in the dense model.
-        index: the block.
-        targets: its layers by name.
-        config: gives the `budget`, which decides what is measured.
+    """Measure the matrices of block `index` of the dense model, before which `runner` is, for a budget.
 
     Returns:
         Name → measure; a layer that did not run is absent.
@@ -75,18 +65,11 @@ def measure_block(
 def _measure(weight: Tensor, statistic: Tensor, config: OatsConfig, name: str) -> Measure:
     if config.budget == "owl":
         return Measure(weight.numel(), outlier_share(weight, statistic))
-    spread = SPREAD["error"]
-    errors = []
-    for compression in _allowed(config.compression, spread):
-        trial = replace(
-            config,
-            compression=compression,
-            iterations=min(TRIAL_ITERATIONS, config.resolved_iterations),
-            budget="uniform",
-        )
-        errors.append(
-            (compression, decompose_by_method(weight.contiguous(), statistic, trial, name).relative_error)
-        )
+    iterations, errors = min(TRIAL_ITERATIONS, config.resolved_iterations), []
+    for compression in _allowed(config):
+        trial = replace(config, compression=compression, iterations=iterations, budget="uniform")
+        result = decompose_by_method(weight.contiguous(), statistic, trial, name)
+        errors.append((compression, result.relative_error))
     return Measure(weight.numel(), errors=tuple(errors))
 
 
@@ -119,21 +102,19 @@ def allocate(measures: Sequence[Mapping[str, Measure]], config: OatsConfig) -> d
     >>> allocate(blocks, OatsConfig(budget="owl"))
     {'a': 0.42, 'b': 0.58}
     """
-    if config.budget == "owl":
-        found = _by_outliers(measures, config.compression)
-    else:
-        found = _by_errors({k: v for block in measures for k, v in block.items()}, config.compression)
+    found = _by_outliers(measures, config) if config.budget == "owl" else _by_errors(measures, config)
     # Rounded, so that every machine counts the same number of parameters.
     return {name: round(compression, 4) for name, compression in found.items()}
 
 
-def _allowed(compression: float, spread: float) -> tuple[float, float]:
-    spread = min(spread, compression, (1 - compression) / 2)
-    return compression - spread, compression + spread
+def _allowed(config: OatsConfig) -> tuple[float, float]:
+    """The least and the largest compression of a matrix."""
+    spread = min(SPREAD[config.budget], config.compression, (1 - config.compression) / 2)
+    return config.compression - spread, config.compression + spread
 
 
-def _by_outliers(measures: Sequence[Mapping[str, Measure]], compression: float) -> dict[str, float]:
-    low, high = _allowed(compression, SPREAD["owl"])
+def _by_outliers(measures: Sequence[Mapping[str, Measure]], config: OatsConfig) -> dict[str, float]:
+    low, high = _allowed(config)
     blocks = [block for block in measures if block]
     sizes = [sum(m.parameters for m in block.values()) for block in blocks]
     shares = [
@@ -144,16 +125,18 @@ def _by_outliers(measures: Sequence[Mapping[str, Measure]], compression: float) 
     # The share that a block keeps rises linearly with its outliers; then all are shifted to the right mean.
     kept = [(share - min(shares)) / range_ * (high - low) for share in shares]
     mean = sum(k * size for k, size in zip(kept, sizes, strict=True)) / sum(sizes)
-    return {name: compression - (k - mean) for k, block in zip(kept, blocks, strict=True) for name in block}
+    found = [config.compression - (k - mean) for k in kept]
+    return {name: each for each, block in zip(found, blocks, strict=True) for name in block}
 
 
-def _by_errors(measures: Mapping[str, Measure], compression: float) -> dict[str, float]:
+def _by_errors(blocks: Sequence[Mapping[str, Measure]], config: OatsConfig) -> dict[str, float]:
     """Minimise the sum of squared relative errors: the log of each is taken as linear in the compression.
 
     At the optimum all matrices have one price, the squared error that removing one more parameter costs,
     except those at an end of their range.
     """
-    low, high = _allowed(compression, SPREAD["error"])
+    low, high = _allowed(config)
+    measures = {name: measure for block in blocks for name, measure in block.items()}
     slopes, levels = {}, {}
     for name, measure in measures.items():
         (at, first), (_, second) = measure.errors
@@ -165,22 +148,18 @@ def _by_errors(measures: Mapping[str, Measure], compression: float) -> dict[str,
 
     def at_price(price: float) -> dict[str, float]:
         """Compressions where d(error²)/d(parameters) is exp(price)."""
-        return {
-            name: min(
-                max((price + math.log(m.parameters / slopes[name]) - levels[name]) / slopes[name], low), high
-            )
-            for name, m in measures.items()
-        }
+        found = {}
+        for name, measure in measures.items():
+            best = (price + math.log(measure.parameters / slopes[name]) - levels[name]) / slopes[name]
+            found[name] = min(max(best, low), high)
+        return found
 
     total = sum(m.parameters for m in measures.values())
-
-    def removed(price: float) -> float:
-        return sum(c * measures[name].parameters for name, c in at_price(price).items()) / total
-
     cheap, dear = -1e4, 1e4
     for _ in range(200):
         middle = (cheap + dear) / 2
-        if removed(middle) < compression:
+        removed = sum(c * measures[name].parameters for name, c in at_price(middle).items())
+        if removed / total < config.compression:
             cheap = middle
         else:
             dear = middle

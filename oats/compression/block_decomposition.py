@@ -6,11 +6,12 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from oats.compression.block_runner import BlockRunner
 from oats.compression.distributed import Ranks
-from oats.compression.quantize_layer import quantize_layer_
+from oats.compression.quantize import quantize_layer_
 from oats.compression.report import LayerReport
 from oats.compression.statistics import input_statistics
 from oats.compression.targets import Target
@@ -37,14 +38,22 @@ class BlockMatrix:
     bias: Tensor | None
     statistic: Tensor
 
+    @property
+    def cost(self) -> float:
+        """Work of its decomposition, in proportion: products with the matrix, and inverses of a Hessian."""
+        d_out, d_in = self.weight.shape
+        products = d_out * d_in * min(d_out, d_in)
+        return products + d_in**3 if self.statistic.dim() == 2 else products
+
+
+Layer = tuple[SparseLowRankLinear, LayerReport]
+Layers = Iterator[tuple[BlockMatrix, SparseLowRankLinear, LayerReport]]
+
 
 def block_matrices(
     runner: BlockRunner, index: int, targets: Mapping[str, Target], config: OatsConfig
 ) -> list[BlockMatrix]:
-    """The matrices of the layers to compress in a block; without those of layers that did not run.
-
-    Args as in :func:`oats.compression.statistics.input_statistics`, whose results they have.
-    """
+    """The matrices of the layers to compress in a block, with :func:`input_statistics` of those that ran."""
     modules = {name: target.module for name, target in targets.items()}
     statistics = input_statistics(runner, index, modules, config)
     return [
@@ -69,9 +78,7 @@ class BlockDecomposition:
         # Matching tunes exact values; they become codes afterwards.
         self._storage = EXACT if config.block_matching else config.storage
 
-    def layers(
-        self, matrices: list[BlockMatrix]
-    ) -> Iterator[tuple[BlockMatrix, SparseLowRankLinear, LayerReport]]:
+    def layers(self, matrices: list[BlockMatrix]) -> Layers:
         """Yields each matrix and the layer made of it, in order, on every rank. May empty the list.
 
         Raises:
@@ -80,10 +87,8 @@ class BlockDecomposition:
         """
         return self._alone(matrices) if self._ranks.size == 1 else self._shared(matrices)
 
-    def _alone(
-        self, matrices: list[BlockMatrix]
-    ) -> Iterator[tuple[BlockMatrix, SparseLowRankLinear, LayerReport]]:
-        done: dict[str, tuple[SparseLowRankLinear, LayerReport]] = {}
+    def _alone(self, matrices: list[BlockMatrix]) -> Layers:
+        done: dict[str, Layer] = {}
         while matrices:
             if matrices[0].name not in done:
                 done.update(self._decompose(self._first_batch(matrices)))
@@ -91,16 +96,15 @@ class BlockDecomposition:
             matrix = matrices.pop(0)
             yield matrix, *done.pop(matrix.name)
 
-    def _shared(
-        self, matrices: list[BlockMatrix]
-    ) -> Iterator[tuple[BlockMatrix, SparseLowRankLinear, LayerReport]]:
+    def _shared(self, matrices: list[BlockMatrix]) -> Layers:
         batches, left = {}, matrices
         while left:
             batch = self._first_batch(left)
             batches[batch[0].name] = batch
             left = [matrix for matrix in left if matrix not in batch]
-        owners = self._ranks.owners({name: sum(map(_cost, batch)) for name, batch in batches.items()})
-        done: dict[str, tuple[SparseLowRankLinear, LayerReport]] = {}
+        costs = {name: sum(matrix.cost for matrix in batch) for name, batch in batches.items()}
+        owners = self._ranks.owners(costs)
+        done: dict[str, Layer] = {}
         for name, batch in batches.items():
             if owners[name] == self._ranks.rank:
                 done.update(self._decompose(batch))
@@ -109,33 +113,24 @@ class BlockDecomposition:
             own = done.pop(matrix.name, None)
             sent = None if own is None else (own[0].canonical(), own[1])
             tensors, report = self._ranks.broadcast(sent, owner_of[matrix.name])
+            d_in, dtype = matrix.weight.shape[1], storage_dtype(matrix.weight.dtype)
             layer = SparseLowRankLinear.from_canonical(
-                tensors,
-                matrix.weight.shape[1],
-                matrix.bias,
-                matrix.name,
-                storage=self._storage,
-                dtype=storage_dtype(matrix.weight.dtype),
+                tensors, d_in, matrix.bias, matrix.name, storage=self._storage, dtype=dtype
             )
             yield matrix, layer, report
 
     def _first_batch(self, matrices: list[BlockMatrix]) -> list[BlockMatrix]:
         """The first matrix, and those that are decomposed together with it."""
-        first = matrices[0]
         if self._config.method != "oats":
-            return [first]
-        shape, dtype = first.weight.shape, first.weight.dtype
-        compression = self._compressions.get(first.name)
-        batch = [
-            m
-            for m in matrices
-            if m.weight.shape == shape
-            and m.weight.dtype == dtype
-            and self._compressions.get(m.name) == compression
-        ]
-        return batch[: max(1, BATCH_ELEMENTS // first.weight.numel())]
+            return matrices[:1]
 
-    def _decompose(self, batch: list[BlockMatrix]) -> dict[str, tuple[SparseLowRankLinear, LayerReport]]:
+        def kind(matrix: BlockMatrix) -> tuple[torch.Size, torch.dtype, float | None]:
+            return matrix.weight.shape, matrix.weight.dtype, self._compressions.get(matrix.name)
+
+        batch = [matrix for matrix in matrices if kind(matrix) == kind(matrices[0])]
+        return batch[: max(1, BATCH_ELEMENTS // matrices[0].weight.numel())]
+
+    def _decompose(self, batch: list[BlockMatrix]) -> dict[str, Layer]:
         """Name → the layer made of each matrix, with the rank ratio whose error is the lowest."""
         start = time.perf_counter()
         weights = [matrix.weight.contiguous() for matrix in batch]
@@ -151,19 +146,14 @@ class BlockDecomposition:
             else:
                 moments = [method_input(statistic, settings) for statistic in statistics]
                 tried = decompose_batch(weights, moments, settings, names)
-            best = [
-                min(pair, key=lambda result: result.relative_error)
-                for pair in zip(best or tried, tried, strict=True)
-            ]
+            pairs = zip(best or tried, tried, strict=True)
+            best = [min(pair, key=lambda result: result.relative_error) for pair in pairs]
         made = {}
         for matrix, result in zip(batch, best, strict=True):
-            layer = self._layer(matrix, result)
+            layer, (d_out, d_in) = self._layer(matrix, result), matrix.weight.shape
+            sizes = d_out, d_in, layer.rank, layer.nnz
             seconds = (time.perf_counter() - start) / len(batch)
-            d_out, d_in = matrix.weight.shape
-            made[matrix.name] = (
-                layer,
-                LayerReport(matrix.name, d_out, d_in, layer.rank, layer.nnz, result.relative_error, seconds),
-            )
+            made[matrix.name] = layer, LayerReport(matrix.name, *sizes, result.relative_error, seconds)
         return made
 
     def _layer(self, matrix: BlockMatrix, result: Decomposition) -> SparseLowRankLinear:
@@ -174,10 +164,3 @@ class BlockDecomposition:
             fitted = self._config.method == "oats-hessian"
             quantize_layer_(layer, self._storage, hessian, matrix.weight, catch_up=not fitted)
         return layer
-
-
-def _cost(matrix: BlockMatrix) -> float:
-    """Work of one decomposition, in proportion: products with the matrix, and inverses of a Hessian."""
-    d_out, d_in = matrix.weight.shape
-    products = d_out * d_in * min(d_out, d_in)
-    return products + d_in**3 if matrix.statistic.dim() == 2 else products

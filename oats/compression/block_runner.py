@@ -27,7 +27,7 @@ class HiddenStates(Protocol):
     def __setitem__(self, index: int, value: Any, /) -> None: ...
 
 
-class _BlockHasRun(Exception):  # noqa: N818 - not an error: it leaves the model's forward early
+class _BlockHasRun(Exception):  # noqa: N818 - not an error: it brings a block's output out of the model
     pass
 
 
@@ -38,8 +38,7 @@ class BlockRunner:
         model: in evaluation mode.
         blocks: its blocks, in the order in which they run.
         batches: from :func:`oats.compression.calibration.as_batches`.
-        hidden_states: what the block before the next one returned for each batch; None before the first
-            block.
+        hidden_states: what the block before the next one returned for each batch; None before the first.
         ranks: the processes that share the batches.
     """
 
@@ -51,9 +50,8 @@ class BlockRunner:
         hidden_states: HiddenStates | None = None,
         ranks: Ranks | None = None,
     ) -> None:
-        self._model, self._blocks, self._batches = model, blocks, batches
+        self._model, self.blocks, self._batches = model, blocks, batches
         self.hidden_states: HiddenStates = [None] * len(batches) if hidden_states is None else hidden_states
-        """What the block before the next one returned for each batch."""
         self.ranks = ranks or Ranks()
         self.batch: dict[str, Tensor] = {}
         """The batch that is running, for hooks inside a block."""
@@ -69,19 +67,19 @@ class BlockRunner:
         """
         for i in self.share:
             self.batch = batch = self._batches[i]
+            positional = [batch[POSITIONAL]] if POSITIONAL in batch else []
             before = self.hidden_states[i]
             ran: list[int] = []
-            outputs: list[Any] = []
             with ExitStack() as stack:
                 for earlier in range(index):
                     replay = self._replay(earlier, index, before, ran)
-                    stack.enter_context(replaced_forward(self._blocks[earlier], replay))
-                run_and_leave = self._run_and_leave(index, before, ran, outputs)
-                stack.enter_context(replaced_forward(self._blocks[index], run_and_leave))
+                    stack.enter_context(replaced_forward(self.blocks[earlier], replay))
+                run_and_leave = self._run_and_leave(index, before, ran)
+                stack.enter_context(replaced_forward(self.blocks[index], run_and_leave))
                 try:
-                    self._call(batch)
-                except _BlockHasRun:
-                    pass
+                    self._model(*positional, **{name: value for name, value in batch.items() if name})
+                except _BlockHasRun as has_run:
+                    (output,) = has_run.args
                 except OatsError:
                     raise
                 except (TypeError, ValueError, RuntimeError, LookupError) as error:
@@ -94,11 +92,7 @@ class BlockRunner:
                         f"block {index} did not run when the model was called on calibration batch {i}; "
                         "the list of blocks is not the one that this model runs"
                     )
-            yield outputs[0]
-
-    def block(self, index: int) -> nn.Module:
-        """Block `index`."""
-        return self._blocks[index]
+            yield output
 
     @property
     def share(self) -> list[int]:
@@ -106,27 +100,15 @@ class BlockRunner:
         return self.ranks.share(range(len(self._batches)))
 
     def advance(self, index: int, into: HiddenStates | None = None) -> None:
-        """Run block `index`; what it returns becomes the hidden states.
-
-        Args:
-            index: the block.
-            into: gets what the block returns for each batch; None overwrites the hidden states before.
-        """
+        """Run block `index`; what it returns becomes the hidden states, in `into` or over those before."""
         into = self.hidden_states if into is None else into
         for i, output in zip(self.share, self.run(index), strict=True):
             into[i] = output
         self.hidden_states = into
 
-    def _call(self, batch: dict[str, Tensor]) -> None:
-        self._model(
-            *[v for k, v in batch.items() if k == POSITIONAL], **{k: v for k, v in batch.items() if k}
-        )
-
     @staticmethod
     def _replay(earlier: int, index: int, before: Any, ran: list[int]) -> Callable[..., Any]:
-        """A forward that returns the hidden states. Blocks before the last one return NaN instead, which
-        shows if the model still uses what they return.
-        """
+        """A forward that returns the hidden states; before the last block NaN, which shows if it is used."""
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             ran.append(earlier)
@@ -135,11 +117,9 @@ class BlockRunner:
 
         return forward
 
-    def _run_and_leave(
-        self, index: int, before: Any, ran: list[int], outputs: list[Any]
-    ) -> Callable[..., Any]:
+    def _run_and_leave(self, index: int, before: Any, ran: list[int]) -> Callable[..., Any]:
         """A forward that runs block `index`, and then leaves the forward of the model."""
-        original = self._blocks[index].forward
+        original = self.blocks[index].forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             if ran != list(range(index)):
@@ -147,18 +127,15 @@ class BlockRunner:
                     f"the model runs the blocks {ran} before block {index}; every block of the list must run "
                     "once, in the order of the list"
                 )
-            if index > 1 and _any(torch.isnan, (*args, *kwargs.values())):
-                overflowed = _any(
-                    lambda x: ~torch.isfinite(x), before if isinstance(before, tuple) else (before,)
+            inputs, replayed = (*args, *kwargs.values()), before if isinstance(before, tuple) else (before,)
+            # NaN may also come from a replayed state that overflowed.
+            if index > 1 and _any(torch.isnan, inputs) and not _any(lambda x: ~torch.isfinite(x), replayed):
+                raise CalibrationError(
+                    f"block {index} receives what blocks before block {index - 1} returned, as in "
+                    "x = x + block(x); what a block returns must hold all that the next one needs: move "
+                    "the addition into the block"
                 )
-                if not overflowed:
-                    raise CalibrationError(
-                        f"block {index} receives what blocks before block {index - 1} returned, as in "
-                        "x = x + block(x); what a block returns must hold all that the next one needs: move "
-                        "the addition into the block"
-                    )
-            outputs.append(original(*args, **kwargs))
-            raise _BlockHasRun
+            raise _BlockHasRun(original(*args, **kwargs))
 
         return forward
 

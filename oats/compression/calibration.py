@@ -31,10 +31,10 @@ _EXPECTED = (
 def as_batches(
     model: nn.Module, calibration: Calibration, tokens: int = TOKENS_PER_BATCH
 ) -> list[dict[str, Tensor]]:
-    """Make batches of calibration data.
+    """Make batches of calibration data for a model.
 
     Args:
-        model: takes the batches.
+        model: says what its main input is called, and how large its vocabulary is.
         calibration: a tensor, which is cut, or batches, which are kept.
         tokens: about how many a batch of a tensor (sequences, length) holds.
 
@@ -104,11 +104,11 @@ def _check_tokens(model: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> 
     ids = [batch["input_ids"] for batch in batches if batch.get("input_ids") is not None]
     counts = []
     for batch in batches:
-        mask = token_mask(batch)
+        mask, tokens = token_mask(batch), batch.get("input_ids")
         if mask is not None:
             counts.append(int(mask.sum()))
-        elif batch.get("input_ids") is not None:
-            counts.append(batch["input_ids"].numel())
+        elif tokens is not None:
+            counts.append(tokens.numel())
     if counts and sum(counts) < MIN_TOKENS:
         raise CalibrationError(
             f"calibration has {sum(counts)} tokens, at least {MIN_TOKENS} are needed (those that "

@@ -32,12 +32,8 @@ class Text:
 
     def settings(self) -> dict[str, Any]:
         """What identifies the text, as plain JSON values."""
-        return {
-            "text": self.name,
-            "split": self.split,
-            "characters": len(self.content),
-            "sha256": self.sha256,
-        }
+        characters = len(self.content)
+        return {"text": self.name, "split": self.split, "characters": characters, "sha256": self.sha256}
 
     def identity(self) -> dict[str, Any]:
         """What identifies the text in a saved model: without its path on this machine."""
@@ -57,19 +53,12 @@ def builtin_text(half: Literal["first", "second"]) -> Text:
 
     content = "\n\n".join(topics.values())
     middle = len(content) // 2
-    return Text(
-        content=content[:middle] if half == "first" else content[middle:],
-        name=f"pydoc_data.topics (Python {platform.python_version()})",
-        split=f"{half} half",
-    )
+    part = content[:middle] if half == "first" else content[middle:]
+    return Text(part, f"pydoc_data.topics (Python {platform.python_version()})", f"{half} half")
 
 
 def calibration_text(path: str | Path | None) -> Text:
-    """The text of a file, or the first half of the built-in one for None.
-
-    Raises:
-        CalibrationError: as :func:`read_text`.
-    """
+    """The text of a file, as :func:`read_text` reads it; for None the first half of the built-in one."""
     return builtin_text("first") if path is None else read_text(path)
 
 

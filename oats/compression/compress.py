@@ -7,13 +7,12 @@ from collections.abc import Collection
 import torch
 from torch import nn
 
-from oats.compression.block_store import BlockStore
 from oats.compression.calibration import TOKENS_PER_BATCH, Calibration, as_batches
 from oats.compression.conversion import dtype_of
 from oats.compression.matching import TOKENS_PER_STEP
 from oats.compression.report import CompressionReport, Progress
 from oats.compression.targets import SPLIT, find_targets, is_skipped
-from oats.compression.walk import Walk
+from oats.compression.walk import BlockStore, Walk
 from oats.config import OatsConfig
 from oats.errors import ConfigError
 from oats.format.layer_spec import DTYPES, storage_dtype
@@ -43,12 +42,10 @@ def compress_(
     With `OatsConfig.block_matching`, each compressed block is then tuned to return what the dense block
     returns in the dense model. Memory then holds twice the hidden states.
 
-    Before the model is changed, all blocks run on one sequence, which finds most of what cannot work.
-
-    The model is converted to the dtype in which its layers are stored (`OatsConfig.dtype`; by default its
-    own, and bf16 for fp16).
-
-    With `OatsConfig.head`, the output head is stored as codes first (:mod:`oats.compression.head`).
+    Before the model is changed, all blocks run on one sequence, which finds most of what cannot work. Then
+    the model is converted to the dtype in which its layers are stored (`OatsConfig.dtype`; by default its
+    own, and bf16 for fp16). With `OatsConfig.head`, the head becomes codes first
+    (:mod:`oats.compression.head`).
 
     Args:
         model: with a list of transformer blocks.
@@ -69,10 +66,11 @@ def compress_(
     config = checked_settings(config, split)
     path, block_list = find_blocks(model, blocks)
     batches = as_batches(model, calibration, tokens_per_batch(config))
-    experts = split_all_(
-        model,
-        lambda name: name.startswith(f"{path}.") and not is_skipped(f"{name}.gate_up_proj", config),
-    )
+
+    def wanted(experts: str) -> bool:
+        return experts.startswith(f"{path}.") and not is_skipped(f"{experts}.gate_up_proj", config)
+
+    experts = split_all_(model, wanted)
     try:
         targets = find_targets(model, path, block_list, config, split)
         walk = Walk(model, path, targets, batches, config, BlockStore(), progress=progress)
@@ -88,13 +86,8 @@ def compress_(
 
 
 def checked_settings(config: OatsConfig | None, split: Collection[str]) -> OatsConfig:
-    """Check the types of a run's settings; returns `config`, or the defaults for None.
-
-    Raises:
-        ConfigError: `config` is no `OatsConfig`, or `split` names what is no fused projection.
-    """
-    if config is None:
-        config = OatsConfig()
+    """`config`, or the defaults for None; raises a `ConfigError` if a run's settings have wrong types."""
+    config = OatsConfig() if config is None else config
     if not isinstance(config, OatsConfig):
         raise ConfigError(f"config is {config!r}; pass oats.OatsConfig(compression=0.5, …), or None")
     if isinstance(split, str) or not set(split) <= set(FUSED):

@@ -7,8 +7,8 @@ They exchange sums over tokens and finished layers.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from typing import Any, TypeVar, cast
@@ -27,11 +27,9 @@ others notice at once."""
 
 
 class Ranks:
-    """The processes of one run; by default only this one.
+    """The processes of one run, in torch's default process group: this one's rank and their number.
 
-    Args:
-        rank: of this process.
-        size: number of processes; more than one use torch's default process group.
+    By default there is only this one. Methods that wait for others raise a `DistributedError` if one is gone.
 
     >>> Ranks().share(range(5))
     [0, 1, 2, 3, 4]
@@ -60,17 +58,13 @@ class Ranks:
         return owners
 
     def sum(self, sums: dict[T, Tensor]) -> dict[T, Tensor]:
-        """The sums over all ranks, by key; a rank without a key adds zeros.
-
-        Raises:
-            DistributedError: another rank is gone.
-        """
+        """The sums over all ranks, by key; a rank without a key adds zeros."""
         if self.size == 1:
             return sums
-        described = {key: (tuple(value.shape), value.dtype) for key, value in sums.items()}
-        everywhere: dict[T, Any] = {}
-        for one in self._call(lambda: _gathered(described, self.size)):
-            everywhere.update(one)
+        own = {key: (tuple(value.shape), value.dtype) for key, value in sums.items()}
+        described: list[Any] = [None] * self.size
+        self._call(lambda: dist.all_gather_object(described, own))
+        everywhere = {key: shape_and_dtype for one in described for key, shape_and_dtype in one.items()}
         totals = {}
         for key in sorted(everywhere, key=str):
             shape, dtype = everywhere[key]
@@ -79,11 +73,7 @@ class Ranks:
         return totals
 
     def broadcast(self, value: T | None, source: int = 0) -> T:
-        """The value of rank `source`, sent by pickle.
-
-        Raises:
-            DistributedError: another rank is gone.
-        """
+        """The value of rank `source`, sent by pickle."""
         if self.size == 1:
             return cast(T, value)
         values = [value]
@@ -91,17 +81,13 @@ class Ranks:
         return cast(T, values[0])
 
     def barrier(self) -> None:
-        """Wait until every rank is here.
-
-        Raises:
-            DistributedError: another rank is gone.
-        """
+        """Wait until every rank is here."""
         if self.size > 1:
             self._call(dist.barrier)
 
-    def _call(self, collective: Callable[[], T]) -> T:
+    def _call(self, collective: Callable[[], object]) -> None:
         try:
-            return collective()
+            collective()
         except (RuntimeError, ValueError) as error:
             raise DistributedError(
                 f"rank {self.rank} of {self.size}: another rank has ended, so this one ends too; its own "
@@ -110,36 +96,25 @@ class Ranks:
             ) from error
 
 
-def _gathered(value: Any, size: int) -> list[Any]:
-    values = [None] * size
-    dist.all_gather_object(values, value)
-    return values
-
-
-def is_launched() -> bool:
-    """True if ``torchrun``, or a launcher that sets the same variables, started several processes."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
-
-
-def joined() -> AbstractContextManager[Ranks]:
+@contextmanager
+def joined() -> Iterator[Ranks]:
     """A context that gives the launched processes, in a process group (gloo); or only this one.
 
     Raises:
         DistributedError: the processes cannot reach each other.
     """
-    return _Group() if is_launched() else nullcontext(Ranks())
-
-
-class _Group(AbstractContextManager[Ranks]):
-    def __enter__(self) -> Ranks:
-        try:
-            dist.init_process_group("gloo", timeout=TIMEOUT)
-        except (RuntimeError, ValueError) as error:
-            raise DistributedError(
-                f"the processes of this run cannot reach each other: {str(error).splitlines()[0]}; start "
-                "them with torchrun, and check --rdzv-endpoint and the firewall"
-            ) from error
-        return Ranks(dist.get_rank(), dist.get_world_size())
-
-    def __exit__(self, *exception: object) -> None:
+    # torchrun, and launchers that set the same variables, start several processes.
+    if int(os.environ.get("WORLD_SIZE", "1")) <= 1 or "RANK" not in os.environ:
+        yield Ranks()
+        return
+    try:
+        dist.init_process_group("gloo", timeout=TIMEOUT)
+    except (RuntimeError, ValueError) as error:
+        raise DistributedError(
+            f"the processes of this run cannot reach each other: {str(error).splitlines()[0]}; start "
+            "them with torchrun, and check --rdzv-endpoint and the firewall"
+        ) from error
+    try:
+        yield Ranks(dist.get_rank(), dist.get_world_size())
+    finally:
         dist.destroy_process_group()

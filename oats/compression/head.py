@@ -73,14 +73,13 @@ def store_head_as_codes_(model: nn.Module, scale_columns: int) -> None:
             "not just the input embedding; leave the head as it is"
         )
     layer = _coded(head, storage)
-    reads = None
     if tied:
         embedding = cast(nn.Embedding, tied[0])
         reads = rows_of_head(embedding, layer)
         _check_reads(embedding, reads)
-    names_of = dict((module, name) for name, module in model.named_modules())
+    names_of = {module: name for name, module in model.named_modules()}
     replace_(model, head, layer)
-    if reads is not None:
+    if tied:
         replace_(model, embedding, reads)
         untie_(model, f"{names_of[head]}.weight", f"{names_of[embedding]}.weight")
 
@@ -90,9 +89,8 @@ def _coded(head: nn.Linear, storage: Storage) -> SparseLowRankLinear:
     if not bool(weight.isfinite().all()):
         raise WeightError("the output head has NaN or infinite entries; the checkpoint is damaged")
     d_out, d_in = weight.shape
-    codes, scales = zip(
-        *(round_to_int8(rows.float(), storage.scale_columns) for rows in weight.split(_ROWS)), strict=True
-    )
+    rounded = [round_to_int8(rows.float(), storage.scale_columns) for rows in weight.split(_ROWS)]
+    codes, scales = zip(*rounded, strict=True)
     row_of_mask, _ = encode(torch.ones(1, d_in))
     tensors = {
         "mask": row_of_mask.expand(d_out, -1).contiguous(),
@@ -110,11 +108,7 @@ def _coded(head: nn.Linear, storage: Storage) -> SparseLowRankLinear:
 
 
 def _check_reads(embedding: nn.Embedding, reads: RowsOfHead) -> None:
-    """Compare an embedding with what shall replace it, on a few tokens.
-
-    Raises:
-        UnsupportedModelError: they return different things.
-    """
+    """Compare an embedding with what shall replace it, on a few tokens."""
     ids = torch.arange(0, embedding.num_embeddings, max(1, embedding.num_embeddings // 64))[None]
     try:
         expected, got = embedding(ids).float(), reads(ids).float()

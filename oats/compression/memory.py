@@ -6,6 +6,7 @@ import ctypes
 import re
 import sys
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -49,12 +50,12 @@ def parse_size(text: str) -> int:
 
 
 def peak_bytes() -> int:
-    """Largest resident memory of this process so far, by the operating system's count (VmHWM)."""
+    """Largest resident memory of this process so far, by the operating system's count; 0 if it is unknown."""
     return _status("VmHWM")
 
 
 def resident_bytes() -> int:
-    """Resident memory of this process now, by the operating system's count (VmRSS)."""
+    """Resident memory of this process now, by the same count."""
     return _status("VmRSS")
 
 
@@ -74,16 +75,12 @@ def return_freed() -> None:
 
 
 def block_bytes(
-    block: nn.Module,
-    targets: Mapping[str, Target],
-    config: OatsConfig,
-    dtype: torch.dtype,
-    tokens: int,
+    block: nn.Module, targets: Mapping[str, Target], config: OatsConfig, dtype: torch.dtype, tokens: int
 ) -> dict[str, int]:
     """Predict the bytes that compressing one block adds to the process, by purpose.
 
     Args:
-        block: the block; its weights may be on the meta device.
+        block: its weights may be on the meta device.
         targets: its layers to compress.
         config: settings of the run.
         dtype: of weights and activations.
@@ -95,16 +92,12 @@ def block_bytes(
     compressed = dense * (1 - config.compression) + dense / dtype.itemsize / 8
     widest = max(max(shape) for shape in shapes)
     running = tokens * widest * (_ACTIVATIONS * dtype.itemsize + _STATISTIC * 4)
-    need = {
-        "dense weights": dense,
-        # Packed for the kernels, and as stored.
-        "compressed weights": round(2 * compressed),
-    }
+    # Twice: packed for the kernels, and as stored.
+    need = {"dense weights": dense, "compressed weights": round(2 * compressed)}
     decomposing = max(decomposition_bytes(d_out, d_in, config) for d_out, d_in in shapes)
     if statistic_for(config) == "hessians":
         # Layers that share an input share its Hessian. Twice: the sums, and those of one batch.
-        inputs = {weight.shape[1] for target in targets.values() for weight, _ in target.matrices().values()}
-        need["Hessians"] = 2 * 4 * sum(d_in**2 for d_in in inputs)
+        need["Hessians"] = 2 * 4 * sum(d_in**2 for d_in in {d_in for _, d_in in shapes})
     if config.block_matching:
         # Five float32 copies: values, supports, gradients, and Adam's two moments.
         running += 5 * 4 * sum(d_out * d_in for d_out, d_in in shapes)
@@ -119,38 +112,25 @@ def decomposition_bytes(d_out: int, d_in: int, config: OatsConfig) -> int:
     if config.method == "oats-hessian":
         of_matrix, of_hessian = _OATS_HESSIAN_BYTES[config.svd]
         own = of_matrix * matrix + of_hessian * hessian
-    elif config.method == "sparsegpt":
-        own = _SPARSEGPT_BYTES * matrix
     else:
-        own = _MATRIX_BYTES[config.svd] * matrix
+        own = (_SPARSEGPT_BYTES if config.method == "sparsegpt" else _MATRIX_BYTES[config.svd]) * matrix
     if config.method == "sparsegpt" or uses_hessian_for_codes(config):
         own = max(own, _WAITING_MATRIX_BYTES * matrix + _HESSIAN_BYTES * hessian)
     return _FIXED + own
 
 
+@dataclass
 class Limit:
-    """A limit to the memory of this process.
+    """A limit to the memory of this process, in bytes; None means that there is none."""
 
-    Args:
-        limit: in bytes; None means that there is none.
-    """
-
-    def __init__(self, limit: int | None = None) -> None:
-        self.limit = limit
+    limit: int | None = None
 
     def allows(self, need: Mapping[str, int]) -> bool:
         """True if the sum of `need`, purpose → bytes, is within the limit."""
         return self.limit is None or sum(need.values()) <= self.limit
 
     def check_need(self, need: Mapping[str, int]) -> None:
-        """Refuse a run that is predicted to pass the limit.
-
-        Args:
-            need: purpose → bytes.
-
-        Raises:
-            ConfigError: the sum is over the limit.
-        """
+        """Refuse a run that is predicted to pass the limit (see :meth:`allows`), with a `ConfigError`."""
         if self.limit is not None and not self.allows(need):
             parts = ", ".join(f"{size / 1e9:.2f} GB for {purpose}" for purpose, size in need.items() if size)
             raise ConfigError(
@@ -159,11 +139,7 @@ class Limit:
             )
 
     def check(self) -> None:
-        """Stop a run that has passed the limit.
-
-        Raises:
-            OatsError: the peak is over the limit.
-        """
+        """Stop a run that has passed the limit, with an `OatsError`."""
         if self.limit is not None and peak_bytes() > self.limit:
             raise OatsError(
                 f"the memory limit of {self.limit / 1e9:.2f} GB was passed, by the operating system's count "

@@ -1,4 +1,4 @@
-"""`quantize_`: store the layers of a compressed model as codes."""
+"""Storing compressed layers as codes: those of a whole model, or one."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 from oats.compression.block_runner import BlockRunner
 from oats.compression.calibration import Calibration, as_batches
-from oats.compression.quantize_layer import exact_weight, quantize_layer_
 from oats.compression.statistics import hessians
 from oats.compression.temporary import evaluating
 from oats.config import LowRank, Storage, Values
+from oats.decomposition.codes import quantize_tensors
 from oats.errors import WeightError
+from oats.format.bitmask import decode_mask
+from oats.format.layer_spec import exact_parts
 from oats.models.architecture import find_blocks, output_head
 from oats.nn.sparse_low_rank_linear import SparseLowRankLinear
 
@@ -56,21 +58,19 @@ def quantize_(
         WeightError: a layer has NaN or infinite values; the message names it.
         UnsupportedModelError, CalibrationError: as :func:`oats.compress_`.
     """
-    storage = Storage.of(values, low_rank, scale_columns)
-    head = output_head(model)
+    storage, head = Storage.of(values, low_rank, scale_columns), output_head(model)
     layers = {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, SparseLowRankLinear) and module is not head
     }
-    left = dict(layers)
-    calibrated = () if calibration is None else _hessians(model, layers, calibration, blocks)
-    # Read once all of those are done: the layers that are left did not run.
-    others = ((name, None) for name in layers if name in left)
     errors: dict[str, float | None] = {}
+    calibrated = () if calibration is None else _hessians(model, layers, calibration, blocks)
+    # Read once all of those are done: the layers without an error did not run.
+    others = ((name, None) for name in layers if name not in errors)
     for name, hessian in chain(calibrated, others):
-        layer = left.pop(name)
-        before = exact_weight(layer) if hessian is not None else None
+        layer = layers[name]
+        before = None if hessian is None else exact_weight(layer)
         try:
             quantize_layer_(layer, storage, hessian)
         except WeightError as error:
@@ -79,7 +79,7 @@ def quantize_(
         if hessian is not None and before is not None:
             errors[name] = _output_error(exact_weight(layer), before, hessian)
         if progress is not None:
-            progress(len(layers) - len(left), len(layers), name)
+            progress(len(errors), len(layers), name)
     return errors
 
 
@@ -106,3 +106,40 @@ def _hessians(
             yield from hessians(runner, index, own).items()
             if index + 1 < len(block_list):
                 runner.advance(index)
+
+
+@torch.no_grad()
+def quantize_layer_(
+    layer: SparseLowRankLinear,
+    storage: Storage,
+    hessian: Tensor | None = None,
+    weight: Tensor | None = None,
+    *,
+    catch_up: bool = False,
+) -> None:
+    """Store one layer as `storage` says, in place; see :func:`oats.decomposition.codes.quantize_tensors`.
+
+    Args:
+        layer: whose values and factors change.
+        storage: which of them become codes.
+        hessian: of the layer's inputs, (d_in, d_in); None rounds each code by itself.
+        weight: that codes are fitted to, (d_out, d_in); None means the layer's own before.
+        catch_up: see there.
+    """
+    tensors = layer.canonical()
+    if weight is None and hessian is not None:
+        weight = exact_weight(layer)
+    if layer.storage.has_codes:
+        sparse, u, v = exact_parts(tensors, layer.storage)
+        kept = decode_mask(tensors["mask"], layer.in_features)
+        exact = {"values": sparse[kept], "low_rank_u": u, "low_rank_v": v}
+        tensors = {"mask": tensors["mask"]} | {name: t.to(layer.dtype) for name, t in exact.items()}
+    if storage.has_codes:
+        tensors = quantize_tensors(tensors, layer.in_features, storage, hessian, weight, catch_up=catch_up)
+    layer.store_(tensors, storage)
+
+
+def exact_weight(layer: SparseLowRankLinear) -> Tensor:
+    """S + U V in float32, whatever the layer's dtype."""
+    sparse, u, v = exact_parts(layer.canonical(), layer.storage)
+    return sparse.addmm_(u, v)

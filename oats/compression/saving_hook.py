@@ -1,6 +1,6 @@
 """A hook that makes a model's own ``save_pretrained`` work before the model is compressed.
 
-Modules here may not import the integration of the model's library. That integration registers the hook.
+Modules here may not import the integration of the model's library, which registers the hook at its import.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _hook: SavingHook | None = None
 
 
 def register_saving_hook(hook: SavingHook) -> None:
-    """Set what :func:`prepare_saving_` calls. :mod:`oats.integrations.transformers` does so at import."""
+    """Set what :func:`prepare_saving_` calls."""
     global _hook
     _hook = hook
 

@@ -26,16 +26,11 @@ SPLIT = ("qkv_proj",)
 
 @dataclass(frozen=True)
 class Target:
-    """A linear layer to compress.
-
-    Attributes:
-        module: the layer.
-        outputs: of a fused projection whose parts are decomposed one by one: part → its number of outputs.
-            Empty for other layers.
-    """
+    """A linear layer to compress."""
 
     module: nn.Module
     outputs: dict[str, int]
+    """Of a fused projection whose parts are decomposed one by one: part → number of outputs; else empty."""
 
     def matrices(self) -> dict[str, tuple[Tensor, Tensor | None]]:
         """Part → weight (d_out, d_in) and bias (d_out,), views; the part of an unsplit layer is ""."""
@@ -50,15 +45,12 @@ class Target:
 
 @dataclass(frozen=True)
 class Targets:
-    """The layers to compress in each block of a model, and the matrices that stay dense.
-
-    Attributes:
-        blocks: for each block, name → layer to compress.
-        left_dense: name of each other matrix → why it stays dense.
-    """
+    """What a run compresses."""
 
     blocks: list[dict[str, Target]]
+    """For each block, name → layer to compress."""
     left_dense: dict[str, str]
+    """Name of each other matrix → why it stays dense."""
 
     def __len__(self) -> int:
         """Number of matrices to decompose."""
@@ -166,9 +158,8 @@ def _of_block(
                 left_dense[name] = f"{type(module).__name__} computes in its own way"
             else:
                 owner, _, attribute = name.rpartition(".")
-                found[name] = Target(
-                    module, fused_outputs(modules.get(owner), attribute) if attribute in split else {}
-                )
+                outputs = fused_outputs(modules.get(owner), attribute) if attribute in split else {}
+                found[name] = Target(module, outputs)
         elif not isinstance(module, (nn.Embedding, SparseLowRankLinear)):
             for parameter_name, parameter in module.named_parameters(recurse=False):
                 if parameter.dim() >= 2 and min(parameter.shape[-2:]) > 1:
@@ -180,11 +171,7 @@ def _of_block(
 
 
 def _note_other_blocks(
-    model: nn.Module,
-    path: str,
-    blocks: nn.ModuleList | nn.Sequential,
-    config: OatsConfig,
-    left_dense: dict[str, str],
+    model: nn.Module, path: str, blocks: nn.Module, config: OatsConfig, left_dense: dict[str, str]
 ) -> None:
     """Note the layers of other lists of blocks, such as an encoder beside its decoder: they stay dense."""
     inside = set(blocks.modules())

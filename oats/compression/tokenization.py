@@ -21,11 +21,8 @@ def framing_tokens(tokenizer: Any) -> tuple[int | None, int | None]:
     """The tokens that the tokenizer puts before a text, BOS or CLS, and behind it, SEP; None for neither."""
     ids = tokenizer("a").input_ids or [None]
     first, last = ids[0], ids[-1]
-    before = (
-        first if first is not None and first in (tokenizer.bos_token_id, tokenizer.cls_token_id) else None
-    )
-    after = last if last is not None and last == tokenizer.sep_token_id else None
-    return before, after
+    before = first if first in (tokenizer.bos_token_id, tokenizer.cls_token_id) else None
+    return before, last if last == tokenizer.sep_token_id else None
 
 
 def tokenize(tokenizer: Any, text: Text, vocabulary: int | None = None) -> Tensor:
@@ -33,7 +30,7 @@ def tokenize(tokenizer: Any, text: Text, vocabulary: int | None = None) -> Tenso
 
     Args:
         tokenizer: of the model, as ``AutoTokenizer`` loads it.
-        text: what to tokenize.
+        text: its content is tokenized.
         vocabulary: number of rows of the model's embedding; None does not check ids against it.
 
     Returns:
@@ -43,9 +40,8 @@ def tokenize(tokenizer: Any, text: Text, vocabulary: int | None = None) -> Tenso
         CalibrationError: no token comes out, or the tokenizer is not the model's.
     """
     # verbose=False: no warning that the text is longer than the model's context. It is cut into windows.
-    ids = torch.tensor(
-        tokenizer(text.content, add_special_tokens=False, verbose=False).input_ids, dtype=torch.int64
-    )
+    tokens = tokenizer(text.content, add_special_tokens=False, verbose=False).input_ids
+    ids = torch.tensor(tokens, dtype=torch.int64)
     if ids.numel() == 0:
         raise CalibrationError(f"{text.name} ({text.split}) gives no token; give a text that is not empty")
     if vocabulary is not None and int(ids.max()) >= vocabulary:
@@ -61,18 +57,7 @@ def calibration_sequences(
 ) -> Tensor:
     """Cut sequences from a text, each between the tokens that the tokenizer puts around a text.
 
-    Args:
-        tokenizer: of the model.
-        text: to calibrate on.
-        vocabulary: as in :func:`tokenize`.
-        samples: number of sequences.
-        length: tokens of a sequence, with those around it.
-
-    Returns:
-        int64 (samples, length).
-
-    Raises:
-        CalibrationError: the text is too short.
+    Args, results and errors as of :func:`tokenize` and :func:`calibration_windows`.
     """
     before, after = framing_tokens(tokenizer)
     ids = tokenize(tokenizer, text, vocabulary)
@@ -92,10 +77,8 @@ def calibration_windows(
 
     Args:
         ids: (n,), as :func:`tokenize` gives it.
-        samples: number of sequences.
-        length: tokens of a sequence, with `bos` and `sep`.
-        bos: goes in front of each sequence.
-        sep: goes behind each sequence.
+        samples, length: number of sequences, and their tokens with `bos` and `sep`.
+        bos, sep: go in front of each sequence and behind it.
         name: of the text, for error messages.
 
     Returns:

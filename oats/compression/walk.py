@@ -1,24 +1,24 @@
-"""The walk over a model: one block after another is compressed, in memory or from files."""
+"""The walk over a model, in memory or in files: one block after another is compressed."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from oats.compression.allocation import allocate, measure_block
 from oats.compression.block_decomposition import BlockDecomposition, block_matrices
-from oats.compression.block_runner import BlockRunner, map_tensors
-from oats.compression.block_store import BlockStore
+from oats.compression.block_runner import BlockRunner, HiddenStates, map_tensors
 from oats.compression.conversion import convert, convert_batch, dtype_of
 from oats.compression.distributed import Ranks
 from oats.compression.head import store_head_as_codes_
 from oats.compression.matching import match_block
-from oats.compression.quantize_layer import quantize_layer_
+from oats.compression.quantize import quantize_layer_
 from oats.compression.report import CompressionReport, Progress
 from oats.compression.saving_hook import prepare_saving_
-from oats.compression.targets import SKIPPED, Target, Targets, reasons
+from oats.compression.targets import SKIPPED, Targets, reasons
 from oats.compression.temporary import evaluating
 from oats.config import OatsConfig
 from oats.decomposition.methods import codes_hessian
@@ -28,15 +28,43 @@ from oats.nn.sparse_low_rank_linear import SparseLowRankLinear
 from oats.nn.split_linear import SplitLinear
 
 
+class BlockStore:
+    """Where blocks come from and finished ones go: here the model, in which all of them stay.
+
+    A subclass holds blocks elsewhere (:mod:`oats.checkpoint.file_blocks`): it gives the model the weights of
+    one block at a time, and writes finished blocks, so that a run that was stopped can go on.
+    """
+
+    def start(self, rehearse: Callable[[], None]) -> tuple[int, CompressionReport | None]:
+        """Rehearse, unless an earlier run has finished blocks; returns their number and their report."""
+        rehearse()
+        return 0, None
+
+    def compressions(self, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """Name of each matrix → its compression: known from an earlier run, or measured now."""
+        return measure()
+
+    def hidden_states(self, name: str) -> HiddenStates | None:
+        """Where to put what a block returns; None means in place of what the block before it returned."""
+        return None
+
+    def fill(self, index: int) -> None:
+        """Give block `index` its dense weights."""
+
+    def release(self, index: int) -> None:
+        """Take the weights of block `index` away."""
+
+    def finish(self, index: int, replaced: Mapping[nn.Module, nn.Module], report: CompressionReport) -> None:
+        """Take compressed block `index`; `replaced` has each dense layer → what replaced it."""
+
+
 class Walk:
     """One run: it goes on after the blocks that earlier runs finished.
 
     Args:
-        model: whose blocks are compressed.
-        path: dotted path of its list of blocks.
-        targets: what to compress.
+        model, path: whose blocks are compressed, and the dotted path of its list of blocks.
+        targets, config: what to compress, and how.
         batches: calibration data, from :func:`oats.compression.calibration.as_batches`.
-        config: settings of the run.
         store: where blocks come from and go to.
         ranks: the processes that share the work.
         progress: called after each layer.
@@ -102,23 +130,20 @@ class Walk:
             # One runs the compressed blocks and one the dense ones. Each moves on only if it is needed.
             self._compressed, self._dense = self._runner("hidden"), self._runner("dense")
             for index in range(self._first, len(self._blocks)):
-                self._step(index, decomposition)
-        report = self._report
-        if not report.layers:
+                self._store.fill(index)
+                replaced = self._compress_block(index, decomposition)
+                if config.block_matching or config.moments == "sequential":
+                    self._advance(self._compressed, "hidden", index)
+                self._store.finish(index, replaced, self._report)
+        left_dense = self._report.left_dense
+        if not self._report.layers:
             raise UnsupportedModelError(
-                f"{type(model).__name__}: nothing was compressed; {reasons(report.left_dense)}"
+                f"{type(model).__name__}: nothing was compressed; {reasons(left_dense)}"
             )
-        unwanted = {name: why for name, why in report.left_dense.items() if why != SKIPPED}
+        unwanted = {name: why for name, why in left_dense.items() if why != SKIPPED}
         if unwanted and self._ranks.rank == 0:
             warnings.warn(f"left dense: {reasons(unwanted)}", stacklevel=3)
-        return report
-
-    def _step(self, index: int, decomposition: BlockDecomposition) -> None:
-        self._store.fill(index)
-        replaced = self._compress_block(index, decomposition)
-        if self._config.block_matching or self._config.moments == "sequential":
-            self._advance(self._compressed, "hidden", index)
-        self._store.finish(index, replaced, self._report)
+        return self._report
 
     def _runner(self, name: str) -> BlockRunner:
         """A runner before the first block that is not finished."""
@@ -141,10 +166,8 @@ class Walk:
             self._store.release(index)
         return allocate(measures, self._config)
 
-    def _compress_block(
-        self, index: int, decomposition: BlockDecomposition
-    ) -> list[tuple[nn.Module, nn.Module]]:
-        """Replace the layers of a block; returns each dense layer and what replaced it."""
+    def _compress_block(self, index: int, decomposition: BlockDecomposition) -> dict[nn.Module, nn.Module]:
+        """Replace the layers of a block; returns each dense layer → what replaced it."""
         config, report, targets = self._config, self._report, self._targets.blocks[index]
         runner = self._dense if config.moments == "dense" else self._compressed
         matrices = block_matrices(runner, index, targets, config)
@@ -153,18 +176,22 @@ class Walk:
         if config.block_matching or config.moments == "dense":
             self._advance(self._dense, "dense", index, last=config.block_matching > 0)
             self._ranks.barrier()
-        replaced: list[tuple[nn.Module, nn.Module]] = []
+        replaced: dict[nn.Module, nn.Module] = {}
         made: list[SparseLowRankLinear] = []
         hessians: list[Tensor | None] = []  # for codes, which are fitted after matching
         parts: dict[str, SparseLowRankLinear] = {}
-        done = len(report.layers) + self._not_run()
+        idle = (t for block in self._targets.blocks for name, t in block.items() if name in report.left_dense)
+        done = len(report.layers) + sum(len(target.outputs) or 1 for target in idle)
         for matrix, layer, layer_report in decomposition.layers(matrices):
             if config.block_matching:
                 hessians.append(codes_hessian(matrix.statistic, config))
+            if not report.layers:
+                prepare_saving_(self._model, config)
             parts[matrix.part] = layer
             target = targets[matrix.layer]
             if len(parts) == (len(target.outputs) or 1):
-                replaced.append(self._put(target, SplitLinear(parts) if target.outputs else layer))
+                replaced[target.module] = SplitLinear(parts) if target.outputs else layer
+                replace_(self._model, target.module, replaced[target.module])
                 made += parts.values()
                 parts = {}
             report.layers.append(layer_report)
@@ -178,17 +205,6 @@ class Walk:
                     quantize_layer_(layer, config.storage, hessian)
         return replaced
 
-    def _not_run(self) -> int:
-        """Number of matrices of targets that did not run."""
-        targets = [item for block in self._targets.blocks for item in block.items()]
-        return sum(len(target.outputs) or 1 for name, target in targets if name in self._report.left_dense)
-
-    def _put(self, target: Target, layer: nn.Module) -> tuple[nn.Module, nn.Module]:
-        if not self._report.layers:
-            prepare_saving_(self._model, self._config)
-        replace_(self._model, target.module, layer)
-        return target.module, layer
-
     def _match(self, index: int, layers: list[SparseLowRankLinear]) -> None:
         """Tune the layers of a block on the first rank, which sends them to the others.
 
@@ -198,9 +214,8 @@ class Walk:
         if self._ranks.rank == 0:
             # On the batches of all ranks.
             runner = BlockRunner(self._model, self._blocks, self._batches, self._compressed.hidden_states)
-            losses = match_block(
-                runner, index, layers, self._dense.hidden_states, self._config.block_matching
-            )
+            dense, passes = self._dense.hidden_states, self._config.block_matching
+            losses = match_block(runner, index, layers, dense, passes)
             done = losses, [layer.canonical() for layer in layers] if self._ranks.size > 1 else []
         losses, tuned = self._ranks.broadcast(done)
         if self._ranks.rank > 0:

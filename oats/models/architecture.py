@@ -44,14 +44,7 @@ FUSED = {
 
 
 def find_blocks(model: nn.Module, path: str | None = None) -> tuple[str, nn.ModuleList | nn.Sequential]:
-    """The list of transformer blocks of a model.
-
-    Args:
-        model: any module.
-        path: dotted path of the list; None tries :data:`BLOCK_PATHS`.
-
-    Returns:
-        The path and the list.
+    """The dotted path of a model's list of transformer blocks, and the list; None tries :data:`BLOCK_PATHS`.
 
     Raises:
         UnsupportedModelError: there is no list of modules at `path`, or at any known path, or the list holds
@@ -74,17 +67,12 @@ def find_blocks(model: nn.Module, path: str | None = None) -> tuple[str, nn.Modu
                     "compressed for the inputs of one place, so each must be a module of its own"
                 )
             return candidate, blocks
-    lists = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module) > 1
-    ]
+    kinds = (nn.ModuleList, nn.Sequential)
+    lists = [name for name, module in model.named_modules() if isinstance(module, kinds) and len(module) > 1]
     found = f"it has lists at {', '.join(lists[:5])}" if lists else "it has no list of modules"
-    looked = (
-        f"no list of modules at {path!r}"
-        if path is not None
-        else f"no blocks at any of {', '.join(BLOCK_PATHS)}"
-    )
+    looked = f"no blocks at any of {', '.join(BLOCK_PATHS)}"
+    if path is not None:
+        looked = f"no list of modules at {path!r}"
     raise UnsupportedModelError(
         f"{type(model).__name__}: {looked}; {found}. Pass the dotted path of the list of transformer blocks "
         'as blocks="…" (compress_) or --blocks (oats compress)'
@@ -92,11 +80,7 @@ def find_blocks(model: nn.Module, path: str | None = None) -> tuple[str, nn.Modu
 
 
 def fused_outputs(owner: nn.Module | None, name: str) -> dict[str, int]:
-    """The projections that one linear layer computes together.
-
-    Args:
-        owner: the module that has the layer.
-        name: name of the layer in `owner`.
+    """The projections that the linear layer `name` of `owner` computes together.
 
     Returns:
         Name of each projection → number of its outputs, in the order of the layer's outputs. Empty for a

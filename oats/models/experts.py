@@ -36,32 +36,18 @@ def is_fused_experts(module: nn.Module) -> bool:
 
 
 def split_experts(module: Any) -> SplitExperts:
-    """The same experts as linear layers. They share the memory of the parameters.
-
-    Args:
-        module: one for which :func:`is_fused_experts` is True.
-    """
-    return SplitExperts(
-        [
-            Expert(gate_up.detach(), down.detach(), module.act_fn)
-            for gate_up, down in zip(module.gate_up_proj, module.down_proj, strict=True)
-        ]
-    )
+    """The same experts (see :func:`is_fused_experts`) as linear layers that share the parameters' memory."""
+    pairs = zip(module.gate_up_proj, module.down_proj, strict=True)
+    return SplitExperts([Expert(gate_up.detach(), down.detach(), module.act_fn) for gate_up, down in pairs])
 
 
 def split_all_(model: nn.Module, wanted: Callable[[str], bool]) -> dict[str, nn.Module]:
-    """Split the experts of a model in place.
-
-    Args:
-        model: any module.
-        wanted: called with the name of each module with experts; True splits it.
+    """Split the experts of a model in place, where `wanted` is True for their name.
 
     Returns:
         Name → the module that was replaced, for those that were split.
     """
-    found = {
-        name: module for name, module in model.named_modules() if is_fused_experts(module) and wanted(name)
-    }
+    found = {name: old for name, old in model.named_modules() if is_fused_experts(old) and wanted(name)}
     for name, module in found.items():
         model.set_submodule(name, split_experts(module))
     return found

@@ -339,6 +339,12 @@ def test_fused_projections_are_decomposed_by_parts() -> None:
     ]  # fmt: skip
 
 
+def test_a_model_whose_first_layer_is_a_fused_one_can_be_saved() -> None:
+    model = phi3()
+    oats.compress_(model, TOKENS, oats.OatsConfig(skip="*.o_proj"))
+    assert model.config.quantization_config.settings.skip == ("*.o_proj",)
+
+
 def test_a_transposed_weight_is_decomposed_as_it_is_used() -> None:
     model = AutoModel.from_config(GPT2Config(vocab_size=61, n_embd=48, n_layer=1, n_head=4)).eval()
     conv = model.h[0].mlp.c_fc

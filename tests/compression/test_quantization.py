@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from oats import OatsConfig, SparseLowRankLinear, quantize_
-from oats.compression.quantize_layer import quantize_layer_
+from oats.compression.quantize import quantize_layer_
 from oats.config import EXACT, Storage
 from oats.decomposition.codes import quantize_tensors
 from oats.decomposition.methods import decompose_by_method

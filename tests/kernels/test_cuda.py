@@ -18,7 +18,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import oats
-from oats.compression.quantize_layer import quantize_layer_
+from oats.compression.quantize import quantize_layer_
 from oats.config import Storage
 from oats.decomposition import selection
 from oats.errors import ConfigError, DeviceError, FormatError
