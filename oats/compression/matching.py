@@ -32,7 +32,7 @@ BETAS = 0.9, 0.95
 
 
 def match_block(
-    runner: BlockRunner, index: int, layers: Sequence[SparseLowRankLinear], targets: HiddenStates, passes: int
+    runner: BlockRunner, index: int, layers: Sequence[SparseLowRankLinear], dense_outputs: HiddenStates, passes: int
 ) -> tuple[float, float]:
     """Tune layers of a block, in place, so that the block returns what the dense block returned.
 
@@ -44,7 +44,7 @@ def match_block(
     Args:
         runner, index: the block, and a runner that is before it.
         layers: to tune; none of an earlier block.
-        targets: what the dense block returned for each batch: a tensor (…, d), or a tuple that begins
+        dense_outputs: what the dense block returned for each batch: a tensor (…, d), or a tuple that begins
             with one.
         passes: over the calibration data, at least 1.
 
@@ -54,11 +54,11 @@ def match_block(
     Raises:
         CalibrationError: the block does not return a tensor, or its loss is not finite.
     """
-    before = _loss(runner, index, targets)
+    before = _loss(runner, index, dense_outputs)
     untuned = [layer.canonical() for layer in layers]
-    for layer, tuned in zip(layers, _tune(runner, index, layers, targets, passes), strict=True):
+    for layer, tuned in zip(layers, _tune(runner, index, layers, dense_outputs, passes), strict=True):
         _store(layer, tuned)
-    after = _loss(runner, index, targets)
+    after = _loss(runner, index, dense_outputs)
     if after < before:
         return before, after
     for layer, canonical in zip(layers, untuned, strict=True):
@@ -95,19 +95,19 @@ class _Tunable:
 
 
 def _tune(
-    runner: BlockRunner, index: int, layers: Sequence[SparseLowRankLinear], targets: HiddenStates, passes: int
+    runner: BlockRunner, index: int, layers: Sequence[SparseLowRankLinear], dense_outputs: HiddenStates, passes: int
 ) -> list[dict[str, Tensor]]:
     tunables = [_Tunable(layer) for layer in layers]
     groups = [group for tunable in tunables for group in tunable.groups()]
     optimizer = torch.optim.Adam(groups, betas=BETAS, fused=True)
     parameters = [group["params"][0] for group in optimizer.param_groups]
-    steps, step = passes * len(targets), 0
+    steps, step = passes * len(dense_outputs), 0
     with ExitStack() as stack:
         stack.enter_context(torch.enable_grad())
         for layer, tunable in zip(layers, tunables, strict=True):
             stack.enter_context(replaced_forward(layer, tunable.forward))
         for _ in range(passes):
-            for output, target in zip(runner.run(index), targets, strict=True):
+            for output, target in zip(runner.run(index), dense_outputs, strict=True):
                 loss = _relative_error(output, target, runner.batch)
                 # Not backward(): norms, and the embedding before the first block, need no gradients.
                 gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
@@ -127,10 +127,10 @@ def _store(layer: SparseLowRankLinear, tensors: dict[str, Tensor]) -> None:
     layer.load_state_dict(state)
 
 
-def _loss(runner: BlockRunner, index: int, targets: HiddenStates) -> float:
+def _loss(runner: BlockRunner, index: int, dense_outputs: HiddenStates) -> float:
     losses = [
         float(_relative_error(output, target, runner.batch))
-        for output, target in zip(runner.run(index), targets, strict=True)
+        for output, target in zip(runner.run(index), dense_outputs, strict=True)
     ]
     mean = sum(losses) / len(losses)
     if not torch.isfinite(torch.tensor(mean)):
