@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oats._version import __version__
-from oats.checkpoint.atomic_file import write_text
-from oats.checkpoint.config_json import read_config
-from oats.checkpoint.quantization_config import parse_quantization_config
+from oats.checkpoint.atomic import write_text
+from oats.checkpoint.config_json import parse_quantization_config, read_config
 from oats.checkpoint.record import Record, in_words, storage_in_words
 from oats.checkpoint.stored_model import StoredModel, read_stored_model
 from oats.config import OatsConfig

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from oats._version import __version__
-from oats.checkpoint.atomic_file import write_text
+from oats.checkpoint.atomic import write_text
 from oats.config import Storage
 from oats.errors import ConfigError, FormatError
 

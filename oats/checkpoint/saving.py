@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from oats.checkpoint.atomic_directory import new_directory
+from oats.checkpoint.atomic import new_directory
 from oats.errors import FormatError, OatsError, OutputExistsError, first_line
 
 if TYPE_CHECKING:

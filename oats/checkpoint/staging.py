@@ -29,8 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oats.checkpoint.atomic_directory import swap_in
-from oats.checkpoint.atomic_file import write_file, write_text
+from oats.checkpoint.atomic import swap_in, write_file, write_text
 from oats.errors import ConfigError, FormatError, OatsError, OutputExistsError
 
 PLAN, PROGRESS, COMPRESSIONS = "plan.json", "progress.json", "compressions.json"

@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 
-from oats.checkpoint.config_json import read_config
+from oats.checkpoint.config_json import EMBEDDING, RETRY, parse_quantization_config, read_config
 from oats.checkpoint.names import similar_stored_name, stored_layer_names
-from oats.checkpoint.quantization_config import EMBEDDING, RETRY, parse_quantization_config
 from oats.checkpoint.stored_tensor import StoredTensor, check_sizes, check_tensors, read_header
 from oats.config import EXACT, Storage
 from oats.errors import CheckpointError, FormatError

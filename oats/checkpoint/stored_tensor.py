@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from oats.checkpoint.quantization_config import RETRY
+from oats.checkpoint.config_json import RETRY
 from oats.config import EXACT, Storage
 from oats.errors import FormatError
 from oats.format.layer_spec import LayerSpec

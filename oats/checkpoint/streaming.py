@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from oats._version import __version__
 from oats.checkpoint.companions import copy_companions
+from oats.checkpoint.config_json import quantization_dict
 from oats.checkpoint.dense_source import DenseSource
 from oats.checkpoint.file_blocks import FileBlocks
 from oats.checkpoint.model_card import write_model_card
-from oats.checkpoint.quantization_config import quantization_dict
 from oats.checkpoint.shards import Shards
 from oats.checkpoint.staging import Staging
 from oats.compression.calibration import as_batches

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from oats._version import __version__
 from oats.bench.plots import require_matplotlib
-from oats.checkpoint.quantization_config import parse_quantization_config
+from oats.checkpoint.config_json import parse_quantization_config
 from oats.checkpoint.record import Record, in_words
 from oats.checkpoint.stored_model import StoredModel
 from oats.config import OatsConfig

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from oats.checkpoint.config_json import EMBEDDING, RETRY
 from oats.checkpoint.layer_table import layers_of
 from oats.checkpoint.names import ModelNames, names_in_model, stored_tensors
-from oats.checkpoint.quantization_config import EMBEDDING, RETRY
 from oats.checkpoint.stored_tensor import check_sizes, check_tensors
 from oats.config import Storage
 from oats.errors import ConfigError, FormatError

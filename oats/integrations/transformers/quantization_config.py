@@ -11,13 +11,13 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from oats.checkpoint.layer_table import layer_table
-from oats.checkpoint.quantization_config import (
+from oats.checkpoint.config_json import (
     QUANT_METHOD,
     lowest_format_version,
     parse_quantization_config,
     quantization_dict,
 )
+from oats.checkpoint.layer_table import layer_table
 from oats.config import OatsConfig
 
 
