@@ -134,16 +134,14 @@ def _usage(name: str, kind: str, tokens: bool) -> str:
 
 
 def _sizes(stored: StoredModel) -> str:
-    dense = sum(layer.dense_bf16_bytes for layer in stored.layers)
-    layers = sum(layer.stored_bytes for layer in stored.layers)
-    rest = stored.bytes_elsewhere
-    rows = [("everything else", _megabytes(rest), "")]
-    if dense:
-        rows.insert(0, (f"{len(stored.layers)} linear layers", _megabytes(layers), f"{layers / dense:.3f}"))
+    layers, head, rest, rows = stored.layer_bytes, 0, stored.bytes_elsewhere, []
+    if stored.layers:
+        share = f"{stored.share_of_dense_bf16:.3f}"
+        rows.append((f"{len(stored.layers)} linear layers", _megabytes(layers), share))
     if stored.head:
-        share = f"{stored.head.share_of_dense_bf16:.3f}"
-        rows.insert(-1, (f"output head, {stored.head.dtype}", _megabytes(stored.head.stored_bytes), share))
-    head = stored.head.stored_bytes if stored.head else 0
+        head, share = stored.head.stored_bytes, f"{stored.head.share_of_dense_bf16:.3f}"
+        rows.append((f"output head, {stored.head.dtype}", _megabytes(head), share))
+    rows.append(("everything else", _megabytes(rest), ""))
     rows.append(("all weights", _megabytes(layers + head + rest), ""))
     return _table(("", "stored", "of dense bf16"), rows)
 

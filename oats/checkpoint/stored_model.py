@@ -71,6 +71,21 @@ class StoredModel:
     bytes_elsewhere: int
     disk_bytes: int  # all files of the directory
 
+    @property
+    def layer_bytes(self) -> int:
+        """Stored bytes of `layers`."""
+        return sum(layer.stored_bytes for layer in self.layers)
+
+    @property
+    def dense_bf16_bytes(self) -> int:
+        """Bytes of the dense weights of `layers` in bf16."""
+        return sum(layer.dense_bf16_bytes for layer in self.layers)
+
+    @property
+    def share_of_dense_bf16(self) -> float | None:
+        """`layer_bytes` divided by `dense_bf16_bytes`; None if no layer is compressed."""
+        return self.layer_bytes / self.dense_bf16_bytes if self.layers else None
+
 
 def read_stored_model(directory: str | Path) -> StoredModel:
     """Describe a model directory without reading a weight.
