@@ -94,7 +94,10 @@ def compress_model(
             raise ConfigError(
                 f"{model} takes tokens: calibrate it on a text (--calibration), not on --images"
             )
-        data, calibration = _sequences(network, tokenizer, text, 64 if samples is None else samples, length)
+        letters, samples = calibration_text(text), 64 if samples is None else samples
+        vocabulary = network.get_input_embeddings().num_embeddings
+        data = calibration_sequences(tokenizer, letters, vocabulary, samples, length)
+        calibration = {**letters.settings(), "samples": samples, "length": length}
     elif read_images is None or text is not None:
         raise ConfigError(
             f"{model} ({type(network).__name__}) takes images: calibrate it on a directory of images like "
@@ -142,13 +145,3 @@ def compress_model(
         "share_of_dense_bf16": stored.share_of_dense_bf16,
         "disk_bytes": stored.disk_bytes,
     }
-
-
-def _sequences(
-    network: Any, tokenizer: Any, file: Path | None, samples: int, length: int
-) -> tuple[Tensor, dict[str, Any]]:
-    """Token ids (samples, length), and what identifies them."""
-    text = calibration_text(file)
-    vocabulary = network.get_input_embeddings().num_embeddings
-    ids = calibration_sequences(tokenizer, text, vocabulary, samples, length)
-    return ids, {**text.settings(), "samples": samples, "length": length}

@@ -78,14 +78,7 @@ def quantization_dict(settings: OatsConfig, layers: Mapping[str, Mapping[str, An
 def parse_quantization_config(
     quantization: Mapping[str, Any], origin: str = "config.json"
 ) -> tuple[OatsConfig, dict[str, dict[str, Any]]]:
-    """Read the ``quantization_config`` of a compressed model.
-
-    Args:
-        quantization: the JSON object.
-        origin: the file it is from, for error messages.
-
-    Returns:
-        The settings, and the layers as in :func:`quantization_dict`.
+    """Read what :func:`quantization_dict` gave: the settings and the layers. `origin` is named in errors.
 
     Raises:
         FormatError: an unsupported format version, an unknown or missing key, or a bad value.
@@ -101,10 +94,8 @@ def parse_quantization_config(
             "`pip install -U oats-torch`"
         )
     expected = _SETTINGS | {"layers"}
-    for problem, keys in (
-        ("unknown", given.keys() - expected),
-        ("missing", expected - OPTIONAL - given.keys()),
-    ):
+    problems = {"unknown": given.keys() - expected, "missing": expected - OPTIONAL - given.keys()}
+    for problem, keys in problems.items():
         if keys:
             raise FormatError(
                 f"{origin} has {problem} keys {sorted(keys)}; the file was edited or damaged, {RETRY}"
@@ -113,12 +104,9 @@ def parse_quantization_config(
     if not isinstance(layers, dict):
         raise FormatError(f"{origin}.layers is {shortened(layers)}, expected an object; {RETRY}")
     heads = [name for name, sizes in layers.items() if isinstance(sizes, dict) and EMBEDDING in sizes]
+    # What an entry may hold, by version.
+    allowed = [_SIZES, _SIZES | _STORAGE, _SIZES | _STORAGE | {EMBEDDING}][:version]
     for name, sizes in layers.items():
-        allowed = [_SIZES]
-        if version >= CODES_VERSION:
-            allowed.append(_SIZES | _STORAGE)
-        if version >= HEAD_VERSION:
-            allowed.append(_SIZES | _STORAGE | {EMBEDDING})
         if (
             not isinstance(sizes, dict)
             or sizes.keys() not in allowed

@@ -8,17 +8,15 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from oats._version import __version__
 from oats.checkpoint.atomic import write_text
 from oats.checkpoint.config_json import parse_quantization_config, read_config
 from oats.checkpoint.record import Record, in_words, storage_in_words
 from oats.checkpoint.stored_model import StoredModel, read_stored_model
+from oats.compression.report import CompressionReport
 from oats.config import OatsConfig
-
-if TYPE_CHECKING:
-    from oats.compression.report import CompressionReport
 
 CARD = "README.md"
 MARK = "<!-- written by oats: delete this line to keep your own text -->"

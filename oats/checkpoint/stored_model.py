@@ -148,9 +148,8 @@ def _take_layer(
     parts = {part: tensors.pop(f"{stored_name}.{part}", None) for part in tensor_names(storage)}
     found = {part: tensor for part, tensor in parts.items() if tensor is not None}
     for part, tensor in found.items():
-        if part in ("mask", "low_rank_u", "low_rank_v") and (
-            len(tensor.shape) != 2 or (part == "mask" and 0 in tensor.shape)
-        ):
+        is_matrix = len(tensor.shape) == 2 and not (part == "mask" and 0 in tensor.shape)
+        if part in ("mask", "low_rank_u", "low_rank_v") and not is_matrix:
             raise FormatError(
                 f"{tensor.path}: {name}: {part} has shape {tensor.shape}, expected a matrix; {RETRY}"
             )
@@ -162,14 +161,6 @@ def _take_layer(
     shapes = {part: shape for part, (_, shape) in expected.items()}
     check_tensors(name, shapes, found, origin, storage)
     check_sizes(name, d_out, d_in, rank=rank, nnz=nnz)
-    return StoredLayer(
-        name=name,
-        stored_name=stored_name,
-        d_out=d_out,
-        d_in=d_in,
-        rank=rank,
-        nnz=nnz,
-        dtype=_STORED_AS.get(found["values"].dtype) or storage.values,
-        stored_bytes=sum(tensor.nbytes for tensor in found.values()),
-        storage=storage,
-    )
+    dtype = _STORED_AS.get(found["values"].dtype) or storage.values
+    stored_bytes = sum(tensor.nbytes for tensor in found.values())
+    return StoredLayer(name, stored_name, d_out, d_in, rank, nnz, dtype, stored_bytes, storage)
