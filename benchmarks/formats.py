@@ -28,7 +28,7 @@ from transformers.utils import logging
 from oats import OatsConfig
 from oats.bench.model_speed import decode_time, model_speeds
 from oats.bench.random_model import random_model
-from oats.checkpoint.atomic_file import write_text
+from oats.checkpoint.atomic import write_text
 from oats.compression.head import quantize_head_
 from oats.config import PRUNING
 from oats.evaluate.cells import DENSE, Cell, Cells, is_dense

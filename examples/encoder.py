@@ -28,7 +28,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 import oats
-from oats.checkpoint.atomic_file import write_text
+from oats.checkpoint.atomic import write_text
 from oats.checkpoint.loading import load_model
 from oats.cli.comparison_table import print_table
 from oats.cli.console import results

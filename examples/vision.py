@@ -27,7 +27,7 @@ from transformers import Dinov2Config, Dinov2ForImageClassification, ViTConfig, 
 from transformers.utils import logging
 
 import oats
-from oats.checkpoint.atomic_file import write_text
+from oats.checkpoint.atomic import write_text
 from oats.checkpoint.saving import save_model
 from oats.cli.comparison_table import print_table
 from oats.cli.console import progress_bar, results

@@ -17,14 +17,10 @@ _MODULES = "modules.json"
 
 
 def copy_companions(source: str | Path, out: Path) -> None:
-    """Copy such files from a dense model's directory to the compressed model's.
+    """Copy such files from a dense model to the directory `out`, where nothing is overwritten.
 
-    Copies the files of transformers' image processors, and of sentence-transformers: its list of modules,
-    and the directories of the modules that follow the model. Overwrites nothing in `out`.
-
-    Args:
-        source: the dense model; if it is no local directory, nothing is copied.
-        out: an existing directory.
+    These are the files of transformers' image processors, and of sentence-transformers: its list of modules,
+    and the directories of the modules that follow the model. None are if `source` is no local directory.
 
     >>> import tempfile
     >>> source, out = Path(tempfile.mkdtemp()), Path(tempfile.mkdtemp())

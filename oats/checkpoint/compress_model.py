@@ -11,7 +11,6 @@ from typing import Any
 from torch import Tensor
 
 from oats.checkpoint import loading
-from oats.checkpoint.model_card import write_model_card
 from oats.checkpoint.saving import check_output, save_model
 from oats.checkpoint.staging import Staging
 from oats.checkpoint.stored_model import read_stored_model
@@ -95,7 +94,10 @@ def compress_model(
             raise ConfigError(
                 f"{model} takes tokens: calibrate it on a text (--calibration), not on --images"
             )
-        data, calibration = _sequences(network, tokenizer, text, 64 if samples is None else samples, length)
+        letters, samples = calibration_text(text), 64 if samples is None else samples
+        vocabulary = network.get_input_embeddings().num_embeddings
+        data = calibration_sequences(tokenizer, letters, vocabulary, samples, length)
+        calibration = {**letters.settings(), "samples": samples, "length": length}
     elif read_images is None or text is not None:
         raise ConfigError(
             f"{model} ({type(network).__name__}) takes images: calibrate it on a directory of images like "
@@ -103,12 +105,16 @@ def compress_model(
         )
     else:
         data, calibration = read_images(network)
+    identity = {name: value for name, value in calibration.items() if name != "characters"}
+    if "text" in identity:
+        identity["text"] = Path(identity["text"]).name
+    known: dict[str, Any] = {"source": model, "calibration": identity}
     started = time.perf_counter()
     with progress() as on_layer:
         if opened is not None:
             report = compress_directory(
                 source, tokenizer, data, out, config, dtype=dtype, split=split, overwrite=overwrite,
-                restart=restart, memory_limit=memory_limit, ranks=ranks, progress=on_layer,
+                restart=restart, memory_limit=memory_limit, ranks=ranks, progress=on_layer, known=known,
             )  # fmt: skip
         elif ranks.size > 1 or memory_limit is not None:
             raise ConfigError(
@@ -119,20 +125,10 @@ def compress_model(
         else:
             report = compress_(network, data, config, blocks=blocks, split=split, progress=on_layer)
     seconds = report.seconds_before + time.perf_counter() - started
-    identity = {name: value for name, value in calibration.items() if name != "characters"}
-    if "text" in identity:
-        identity["text"] = Path(identity["text"]).name
-    known: dict[str, Any] = {"source": model, "seconds": seconds, "calibration": identity}
     if opened is None:
         with status(f"Saving {out}"):
-            save_model(network, tokenizer, out, overwrite=overwrite, report=report, **known)
-    elif ranks.rank == 0:
-        write_model_card(out, report, **known)
-    ranks.barrier()
-
+            save_model(network, tokenizer, out, overwrite=overwrite, report=report, seconds=seconds, **known)
     stored = read_stored_model(out)
-    layer_bytes = sum(layer.stored_bytes for layer in stored.layers)
-    dense_bytes = sum(layer.dense_bf16_bytes for layer in stored.layers)
     return {
         "model": model,
         "out": str(out),
@@ -145,17 +141,7 @@ def compress_model(
         "seconds": seconds,
         "peak_memory_bytes": peak_bytes(),
         "layers": len(stored.layers),
-        "layer_bytes": layer_bytes,
-        "share_of_dense_bf16": layer_bytes / dense_bytes if dense_bytes else None,
+        "layer_bytes": stored.layer_bytes,
+        "share_of_dense_bf16": stored.share_of_dense_bf16,
         "disk_bytes": stored.disk_bytes,
     }
-
-
-def _sequences(
-    network: Any, tokenizer: Any, file: Path | None, samples: int, length: int
-) -> tuple[Tensor, dict[str, Any]]:
-    """Token ids (samples, length), and what identifies them."""
-    text = calibration_text(file)
-    vocabulary = network.get_input_embeddings().num_embeddings
-    ids = calibration_sequences(tokenizer, text, vocabulary, samples, length)
-    return ids, {**text.settings(), "samples": samples, "length": length}

@@ -11,11 +11,9 @@ from torch import nn
 
 from oats.checkpoint.config_json import read_config
 from oats.checkpoint.names import ModelNames, stored_tensors
-from oats.checkpoint.stored_tensor import read_header
+from oats.checkpoint.stored_tensor import FLOATS, read_header
 from oats.format.layer_spec import DTYPES, storage_dtype
 from oats.models.architecture import find_blocks
-
-_TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 
 
 class DenseSource:
@@ -42,11 +40,9 @@ class DenseSource:
 
     @staticmethod
     def open(directory: Path, model: Any, blocks: str | None = None) -> DenseSource | None:
-        """Release the blocks of a model that has just been loaded.
+        """Release the blocks of a ``PreTrainedModel`` that has just been loaded from `directory`.
 
         Args:
-            directory: that it was loaded from.
-            model: a ``PreTrainedModel``.
             blocks: dotted path of its list of blocks; None tries the known paths.
 
         Returns:
@@ -122,18 +118,13 @@ def stored_float_dtype(directory: Path) -> torch.dtype:
     sizes: Counter[torch.dtype] = Counter()
     for file in checkpoint_files(directory):
         for tensor in read_header(file).values():
-            if tensor.dtype in _TORCH_DTYPES:
-                sizes[_TORCH_DTYPES[tensor.dtype]] += tensor.nbytes
+            if tensor.dtype in FLOATS:
+                sizes[FLOATS[tensor.dtype]] += tensor.nbytes
     return sizes.most_common(1)[0][0] if sizes else torch.float32
 
 
 def compressed_dtype(directory: Path, dtype: str | None) -> torch.dtype:
-    """The dtype of the compressed model.
-
-    Args:
-        directory: of the dense model.
-        dtype: ``"bf16"`` or ``"fp32"``; None means the dtype that the model is loaded in.
-    """
+    """The dtype of the compressed model: ``"bf16"`` or ``"fp32"``; None means that of the dense one."""
     if dtype is not None:
         return DTYPES[dtype]
     config = read_config(directory / "config.json")

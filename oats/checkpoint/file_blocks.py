@@ -10,7 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from oats.checkpoint.companions import copy_companions
+from oats.checkpoint.config_json import quantization_dict
 from oats.checkpoint.dense_source import DenseSource
+from oats.checkpoint.model_card import write_model_card
 from oats.checkpoint.saving import check_output
 from oats.checkpoint.shards import Shards
 from oats.checkpoint.staging import Staging, StoredStates
@@ -30,7 +33,6 @@ class FileBlocks(BlockStore):
     Args:
         source: the dense model.
         staging: gets finished blocks and hidden states.
-        shards: writes the finished blocks.
         plan: everything that decides the result; a run goes on from another only if their plans are equal.
         overwrite: whether the model at ``staging.out`` may be replaced.
         batches: number of calibration batches.
@@ -41,7 +43,6 @@ class FileBlocks(BlockStore):
 
     source: DenseSource
     staging: Staging
-    shards: Shards
     plan: dict[str, Any]
     overwrite: bool
     batches: int
@@ -51,6 +52,10 @@ class FileBlocks(BlockStore):
     limit: Limit
     table: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Entries of the finished layers in ``quantization_config.layers``, on the first rank."""
+
+    def __post_init__(self) -> None:
+        self._shards = Shards(self.source, self.staging)
+        self._started = time.perf_counter()
 
     def start(self, rehearse: Callable[[], None]) -> tuple[int, CompressionReport | None]:
         """Find what an earlier run finished; or else rehearse, and make the staging directory.
@@ -78,7 +83,6 @@ class FileBlocks(BlockStore):
                 f"rank {self.ranks.rank} does not see {staging.directory}, which rank 0 made; all ranks need "
                 "the same file system"
             )
-        self._started = time.perf_counter()
         if not state["blocks"]:
             return 0, None
         self.table = state["table"]
@@ -92,17 +96,17 @@ class FileBlocks(BlockStore):
 
     def compressions(self, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
         """Read what an earlier run measured; or else measure, and keep it for later runs."""
-        staging, first = self.staging, self.ranks.rank == 0
-        found = self.ranks.broadcast(staging.compressions() if first else None)
-        if found is None:
+        first = self.ranks.rank == 0
+        found: dict[str, float] = self.ranks.broadcast(self.staging.compressions() if first else None)
+        if not found:
             found = measure()
             if first:
-                staging.note_compressions(found)
+                self.staging.note_compressions(found)
         return found
 
     def hidden_states(self, name: str) -> StoredStates:
         """Tensors on disk, in the directory `name` of the staging directory."""
-        return self.staging.hidden_states(name, self.batches)
+        return StoredStates(self.staging.directory / name, self.batches, self.staging)
 
     def fill(self, index: int) -> None:
         """Read block `index`."""
@@ -117,7 +121,7 @@ class FileBlocks(BlockStore):
     def finish(self, index: int, replaced: Mapping[nn.Module, nn.Module], report: CompressionReport) -> None:
         """Write a compressed block, put its dense layers back without weights, and commit."""
         if self.ranks.rank == 0:
-            self.table |= self.shards.write_block(index)
+            self.table |= self._shards.write_block(index)
         for dense, compressed in replaced.items():
             replace_(self.source.model, compressed, dense)
         self.release(index)
@@ -131,6 +135,35 @@ class FileBlocks(BlockStore):
                     "left_dense": report.left_dense,
                     "matched": report.matched,
                     "table": self.table,
-                    "seconds": report.seconds_before + time.perf_counter() - self._started,
+                    "seconds": self._seconds(report),
                 }
             )
+
+    def deliver(self, tokenizer: Any, report: CompressionReport, known: Mapping[str, Any]) -> None:
+        """Write what belongs beside the blocks, and give the model its name; called on the first rank.
+
+        Args:
+            tokenizer: None if the model has none.
+            report: of all blocks.
+            known: more for the model card.
+        """
+        table = {**self.table, **self._shards.write_rest()}
+        model, directory = self.source.model, self.staging.model
+        model.config.dtype = str(self.dtype).removeprefix("torch.")
+        model.config.architectures = [type(model).__name__]
+        model.config.quantization_config = quantization_dict(self.config, table)
+        with self.staging.writing():
+            if tokenizer is not None:
+                tokenizer.save_pretrained(directory)
+            copy_companions(self.source.directory, directory)
+            if model.can_generate():
+                model.generation_config.save_pretrained(directory)
+            model.config.save_pretrained(directory)
+            # What is killed here leaves nothing: `deliver` removes what was not written to the end.
+            write_model_card(
+                directory, report, name=self.staging.out.name, seconds=self._seconds(report), **known
+            )
+        self.staging.deliver(overwrite=self.overwrite)
+
+    def _seconds(self, report: CompressionReport) -> float:
+        return report.seconds_before + time.perf_counter() - self._started

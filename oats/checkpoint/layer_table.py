@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import Any
 
 from torch import Tensor, nn
 
-from oats.checkpoint.quantization_config import EMBEDDING
+from oats.checkpoint.config_json import EMBEDDING
 from oats.compression.head import head_of
 from oats.format.layer_spec import MARKER
 from oats.nn import SparseLowRankLinear, SplitLinear
 
 
-def storable(model: Any, state_dict: dict[str, Tensor], layers: Collection[str]) -> dict[str, Tensor]:
-    """The tensors of a compressed model, or of a part of it, that go to its files.
+def storable(model: Any, part: nn.Module, prefix: str = "") -> dict[str, Tensor]:
+    """The tensors that go to the files, by their names in the model.
 
     Args:
-        model: that the tensors belong to.
-        state_dict: full name → tensor; changed in place.
-        layers: full names of the compressed layers, and of the fused projections that they are parts of.
+        model: a ``PreTrainedModel``.
+        part: of it, or all of it.
+        prefix: of the names in `part`, such as ``"model.layers.0."``.
     """
-    for name in layers:
+    state_dict = {prefix + name: tensor for name, tensor in part.state_dict().items()}
+    for name in (prefix + name for name in {**layers_of(part), **replacements(part)}):
         # save_pretrained writes a shared tensor once. But a shared layer needs all of its tensors under
         # each of its names: a model that has two layers there can load them only then.
         if f"{name}.bias" in state_dict:
@@ -32,46 +32,29 @@ def storable(model: Any, state_dict: dict[str, Tensor], layers: Collection[str])
     return state_dict
 
 
-def compressed_layers(module: nn.Module, prefix: str = "") -> tuple[dict[str, dict[str, Any]], set[str]]:
-    """Find the compressed layers of a model, or of a part of it.
-
-    Args:
-        module: the model or part.
-        prefix: put before the names, such as ``"model.layers.0."``.
-
-    Returns:
-        Name of each layer → its entry in ``quantization_config.layers``; and the set of these names and of
-        those of fused projections.
-    """
-    table = {prefix + name: sizes for name, sizes in layer_table(module).items()}
-    return table, {*table, *(prefix + name for name in replacements(module))}
-
-
 def layers_of(model: nn.Module) -> dict[str, SparseLowRankLinear]:
     """Every name of every compressed layer; a layer in several places has several names."""
     modules = model.named_modules(remove_duplicate=False)
     return {name: module for name, module in modules if isinstance(module, SparseLowRankLinear)}
 
 
-def layer_table(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Name of each compressed layer → its entry in ``quantization_config.layers``."""
-    head, embedding = head_of(model)
+def layer_table(part: nn.Module, prefix: str = "") -> dict[str, dict[str, Any]]:
+    """Name of each compressed layer → its entry in ``quantization_config.layers``; see :func:`storable`."""
+    head, embedding = head_of(part)
     return {
-        name: {"rank": layer.rank, "nnz": layer.nnz, **layer.storage.to_dict()}
+        prefix + name: {"rank": layer.rank, "nnz": layer.nnz, **layer.storage.to_dict()}
         | ({EMBEDDING: embedding} if layer is head else {})
-        for name, layer in layers_of(model).items()
+        for name, layer in layers_of(part).items()
     }
 
 
 def replacements(model: nn.Module) -> dict[str, SparseLowRankLinear | SplitLinear]:
     """Every name of every module that replaced a linear layer: a compressed layer, or several for one."""
-    parts = {
-        part for module in model.modules() if isinstance(module, SplitLinear) for part in module.values()
-    }
-    modules = model.named_modules(remove_duplicate=False)
+    splits = [module for module in model.modules() if isinstance(module, SplitLinear)]
+    parts = {part for split in splits for part in split.values()}
     return {
         name: module
-        for name, module in modules
+        for name, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, (SparseLowRankLinear, SplitLinear)) and module not in parts
     }
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from safetensors import SafetensorError
+
+from oats.checkpoint.config_json import read_config, saved_class
+from oats.checkpoint.dense_source import DenseSource, checkpoint_files, compressed_dtype, stored_float_dtype
 from oats.errors import CheckpointError, ConfigError, FormatError, OatsError, first_line
 
-if TYPE_CHECKING:
-    import torch
 
-    from oats.checkpoint.dense_source import DenseSource
-
-
-def load_model(model: str | Path, dtype: str | None = None, *, as_saved: bool = False) -> tuple[Any, Any]:
+def load_model(
+    model: str | Path, dtype: str | None = None, *, as_saved: bool = False, **options: Any
+) -> tuple[Any, Any]:
     """Load a causal language model and its tokenizer.
 
     Args:
@@ -23,6 +25,7 @@ def load_model(model: str | Path, dtype: str | None = None, *, as_saved: bool = 
             None then means bf16.
         as_saved: also load models that are no causal language models (encoders, vision transformers), with
             the class that saved them.
+        options: more for ``from_pretrained``.
 
     Returns:
         The model, in evaluation mode, and the tokenizer; None for a model that takes images.
@@ -35,7 +38,7 @@ def load_model(model: str | Path, dtype: str | None = None, *, as_saved: bool = 
     _check_dtype(dtype)
     source, gguf_file = _locate(model)
     stored = _DTYPES["bf16"] if gguf_file and dtype is None else _DTYPES[dtype]
-    return _load(model, source, gguf_file, stored, as_saved and not gguf_file)
+    return _load(model, source, gguf_file, as_saved and not gguf_file, dtype=stored, **options)
 
 
 def load_dense_source(
@@ -56,13 +59,6 @@ def load_dense_source(
         CheckpointError, ConfigError, FormatError: as :func:`load_model`.
         UnsupportedModelError: the list of blocks was not found.
     """
-    from oats.checkpoint.dense_source import (
-        DenseSource,
-        checkpoint_files,
-        compressed_dtype,
-        stored_float_dtype,
-    )
-
     _check_dtype(dtype)
     source, gguf_file = _locate(model)
     directory = Path(source)
@@ -73,7 +69,7 @@ def load_dense_source(
     except FormatError as error:
         raise CheckpointError(f"cannot load the model {model}: {error}") from error
     # In the dtype of the files no weight is copied: the files are mapped into memory.
-    network, tokenizer = _load(model, source, None, str(held).removeprefix("torch."), as_saved=True)
+    network, tokenizer = _load(model, source, None, True, dtype=str(held).removeprefix("torch."))
     if tokenizer is None:
         return None
     opened = DenseSource.open(directory, network, blocks)
@@ -89,30 +85,23 @@ def _check_dtype(dtype: str | None) -> None:
 
 
 def _load(
-    model: str | Path, source: str, gguf_file: str | None, dtype: str, as_saved: bool
+    model: str | Path, source: str, gguf_file: str | None, as_saved: bool, **options: Any
 ) -> tuple[Any, Any]:
     import transformers
-    from safetensors import SafetensorError
-
-    from oats.checkpoint.config_json import read_config
 
     if Path(source).is_dir() and not gguf_file:
         read_config(Path(source) / "config.json")  # transformers does not check it
-    options: dict[str, Any] = {"dtype": dtype}
-    if gguf_file:
-        options["gguf_file"] = gguf_file
-        # Versions of transformers that have GgufConfig may keep the weights in GGUF blocks.
-        if hasattr(transformers, "GgufConfig"):
-            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    file = {"gguf_file": gguf_file} if gguf_file else {}
+    # Versions of transformers that have GgufConfig may keep the weights in GGUF blocks.
+    if gguf_file and hasattr(transformers, "GgufConfig"):
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
         # Any, since from_pretrained is typed as if it always returned a model.
         kind: Any = _class_to_load(source) if as_saved else transformers.AutoModelForCausalLM
-        loaded, problems = kind.from_pretrained(source, output_loading_info=True, **options)
+        loaded, problems = kind.from_pretrained(source, output_loading_info=True, **file, **options)
         tokenizer = None
         if loaded.main_input_name != "pixel_values":
-            tokenizer = transformers.AutoTokenizer.from_pretrained(
-                source, **({"gguf_file": gguf_file} if gguf_file else {})
-            )
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source, **file)
     except OatsError:
         raise
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
@@ -135,8 +124,6 @@ def _class_to_load(source: str) -> Any:
     """AutoModelForCausalLM for causal language models and unknown classes; else the class that saved it."""
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    from oats.checkpoint.config_json import saved_class
 
     config = transformers.AutoConfig.from_pretrained(source)
     causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)

@@ -8,18 +8,15 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from oats._version import __version__
-from oats.checkpoint.atomic_file import write_text
-from oats.checkpoint.config_json import read_config
-from oats.checkpoint.quantization_config import parse_quantization_config
+from oats.checkpoint.atomic import write_text
+from oats.checkpoint.config_json import parse_quantization_config, read_config
 from oats.checkpoint.record import Record, in_words, storage_in_words
 from oats.checkpoint.stored_model import StoredModel, read_stored_model
+from oats.compression.report import CompressionReport
 from oats.config import OatsConfig
-
-if TYPE_CHECKING:
-    from oats.compression.report import CompressionReport
 
 CARD = "README.md"
 MARK = "<!-- written by oats: delete this line to keep your own text -->"
@@ -135,16 +132,14 @@ def _usage(name: str, kind: str, tokens: bool) -> str:
 
 
 def _sizes(stored: StoredModel) -> str:
-    dense = sum(layer.dense_bf16_bytes for layer in stored.layers)
-    layers = sum(layer.stored_bytes for layer in stored.layers)
-    rest = stored.bytes_elsewhere
-    rows = [("everything else", _megabytes(rest), "")]
-    if dense:
-        rows.insert(0, (f"{len(stored.layers)} linear layers", _megabytes(layers), f"{layers / dense:.3f}"))
+    layers, head, rest, rows = stored.layer_bytes, 0, stored.bytes_elsewhere, []
+    if stored.layers:
+        share = f"{stored.share_of_dense_bf16:.3f}"
+        rows.append((f"{len(stored.layers)} linear layers", _megabytes(layers), share))
     if stored.head:
-        share = f"{stored.head.share_of_dense_bf16:.3f}"
-        rows.insert(-1, (f"output head, {stored.head.dtype}", _megabytes(stored.head.stored_bytes), share))
-    head = stored.head.stored_bytes if stored.head else 0
+        head, share = stored.head.stored_bytes, f"{stored.head.share_of_dense_bf16:.3f}"
+        rows.append((f"output head, {stored.head.dtype}", _megabytes(head), share))
+    rows.append(("everything else", _megabytes(rest), ""))
     rows.append(("all weights", _megabytes(layers + head + rest), ""))
     return _table(("", "stored", "of dense bf16"), rows)
 

@@ -10,17 +10,15 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from oats._version import __version__
-from oats.checkpoint.atomic_file import write_text
+from oats.checkpoint.atomic import write_text
+from oats.compression.report import CompressionReport
 from oats.config import Storage
 from oats.errors import ConfigError, FormatError
-
-if TYPE_CHECKING:
-    from oats.compression.report import CompressionReport
 
 RECORD_FILE = "oats_report.json"
 RECORD_VERSION = 1
@@ -140,19 +138,14 @@ class Record:
     ) -> Record:
         """The record of the model after :func:`oats.quantize_`. Evaluations of other weights are dropped.
 
-        Args:
-            storage: how its numbers are stored now.
-            errors: layer → relative change of its output on the calibration data, if known.
-            calibration: describes that data; None if there was none.
+        `storage` is how its numbers are stored now; `errors` is the relative change of each layer's output on
+        the data that `calibration` describes, if known.
         """
         step = {"storage": asdict(storage), "calibration": dict(calibration or {}), "errors": dict(errors)}
         return replace(self, evaluations=[], quantizations=[*self.quantizations, step])
 
     def errors_were_taken(self, has_codes: bool) -> str:
         """What changed the model after its errors were measured, as words to append; "" if nothing did.
-
-        Args:
-            has_codes: some numbers of the model are stored as codes.
 
         >>> Record(matched={"layers.0": [0.2, 0.1]}).errors_were_taken(has_codes=True)
         ', before blocks were matched and numbers became codes'
@@ -163,11 +156,11 @@ class Record:
 
     def quantizations_in_words(self) -> list[str]:
         """One line for each ``oats quantize``: how it stored the numbers, and its calibration data."""
-        words = []
-        for step in self.quantizations:
-            stored = storage_in_words(Storage(**step["storage"]))
-            words.append(f"{stored}; {in_words(step['calibration']) or 'no calibration'}")
-        return words
+        return [
+            f"{storage_in_words(Storage(**step['storage']))}; "
+            + (in_words(step["calibration"]) or "no calibration")
+            for step in self.quantizations
+        ]
 
     def add_evaluation(self, result: Mapping[str, Any]) -> None:
         """Add a perplexity with its settings; it replaces an earlier one with the same settings."""

@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from oats.checkpoint.atomic_directory import new_directory
+from safetensors import SafetensorError
+
+from oats.checkpoint.atomic import new_directory
+from oats.checkpoint.companions import copy_companions
+from oats.checkpoint.model_card import write_model_card
+from oats.checkpoint.record import Record
+from oats.compression.report import CompressionReport
 from oats.errors import FormatError, OatsError, OutputExistsError, first_line
-
-if TYPE_CHECKING:
-    from oats.checkpoint.record import Record
-    from oats.compression.report import CompressionReport
 
 
 def check_output(out: str | Path, *, overwrite: bool = False, source: str | Path | None = None) -> Path:
@@ -83,11 +85,6 @@ def save_model(
         OutputExistsError: `out` is in use, see :func:`check_output`.
         OatsError: the files cannot be written.
     """
-    from safetensors import SafetensorError
-
-    from oats.checkpoint.companions import copy_companions
-    from oats.checkpoint.model_card import write_model_card
-
     out = check_output(out, overwrite=overwrite)
     try:
         with new_directory(out, overwrite=overwrite) as hidden:

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from oats.checkpoint.atomic_file import write_file, write_text
+from oats.checkpoint.atomic import write_file, write_text
 from oats.checkpoint.dense_source import DenseSource
-from oats.checkpoint.layer_table import compressed_layers, storable
+from oats.checkpoint.layer_table import layer_table, storable
 from oats.checkpoint.staging import Staging
 from oats.checkpoint.stored_tensor import read_header
 
@@ -25,6 +25,8 @@ SHARD_BYTES = 1_500_000_000
 class Shards:
     """Writes one file for each block, and further files for what is outside the blocks.
 
+    Its methods raise OatsError if a file cannot be written.
+
     Args:
         source: its model has the compressed block while :meth:`write_block` runs.
         staging: whose `model` directory gets the files.
@@ -34,39 +36,26 @@ class Shards:
         self._source, self._staging = source, staging
 
     def write_block(self, index: int) -> dict[str, dict[str, Any]]:
-        """Write a compressed block; returns its layers' entries in ``quantization_config.layers``.
-
-        Raises:
-            OatsError: the file cannot be written.
-        """
-        source = self._source
-        model, block, prefix = source.model, source.blocks[index], f"{source.path}.{index}."
-        entries, names = compressed_layers(block, prefix)
-        tensors = {prefix + name: tensor for name, tensor in block.state_dict().items()}
-        self._write(self._name(index), _as_saved(model, storable(model, tensors, names)))
-        return entries
+        """Write a compressed block; returns its layers' entries in ``quantization_config.layers``."""
+        block, prefix = self._source.blocks[index], f"{self._source.path}.{index}."
+        self._write_part(index, storable(self._source.model, block, prefix))
+        return layer_table(block, prefix)
 
     def write_rest(self) -> dict[str, dict[str, Any]]:
         """Write what is outside the blocks, and then the index, or one file instead of all for a small model.
 
-        Returns:
-            The entries of compressed layers outside the blocks: of the head, if it has codes.
-
-        Raises:
-            OatsError: a file cannot be written.
+        Returns the entries of compressed layers outside the blocks: of the head, if it has codes.
         """
         model, single = self._source.model, self._staging.model / "model.safetensors"
-        entries, names = compressed_layers(model)
         if not single.is_file():
-            for number, group in enumerate(self._rest):
-                tensors = storable(model, model.state_dict(), names)
-                rest = _as_saved(model, {name: tensors[name] for name in group if name in tensors})
-                self._write(self._name(len(self._source.blocks) + number), rest)
+            tensors = storable(model, model)
+            for number, group in enumerate(self._rest, len(self._source.blocks)):
+                self._write_part(number, {name: tensors[name] for name in group if name in tensors})
             self._index_or_join(single)
         if single.is_file():
             for shard in self._staging.model.glob("model-*.safetensors"):
                 shard.unlink()
-        return entries
+        return layer_table(model)
 
     def _index_or_join(self, single: Path) -> None:
         from safetensors.torch import load_file
@@ -74,7 +63,7 @@ class Shards:
         headers = {shard: read_header(shard) for shard in sorted(single.parent.glob("model-*.safetensors"))}
         total = sum(tensor.nbytes for header in headers.values() for tensor in header.values())
         if total <= JOINED_BYTES:
-            self._write(single.name, {k: v for shard in headers for k, v in load_file(shard).items()})
+            self._write(single, {k: v for shard in headers for k, v in load_file(shard).items()})
             return
         weight_map = {name: shard.name for shard, header in headers.items() for name in header}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
@@ -99,24 +88,21 @@ class Shards:
             room -= tensor.nbytes
         return groups
 
-    def _name(self, number: int) -> str:
-        return f"model-{number + 1:05}-of-{len(self._source.blocks) + len(self._rest):05}.safetensors"
+    def _write_part(self, number: int, tensors: dict[str, Tensor]) -> None:
+        """Write a file, with the names that ``save_pretrained`` gives the tensors."""
+        from transformers.core_model_loading import revert_weight_conversion
 
-    def _write(self, name: str, tensors: dict[str, Tensor]) -> None:
+        model, files = self._source.model, len(self._source.blocks) + len(self._rest)
+        for name in model._keys_to_ignore_on_save or ():
+            tensors.pop(name, None)
+        saved = revert_weight_conversion(model, tensors)
+        self._write(
+            self._staging.model / f"model-{number + 1:05}-of-{files:05}.safetensors",
+            {name: tensor.contiguous() for name, tensor in saved.items()},
+        )
+
+    def _write(self, file: Path, tensors: dict[str, Tensor]) -> None:
         from safetensors.torch import save_file
 
         with self._staging.writing():
-            write_file(
-                self._staging.model / name,
-                lambda path: save_file(tensors, path, {"format": "pt"}),
-                alone=True,
-            )
-
-
-def _as_saved(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors by the names that ``save_pretrained`` gives them."""
-    from transformers.core_model_loading import revert_weight_conversion
-
-    for name in model._keys_to_ignore_on_save or ():
-        tensors.pop(name, None)
-    return {name: tensor.contiguous() for name, tensor in revert_weight_conversion(model, tensors).items()}
+            write_file(file, lambda path: save_file(tensors, path, {"format": "pt"}), alone=True)

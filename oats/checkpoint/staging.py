@@ -22,15 +22,16 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from oats.checkpoint.atomic_directory import swap_in
-from oats.checkpoint.atomic_file import write_file, write_text
+from oats.checkpoint.atomic import swap_in, write_file, write_text
 from oats.errors import ConfigError, FormatError, OatsError, OutputExistsError
 
 PLAN, PROGRESS, COMPRESSIONS = "plan.json", "progress.json", "compressions.json"
@@ -40,10 +41,10 @@ LOCK, MODEL, REPLACED = "lock", "model", "replaced"
 class Staging:
     """The unfinished output of one run.
 
-    Args:
-        out: where the model will be.
+    Methods that read raise FormatError if a file is damaged; those that write raise OatsError if they cannot.
 
     Attributes:
+        out: where the model will be.
         directory: holds the files until then.
         model: the directory in it that becomes `out`.
     """
@@ -59,12 +60,7 @@ class Staging:
         return (self.directory / PLAN).is_file()
 
     def check_plan(self, plan: Mapping[str, Any]) -> None:
-        """Refuse to go on from a run with another plan.
-
-        Raises:
-            ConfigError: the plans differ.
-            FormatError: the earlier plan cannot be read.
-        """
+        """Refuse to go on from a run with another plan: a ConfigError."""
         differences = self.differences(plan)
         if differences:
             raise ConfigError(
@@ -73,12 +69,8 @@ class Staging:
             )
 
     def differences(self, plan: Mapping[str, Any]) -> list[str]:
-        """Say how the earlier run's plan differs from this one.
-
-        Raises:
-            FormatError: the earlier plan cannot be read.
-        """
-        before, now = _read_json(self.directory / PLAN), json.loads(json.dumps(plan))
+        """Say how the earlier run's plan differs from this one."""
+        before, now = self._read(PLAN), json.loads(json.dumps(plan))
         return [
             f"{key} was {_shown(before.get(key))} and is {_shown(now.get(key))}"
             for key in sorted(before.keys() | now.keys())
@@ -86,21 +78,17 @@ class Staging:
         ]
 
     def create(self, plan: Mapping[str, Any]) -> None:
-        """Make the directory, unless there is one.
-
-        Raises:
-            OatsError: it cannot be written.
-        """
+        """Make the directory, unless there is one."""
         with self.writing():
             self.model.mkdir(parents=True, exist_ok=True)
-            if not self.exists():
-                write_text(self.directory / PLAN, json.dumps(plan, indent=1), alone=True)
+        if not self.exists():
+            self._write(PLAN, plan)
 
     def lock(self) -> None:
         """Keep other runs out until :meth:`unlock`, or until this process ends.
 
         Raises:
-            OutputExistsError: another run is at work.
+            OutputExistsError: another run is at work; :meth:`sweep` and :meth:`discard` raise it too.
         """
         if self._lock is not None or not self.directory.is_dir():
             return
@@ -133,84 +121,42 @@ class Staging:
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def sweep(self) -> None:
-        """Finish a removal that was stopped.
-
-        Raises:
-            OutputExistsError: another run is at work there.
-        """
+        """Finish a removal that was stopped."""
         if self.directory.exists() and not self.exists():
             self.discard()
 
     def discard(self) -> None:
-        """Remove what an earlier run left.
-
-        Raises:
-            OutputExistsError: that run is still at work.
-        """
+        """Remove what an earlier run left."""
         self.lock()
         self.remove()
         self.unlock()
 
     def progress(self) -> dict[str, Any]:
-        """What :meth:`commit` was given last: ``blocks`` is the number of finished blocks.
-
-        Raises:
-            FormatError: the file cannot be read.
-        """
-        file = self.directory / PROGRESS
-        return _read_json(file) if file.is_file() else {"blocks": 0}
+        """What :meth:`commit` was given last: ``blocks`` is the number of finished blocks."""
+        return self._read(PROGRESS) or {"blocks": 0}
 
     def commit(self, progress: Mapping[str, Any]) -> None:
-        """Note that more blocks are finished, and remove the inputs of those blocks.
-
-        Args:
-            progress: what :meth:`progress` returns from now on.
-
-        Raises:
-            OatsError: it cannot be written.
-        """
-        with self.writing():
-            write_text(self.directory / PROGRESS, json.dumps(progress), alone=True)
+        """Note that more blocks are finished, and remove the inputs of those blocks."""
+        self._write(PROGRESS, progress)
         for inputs in [*self.directory.glob("hidden/*"), *self.directory.glob("dense/*")]:
             if inputs.name != str(progress["blocks"]):
                 shutil.rmtree(inputs, ignore_errors=True)
 
     def planned(self, key: str) -> Any:
-        """One entry of the earlier run's plan; None if it has no such entry.
+        """One entry of the earlier run's plan; None if there is no such run or entry."""
+        return self._read(PLAN).get(key)
 
-        Raises:
-            FormatError: the plan cannot be read.
-        """
-        return _read_json(self.directory / PLAN).get(key)
-
-    def compressions(self) -> dict[str, float] | None:
-        """Name of each matrix → its compression; None if no run has measured them yet.
-
-        Raises:
-            FormatError: the file cannot be read.
-        """
-        file = self.directory / COMPRESSIONS
-        return _read_json(file) if file.is_file() else None
+    def compressions(self) -> dict[str, float]:
+        """Name of each matrix → its compression; {} if no run has measured them yet."""
+        return self._read(COMPRESSIONS)
 
     def note_compressions(self, compressions: Mapping[str, float]) -> None:
-        """Keep what :meth:`compressions` returns from now on.
-
-        Raises:
-            OatsError: it cannot be written.
-        """
-        with self.writing():
-            write_text(self.directory / COMPRESSIONS, json.dumps(compressions, indent=1), alone=True)
+        """Keep what :meth:`compressions` returns from now on."""
+        self._write(COMPRESSIONS, compressions)
         shutil.rmtree(self.directory / "measured", ignore_errors=True)
 
     def deliver(self, *, overwrite: bool) -> None:
-        """Give the model its name.
-
-        Args:
-            overwrite: whether what has the name now may be replaced.
-
-        Raises:
-            OatsError: something was put there since it was checked.
-        """
+        """Give the model its name; `overwrite` lets it replace what has that name now."""
         with self.writing():
             # Runs that were killed leave what they were writing; safetensors calls it ".tmpX4gT0a".
             for partial in self.model.glob(".*"):
@@ -225,19 +171,9 @@ class Staging:
         """True if an earlier run was stopped after it had given the model its name."""
         return self.exists() and not self.model.exists() and self.out.is_dir()
 
-    def hidden_states(self, name: str, batches: int) -> StoredStates:
-        """What a block returns for each batch, kept in the directory `name`."""
-        return StoredStates(self.directory / name, batches, self)
-
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Turn an error of the system while a file is written into one that says what is kept.
-
-        Raises:
-            OatsError: a file was not written.
-        """
-        from safetensors import SafetensorError
-
+        """Turn an error of the system while a file is written into an OatsError that says what is kept."""
         try:
             yield
         except (OSError, SafetensorError) as error:
@@ -253,11 +189,27 @@ class Staging:
             ) from error
 
     def _kept(self) -> str:
-        try:
+        blocks = 0
+        with suppress(OatsError):
             blocks = self.progress()["blocks"]
-        except OatsError:
-            blocks = 0
         return f"it goes on after the {blocks} finished blocks" if blocks else "no block is finished yet"
+
+    def _write(self, name: str, value: Mapping[str, Any]) -> None:
+        with self.writing():
+            write_text(self.directory / name, json.dumps(value, indent=1), alone=True)
+
+    def _read(self, name: str) -> dict[str, Any]:
+        """The JSON object in a file; {} if there is no such file."""
+        file = self.directory / name
+        if not file.is_file():
+            return {}
+        try:
+            value = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise FormatError(f"{file} cannot be read ({error}); start over with --restart") from error
+        if not isinstance(value, dict):
+            raise FormatError(f"{file} is not a JSON object; start over with --restart")
+        return value
 
 
 class StoredStates:
@@ -276,26 +228,21 @@ class StoredStates:
         return (self[i] for i in range(self._batches))
 
     def __getitem__(self, index: int) -> Any:
-        from safetensors import SafetensorError, safe_open
-
         file = self._file(index)
         try:
             with safe_open(file, framework="pt") as opened:
                 structure = json.loads(opened.metadata()["structure"])
-                return _restored(structure, lambda name: opened.get_tensor(name))
+                return _restored(structure, opened.get_tensor)
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
             raise FormatError(f"{file} is missing or damaged ({error}); start over with --restart") from error
 
     def __setitem__(self, index: int, value: Any) -> None:
-        from safetensors.torch import save_file
-
         tensors: dict[str, Tensor] = {}
         structure = json.dumps(_described(value, tensors))
         with self._staging.writing():
             self._directory.mkdir(parents=True, exist_ok=True)
-            write_file(
-                self._file(index), lambda path: save_file(tensors, path, {"structure": structure}), alone=True
-            )
+            file = self._file(index)
+            write_file(file, lambda path: save_file(tensors, path, {"structure": structure}), alone=True)
 
     def _file(self, index: int) -> Path:
         return self._directory / f"{index}.safetensors"
@@ -322,16 +269,6 @@ def _restored(structure: Any, tensor: Callable[[str], Tensor]) -> Any:
     if isinstance(structure, list):
         return tuple(_restored(entry, tensor) for entry in structure)
     return tensor(structure["tensor"]) if "tensor" in structure else structure["value"]
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise FormatError(f"{file} cannot be read ({error}); start over with --restart") from error
-    if not isinstance(value, dict):
-        raise FormatError(f"{file} is not a JSON object; start over with --restart")
-    return value
 
 
 def _shown(value: Any) -> str:

@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 
-from oats.checkpoint.config_json import read_config
+from oats.checkpoint.config_json import EMBEDDING, RETRY, parse_quantization_config, read_config
 from oats.checkpoint.names import similar_stored_name, stored_layer_names
-from oats.checkpoint.quantization_config import EMBEDDING, RETRY, parse_quantization_config
 from oats.checkpoint.stored_tensor import StoredTensor, check_sizes, check_tensors, read_header
 from oats.config import EXACT, Storage
 from oats.errors import CheckpointError, FormatError
@@ -71,6 +70,21 @@ class StoredModel:
     parameters_elsewhere: int  # elements of all tensors outside `layers` and `head`
     bytes_elsewhere: int
     disk_bytes: int  # all files of the directory
+
+    @property
+    def layer_bytes(self) -> int:
+        """Stored bytes of `layers`."""
+        return sum(layer.stored_bytes for layer in self.layers)
+
+    @property
+    def dense_bf16_bytes(self) -> int:
+        """Bytes of the dense weights of `layers` in bf16."""
+        return sum(layer.dense_bf16_bytes for layer in self.layers)
+
+    @property
+    def share_of_dense_bf16(self) -> float | None:
+        """`layer_bytes` divided by `dense_bf16_bytes`; None if no layer is compressed."""
+        return self.layer_bytes / self.dense_bf16_bytes if self.layers else None
 
 
 def read_stored_model(directory: str | Path) -> StoredModel:
@@ -134,9 +148,8 @@ def _take_layer(
     parts = {part: tensors.pop(f"{stored_name}.{part}", None) for part in tensor_names(storage)}
     found = {part: tensor for part, tensor in parts.items() if tensor is not None}
     for part, tensor in found.items():
-        if part in ("mask", "low_rank_u", "low_rank_v") and (
-            len(tensor.shape) != 2 or (part == "mask" and 0 in tensor.shape)
-        ):
+        is_matrix = len(tensor.shape) == 2 and not (part == "mask" and 0 in tensor.shape)
+        if part in ("mask", "low_rank_u", "low_rank_v") and not is_matrix:
             raise FormatError(
                 f"{tensor.path}: {name}: {part} has shape {tensor.shape}, expected a matrix; {RETRY}"
             )
@@ -148,14 +161,6 @@ def _take_layer(
     shapes = {part: shape for part, (_, shape) in expected.items()}
     check_tensors(name, shapes, found, origin, storage)
     check_sizes(name, d_out, d_in, rank=rank, nnz=nnz)
-    return StoredLayer(
-        name=name,
-        stored_name=stored_name,
-        d_out=d_out,
-        d_in=d_in,
-        rank=rank,
-        nnz=nnz,
-        dtype=_STORED_AS.get(found["values"].dtype) or storage.values,
-        stored_bytes=sum(tensor.nbytes for tensor in found.values()),
-        storage=storage,
-    )
+    dtype = _STORED_AS.get(found["values"].dtype) or storage.values
+    stored_bytes = sum(tensor.nbytes for tensor in found.values())
+    return StoredLayer(name, stored_name, d_out, d_in, rank, nnz, dtype, stored_bytes, storage)

@@ -13,14 +13,15 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from oats.checkpoint.quantization_config import RETRY
+from oats.checkpoint.config_json import RETRY
 from oats.config import EXACT, Storage
 from oats.errors import FormatError
 from oats.format.layer_spec import LayerSpec
 
-_DTYPES = {
-    "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "U8": torch.uint8, "I8": torch.int8,
-}  # fmt: skip
+FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+"""Floating-point dtypes, by the names that safetensors gives them."""
+
+_DTYPES = {**FLOATS, "U8": torch.uint8, "I8": torch.int8}
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _LAYER_DTYPES = ("F32", "BF16")
 
@@ -79,14 +80,7 @@ def check_tensors(
     origin: str,
     storage: Storage = EXACT,
 ) -> None:
-    """Check that the tensors of a layer are stored, with the right shapes and dtypes.
-
-    Args:
-        name: of the layer.
-        shapes: name of each tensor → the shape that it must have.
-        found: name → tensor, for those that are stored.
-        origin: the directory or files that `found` is from.
-        storage: which tensors hold codes.
+    """Check the tensors of a layer: `shapes` says what there must be, `found` what is stored in `origin`.
 
     Raises:
         FormatError: a tensor is missing, or has another shape or dtype.

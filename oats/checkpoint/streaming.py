@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from oats._version import __version__
-from oats.checkpoint.companions import copy_companions
 from oats.checkpoint.dense_source import DenseSource
 from oats.checkpoint.file_blocks import FileBlocks
-from oats.checkpoint.model_card import write_model_card
-from oats.checkpoint.quantization_config import quantization_dict
-from oats.checkpoint.shards import Shards
 from oats.checkpoint.staging import Staging
 from oats.compression.calibration import as_batches
 from oats.compression.compress import checked_settings, tokens_per_batch
@@ -53,6 +49,7 @@ def compress_directory(
     memory_limit: int | None = None,
     ranks: Ranks | None = None,
     progress: Progress | None = None,
+    known: Mapping[str, Any] | None = None,
 ) -> CompressionReport:
     """Compress a model from its files to a directory; memory holds one block, and what is outside the blocks.
 
@@ -78,6 +75,8 @@ def compress_directory(
             shrink until the run is predicted to keep the limit; a run that passes it stops.
         ranks: the processes of this run.
         progress: called after each layer, on the first rank.
+        known: more for the model card, `source` and `calibration` of
+            :func:`oats.checkpoint.model_card.write_model_card`.
 
     Raises:
         UnsupportedModelError, CalibrationError, WeightError: as :func:`oats.compress_`.
@@ -93,11 +92,10 @@ def compress_directory(
         if ranks.rank == 0 and restart:
             staging.discard()
         targets = find_targets(model, source.path, source.blocks, config, split)
-        tokens = ranks.broadcast(
-            _choose_tokens_per_batch(source, targets, staging, config, dtype, limit)
-            if ranks.rank == 0
-            else None
-        )
+        tokens = None
+        if ranks.rank == 0:
+            tokens = _choose_tokens_per_batch(source, targets, staging, config, dtype, limit)
+        tokens = ranks.broadcast(tokens)
         batches = as_batches(model, calibration, tokens)
         if len(batches) < ranks.size:
             raise DistributedError(
@@ -105,10 +103,8 @@ def compress_directory(
                 "ranks, or calibrate on more sequences"
             )
         convert(model, dtype)
-        shards, plan = Shards(source, staging), _plan(source, calibration, config, dtype, split, tokens)
-        store = FileBlocks(
-            source, staging, shards, plan, overwrite, len(batches), config, ranks, dtype, limit
-        )
+        plan = _plan(source, calibration, config, dtype, split, tokens)
+        store = FileBlocks(source, staging, plan, overwrite, len(batches), config, ranks, dtype, limit)
 
         def observe(*layer: Any) -> None:
             limit.check()
@@ -126,8 +122,7 @@ def compress_directory(
             raise
         if ranks.rank == 0:
             if not staging.is_delivered():
-                _complete(source, staging, {**store.table, **shards.write_rest()}, config, dtype, tokenizer)
-                staging.deliver(overwrite=overwrite)
+                store.deliver(tokenizer, report, known or {})
             staging.remove()
         ranks.barrier()
         return report
@@ -159,7 +154,7 @@ def _choose_tokens_per_batch(
             **largest_need(block_bytes(block, own, config, dtype, tokens) for block, own in blocks if own),
         }
 
-    planned: int | None = staging.planned(_TOKENS) if staging.exists() else None
+    planned: int | None = staging.planned(_TOKENS)
     tokens = planned or tokens_per_batch(config)
     while not planned and not limit.allows(need(tokens)) and tokens > LEAST_TOKENS:
         tokens //= 2
@@ -190,26 +185,3 @@ def _plan(
         _TOKENS: tokens,
         **asdict(config),
     }
-
-
-def _complete(
-    source: DenseSource,
-    staging: Staging,
-    table: dict[str, dict[str, Any]],
-    config: OatsConfig,
-    dtype: torch.dtype,
-    tokenizer: Any,
-) -> None:
-    """Write what belongs beside the weights."""
-    model = source.model
-    model.config.dtype = str(dtype).removeprefix("torch.")
-    model.config.architectures = [type(model).__name__]
-    model.config.quantization_config = quantization_dict(config, table)
-    with staging.writing():
-        if tokenizer is not None:
-            tokenizer.save_pretrained(staging.model)
-        copy_companions(source.directory, staging.model)
-        if model.can_generate():
-            model.generation_config.save_pretrained(staging.model)
-        model.config.save_pretrained(staging.model)
-        write_model_card(staging.model, name=staging.out.name)

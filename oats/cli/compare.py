@@ -95,7 +95,7 @@ def compare(
     import torch
 
     from oats._version import __version__
-    from oats.checkpoint.atomic_file import write_text
+    from oats.checkpoint.atomic import write_text
     from oats.checkpoint.loading import load_model
     from oats.cli.comparison_table import print_table
     from oats.cli.console import notes, print_json, progress_bar, results, settings_table, status

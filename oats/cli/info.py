@@ -78,8 +78,7 @@ def _model(directory: Path, as_json: bool) -> None:
     model = read_stored_model(directory)
     record = Record.read(directory) or Record()
     errors = record.errors_of([layer.name for layer in model.layers])
-    stored = sum(layer.stored_bytes for layer in model.layers)
-    dense = sum(layer.dense_bf16_bytes for layer in model.layers)
+    stored, share = human_bytes(model.layer_bytes), model.share_of_dense_bf16
     settings: dict[str, Any] = {
         name: value for name, value in (model.config or {}).items() if name != "layers"
     }
@@ -99,9 +98,9 @@ def _model(directory: Path, as_json: bool) -> None:
                     for layer in model.layers
                 ],
                 "head": model.head and asdict(model.head),
-                "layer_bytes": stored,
-                "layer_dense_bf16_bytes": dense,
-                "share_of_dense_bf16": stored / dense if dense else None,
+                "layer_bytes": model.layer_bytes,
+                "layer_dense_bf16_bytes": model.dense_bf16_bytes,
+                "share_of_dense_bf16": share,
                 "other_parameters": model.parameters_elsewhere,
                 "other_bytes": model.bytes_elsewhere,
                 "disk_bytes": model.disk_bytes,
@@ -134,8 +133,7 @@ def _model(directory: Path, as_json: bool) -> None:
         elements = sum(layer.d_out * layer.d_in for layer in model.layers)
         nnz = sum(layer.nnz for layer in model.layers)
         table.add_row(
-            f"{len(model.layers)} layers", "", "", str(nnz), f"{nnz / elements:.3f}", human_bytes(stored),
-            f"{stored / dense:.3f}",
+            f"{len(model.layers)} layers", "", "", str(nnz), f"{nnz / elements:.3f}", stored, f"{share:.3f}"
         )  # fmt: skip
         console.print(table)
         print_bars(console, "Where the bytes are", bytes_by_kind(model), human_bytes)
@@ -158,11 +156,7 @@ def _model(directory: Path, as_json: bool) -> None:
                 **({"calibration": in_words(record.calibration)} if record.calibration else {}),
                 **_latest_perplexity(record),
                 **({"quantised": record.quantizations_in_words()[-1]} if record.quantizations else {}),
-                **(
-                    {"linear layers": f"{human_bytes(stored)}, {stored / dense:.3f} of dense bf16"}
-                    if dense
-                    else {}
-                ),
+                **({"linear layers": f"{stored}, {share:.3f} of dense bf16"} if share is not None else {}),
                 **({"output head": _head(model.head)} if model.head else {}),
                 "other tensors": f"{human_bytes(model.bytes_elsewhere)}, "
                 f"{model.parameters_elsewhere:,} elements",

@@ -87,16 +87,14 @@ def quantize(
     with status(f"Saving {out}"):
         save_model(model, tokenizer, out, overwrite=overwrite, record=record, source=str(directory))
     after = read_stored_model(out)
-    sizes = [sum(layer.stored_bytes for layer in stored.layers) for stored in (before, after)]
-    dense = sum(layer.dense_bf16_bytes for layer in before.layers)
     if as_json:
         print_json(
             {
                 "out": str(out),
                 "layers": len(after.layers),
-                "layer_bytes_before": sizes[0],
-                "layer_bytes": sizes[1],
-                "share_of_dense_bf16": sizes[1] / dense,
+                "layer_bytes_before": before.layer_bytes,
+                "layer_bytes": after.layer_bytes,
+                "share_of_dense_bf16": after.share_of_dense_bf16,
                 "disk_bytes": after.disk_bytes,
             }
         )
@@ -105,8 +103,8 @@ def quantize(
         settings_table(
             {
                 "written": str(out),
-                "linear layers": f"{human_bytes(sizes[0])} to {human_bytes(sizes[1])}, "
-                f"{sizes[1] / dense:.3f} of dense bf16",
+                "linear layers": f"{human_bytes(before.layer_bytes)} to {human_bytes(after.layer_bytes)}, "
+                f"{after.share_of_dense_bf16:.3f} of dense bf16",
                 "on disk": f"{human_bytes(before.disk_bytes)} to {human_bytes(after.disk_bytes)}, all files",
             }
         )

@@ -29,7 +29,7 @@ def report(
 
     The pictures are in the file. It opens in any browser, also without a network.
     """
-    from oats.checkpoint.atomic_file import write_text
+    from oats.checkpoint.atomic import write_text
     from oats.checkpoint.record import Record
     from oats.checkpoint.stored_model import read_stored_model
     from oats.cli.console import human_bytes, progress_bar, results

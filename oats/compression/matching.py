@@ -32,7 +32,11 @@ BETAS = 0.9, 0.95
 
 
 def match_block(
-    runner: BlockRunner, index: int, layers: Sequence[SparseLowRankLinear], dense_outputs: HiddenStates, passes: int
+    runner: BlockRunner,
+    index: int,
+    layers: Sequence[SparseLowRankLinear],
+    dense_outputs: HiddenStates,
+    passes: int,
 ) -> tuple[float, float]:
     """Tune layers of a block, in place, so that the block returns what the dense block returned.
 
@@ -95,7 +99,11 @@ class _Tunable:
 
 
 def _tune(
-    runner: BlockRunner, index: int, layers: Sequence[SparseLowRankLinear], dense_outputs: HiddenStates, passes: int
+    runner: BlockRunner,
+    index: int,
+    layers: Sequence[SparseLowRankLinear],
+    dense_outputs: HiddenStates,
+    passes: int,
 ) -> list[dict[str, Tensor]]:
     tunables = [_Tunable(layer) for layer in layers]
     groups = [group for tunable in tunables for group in tunable.groups()]

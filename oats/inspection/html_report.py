@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from oats._version import __version__
 from oats.bench.plots import require_matplotlib
-from oats.checkpoint.quantization_config import parse_quantization_config
+from oats.checkpoint.config_json import parse_quantization_config
 from oats.checkpoint.record import Record, in_words
 from oats.checkpoint.stored_model import StoredModel
 from oats.config import OatsConfig
@@ -163,10 +163,9 @@ def _speed_table(rows: Sequence[Row]) -> tuple[Sequence[str], list[Sequence[str]
 def _summary(model: StoredModel, record: Record, errors: dict[str, float]) -> list[tuple[str, str]]:
     assert model.config is not None
     settings: OatsConfig = parse_quantization_config(model.config)[0]
-    stored = sum(layer.stored_bytes for layer in model.layers)
-    dense = sum(layer.dense_bf16_bytes for layer in model.layers)
+    size, share = f"{model.layer_bytes / 1e6:,.1f} MB", f"{model.share_of_dense_bf16:.3f} of dense bf16"
     rows = [
-        ("linear layers", f"{len(model.layers)}, {stored / 1e6:,.1f} MB, {stored / dense:.3f} of dense bf16"),
+        ("linear layers", f"{len(model.layers)}, {size}, {share}"),
         *(
             [("output head", f"{model.head.stored_bytes / 1e6:,.1f} MB, {model.head.dtype}")]
             if model.head

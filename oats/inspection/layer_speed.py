@@ -7,7 +7,7 @@ from collections.abc import Callable
 from oats.bench.contenders import Dtype, compressed, torch_dense
 from oats.bench.layer_latency import Row, layer_rows
 from oats.bench.shapes import LayerShape
-from oats.checkpoint.quantization_config import parse_quantization_config
+from oats.checkpoint.config_json import parse_quantization_config
 from oats.checkpoint.stored_model import StoredModel
 from oats.inspection.anatomy import block_and_kind
 

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oats.errors import CalibrationError, CheckpointError, OatsError
+from oats.checkpoint.config_json import read_config, saved_class
+from oats.checkpoint.loading import load_model
+from oats.errors import CalibrationError, CheckpointError
 
 HALF = 0.5
 """Mean and standard deviation of each channel if the model's directory does not give them."""
@@ -30,24 +32,15 @@ def load_vision_model(directory: str | Path, **options: Any) -> Any:
         CheckpointError: there is no vision model in the directory, or it cannot be loaded.
         FormatError: config.json is damaged, or the model is compressed and damaged.
     """
-    from oats.checkpoint.config_json import read_config, saved_class
-
     file = Path(directory) / "config.json"
     if not file.is_file():
         raise CheckpointError(f"{directory} is no model directory: it has no config.json; check the path")
-    config = read_config(file)
-    names = config.get("architectures") or [""]
-    kind = saved_class(names)
-    if getattr(kind, "main_input_name", None) != "pixel_values":
+    names = read_config(file).get("architectures") or [""]
+    if getattr(saved_class(names), "main_input_name", None) != "pixel_values":
         raise CheckpointError(
             f"{file}: architectures is {names}, expected a class of transformers that takes images"
         )
-    try:
-        return kind.from_pretrained(directory, **options).eval()
-    except OatsError:
-        raise
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        raise CheckpointError(f"cannot load the model {directory}: {error}") from error
+    return load_model(directory, as_saved=True, **options)[0]
 
 
 def read_images(paths: Sequence[str | Path], model: Any, directory: str | Path) -> Tensor:
@@ -68,8 +61,6 @@ def read_images(paths: Sequence[str | Path], model: Any, directory: str | Path) 
     """
     import numpy as np
     from PIL import Image, ImageOps
-
-    from oats.checkpoint.config_json import read_config
 
     file, channels = Path(directory) / "preprocessor_config.json", model.config.num_channels
     settings = read_config(file) if file.is_file() else {}
@@ -119,11 +110,8 @@ def identify_images(files: Sequence[Path], directory: Path) -> dict[str, Any]:
     content = hashlib.sha256()
     for file in files:
         content.update(file.read_bytes())
-    return {
-        "images": directory.resolve().name,
-        "sha256": content.hexdigest()[:12],
-        "samples": len(files),
-    }
+    digest = content.hexdigest()[:12]
+    return {"images": directory.resolve().name, "sha256": digest, "samples": len(files)}
 
 
 def _side(settings: Mapping[str, Any]) -> int | None:

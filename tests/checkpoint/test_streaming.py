@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import oats
 from oats.checkpoint.loading import load_dense_source, load_model
+from oats.checkpoint.record import Record
 from oats.checkpoint.saving import save_model
 from oats.checkpoint.staging import Staging
 from oats.checkpoint.streaming import _choose_tokens_per_batch, compress_directory
@@ -314,6 +315,26 @@ def test_what_was_not_written_to_the_end_is_not_delivered(dense, text, finished,
     (Staging(out).model / ".tmpX4gT0a").write_text("")  # as safetensors names what it writes
     assert wait(child(command(dense, out, text), log)) == 0, log.read_text()
     assert content(out) == finished
+
+
+@pytest.mark.parametrize("name", CARD)
+def test_killed_while_it_writes_the_card_the_next_run_leaves_no_part_of_it(
+    dense, text, finished, tmp_path, name
+) -> None:
+    out, log = tmp_path / "out", tmp_path / "log"
+
+    def before() -> None:
+        def hook(event: str, arguments: tuple) -> None:
+            if event == "os.rename" and Path(arguments[1]).name == name:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(hook)
+
+    assert wait(child(command(dense, out, text), log, before)) == -signal.SIGKILL
+    assert not out.exists()
+    assert wait(child(command(dense, out, text), log)) == 0, log.read_text()
+    assert sorted(path.name for path in out.iterdir()) == sorted([*finished, *CARD])
+    assert content(out) == finished and Record.read(out).errors
 
 
 @pytest.mark.parametrize("number", [1, 2, 3, 4, 5])

@@ -391,7 +391,7 @@ def test_a_run_stopped_while_it_saves_leaves_nothing_that_looks_finished(
     monkeypatch.setattr(loading, "load_dense_source", lambda *_: None)
     command = ["compress", dense, tmp_path / "out", "--calibration", text, *SMALL]
     # Every file is written by then; only the name is missing.
-    patch = f"{IN_MEMORY}; from oats.checkpoint import atomic_directory; atomic_directory.flush = hang"
+    patch = f"{IN_MEMORY}; from oats.checkpoint import atomic; atomic.flush = hang"
     pid = interrupted(patch, command, how)
     assert entries(tmp_path) == ([f".out.partial-{pid}"] if how == signal.SIGKILL else [])
     assert run(*command).exit_code == 0

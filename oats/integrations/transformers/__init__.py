@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from transformers.quantizers import auto
 
-from oats.checkpoint.quantization_config import QUANT_METHOD
+from oats.checkpoint.config_json import QUANT_METHOD
 from oats.compression.saving_hook import register_saving_hook
 from oats.integrations.transformers.quantization_config import OatsQuantizationConfig
 from oats.integrations.transformers.quantizer import OatsQuantizer, attach

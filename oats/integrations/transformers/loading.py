@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from oats.checkpoint.config_json import EMBEDDING, RETRY
 from oats.checkpoint.layer_table import layers_of
 from oats.checkpoint.names import ModelNames, names_in_model, stored_tensors
-from oats.checkpoint.quantization_config import EMBEDDING, RETRY
 from oats.checkpoint.stored_tensor import check_sizes, check_tensors
 from oats.config import Storage
 from oats.errors import ConfigError, FormatError
@@ -102,7 +102,7 @@ def _fused_outputs(model: nn.Module, name: str) -> dict[str, int]:
 def _unfilled(model: nn.Module, name: str, parts: Mapping[str, Sizes]) -> nn.Module:
     """The empty layer for one linear layer. `parts`: projection → sizes, "" for the whole layer."""
     linear = model.get_submodule(name)
-    weight = weight_of(linear)
+    weight, bias = weight_of(linear), linear.bias is not None
     d_out, d_in = weight.shape
     outputs = {"": d_out} if "" in parts else _fused_outputs(model, name)
     if outputs.keys() != parts.keys():
@@ -112,17 +112,10 @@ def _unfilled(model: nn.Module, name: str, parts: Mapping[str, Sizes]) -> nn.Mod
         )
     layers = {}
     for part, rows in outputs.items():
-        rank, nnz = parts[part]["rank"], parts[part]["nnz"]
+        rank, nnz, storage = parts[part]["rank"], parts[part]["nnz"], Storage.from_dict(parts[part])
         check_sizes(f"{name}.{part}" if part else name, rows, d_in, rank=rank, nnz=nnz)
         layers[part] = SparseLowRankLinear(
-            d_in,
-            rows,
-            rank,
-            nnz,
-            bias=linear.bias is not None,
-            dtype=weight.dtype,
-            device="meta",
-            storage=Storage.from_dict(parts[part]),
+            d_in, rows, rank, nnz, bias=bias, dtype=weight.dtype, device="meta", storage=storage
         )
     return layers[""] if "" in parts else SplitLinear(layers)
 

@@ -11,13 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from oats.checkpoint import config_json
 from oats.checkpoint.layer_table import layer_table
-from oats.checkpoint.quantization_config import (
-    QUANT_METHOD,
-    lowest_format_version,
-    parse_quantization_config,
-    quantization_dict,
-)
 from oats.config import OatsConfig
 
 
@@ -39,7 +34,7 @@ class OatsQuantizationConfig(QuantizationConfigMixin):
 
     settings: OatsConfig
     layers: dict[str, dict[str, Any]] = field(default_factory=dict)
-    quant_method: str = QUANT_METHOD  # type: ignore[assignment]  # an enum of the methods transformers has
+    quant_method: str = config_json.QUANT_METHOD  # type: ignore[assignment]  # an enum of the methods transformers has
     calibration: Tensor | str | Path | None = field(default=None, compare=False)
     samples: int = field(default=64, compare=False)
     length: int = field(default=512, compare=False)
@@ -54,7 +49,7 @@ class OatsQuantizationConfig(QuantizationConfigMixin):
         Raises:
             FormatError: an unsupported format version, an unknown or missing key, or a bad value.
         """
-        settings, layers = parse_quantization_config(config_dict)
+        settings, layers = config_json.parse_quantization_config(config_dict)
         config = cls(settings=settings, layers=layers)
         return (config, kwargs) if return_unused_kwargs else config
 
@@ -79,12 +74,12 @@ class OatsQuantizationConfig(QuantizationConfigMixin):
     @property
     def format_version(self) -> int:
         """The lowest version of the format that can describe the layers."""
-        return lowest_format_version(self.layers)
+        return config_json.lowest_format_version(self.layers)
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain JSON values."""
         self._update()
-        return quantization_dict(self.settings, self.layers)
+        return config_json.quantization_dict(self.settings, self.layers)
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
         """Items of :meth:`to_dict`, so that ``dict(config)`` works."""

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import contextlib
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.quantizers.base import HfQuantizer
 
-from oats.checkpoint.layer_table import compressed_layers, layer_table, layers_of, storable
-from oats.checkpoint.quantization_config import QUANT_METHOD
+from oats.checkpoint.config_json import QUANT_METHOD
+from oats.checkpoint.layer_table import layer_table, layers_of, replacements, storable
 from oats.config import OatsConfig
-from oats.errors import ConfigError
+from oats.errors import CalibrationError, ConfigError
 from oats.format.layer_spec import DTYPES
-from oats.integrations.transformers.calibration import calibration_tokens
-from oats.integrations.transformers.dequantize import dequantize_
 from oats.integrations.transformers.loading import prepare_
 from oats.integrations.transformers.quantization_config import OatsQuantizationConfig
-from oats.nn.fusion import fuse_
+from oats.models.experts import split_all_
+from oats.models.linear import like_linear, replace_
+from oats.nn.experts import SplitExperts, fused_weights
+from oats.nn.fusion import fuse_, unfuse_
+from oats.nn.head import RowsOfHead, own_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -90,7 +93,7 @@ class OatsQuantizer(HfQuantizer):
 
         from oats.compression.compress import compress_
 
-        tokens = calibration_tokens(model, self.quantization_config)
+        tokens = _calibration_tokens(model, self.quantization_config)
         with logging.tqdm(desc="Compressing", unit="layer") as bar:
 
             def progress(done: int, total: int, name: str, error: float) -> None:
@@ -106,7 +109,7 @@ class OatsQuantizer(HfQuantizer):
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         # save_pretrained leaves a name in the model's configuration.
-        dequantize_(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype)
+        _dequantize_(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype)
         return model
 
     def get_state_dict_and_metadata(
@@ -115,15 +118,14 @@ class OatsQuantizer(HfQuantizer):
         """What ``save_pretrained`` writes for the layers that the model has now."""
         if getattr(model, "_hf_peft_config_loaded", False):
             return None, {}  # only the adapters are saved
-        table, names = compressed_layers(model)
-        if not table:
+        if not layers_of(model):
             # The model is dense: a reader without this package must be able to load it.
             if hasattr(model.config, "quantization_config"):
                 del model.config.quantization_config
             return None, {}
         self.quantization_config.follow(model)
         model.config.quantization_config = self.quantization_config
-        return storable(model, model.state_dict(), names), {}
+        return storable(model, model), {}
 
     def is_serializable(self) -> bool:
         """``save_pretrained`` works."""
@@ -156,3 +158,52 @@ def attach(model: Any, config: OatsConfig) -> None:
     model.is_quantized = True
     model.quantization_method = QUANT_METHOD
     model.config.quantization_config = quantizer.quantization_config
+
+
+def _calibration_tokens(model: PreTrainedModel, config: OatsQuantizationConfig) -> Tensor:
+    """Token ids that `config` asks for, (sequences, length)."""
+    from transformers import AutoTokenizer
+
+    from oats.compression.calibration_text import calibration_text
+    from oats.compression.tokenization import calibration_sequences
+    from oats.models.architecture import context_limit
+
+    if isinstance(config.calibration, Tensor):
+        return config.calibration
+    text = calibration_text(config.calibration)
+    source = model.config.name_or_path
+    tokenizer: Any = None
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    # Some versions make an empty tokenizer if there is none: it turns every text into one unknown token.
+    if tokenizer is None or len(tokenizer(text.content[:100], add_special_tokens=False).input_ids) < 2:
+        raise CalibrationError(
+            f"{source} has no tokenizer that turns {text.name} into tokens; pass token ids, (sequences, "
+            "length), as OatsQuantizationConfig(settings=…, calibration=ids)"
+        )
+    vocabulary = cast(int, model.get_input_embeddings().num_embeddings)
+    length = min(config.length, context_limit(model) or config.length)
+    return calibration_sequences(tokenizer, text, vocabulary, config.samples, length)
+
+
+def _dequantize_(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Put dense layers with the weights ``S + U V``, in `dtype`, in the places of compressed ones."""
+    with torch.device("meta"):
+        original = type(model)(model.config)  # has the right kind of linear layer in each place
+    experts = {name: m for name, m in model.named_modules() if isinstance(m, SplitExperts)}
+    fused = split_all_(original, experts.__contains__)
+    dense: dict[nn.Module, nn.Module] = {}
+    for name, layer in replacements(model).items():
+        if layer not in dense:
+            bias = None if layer.bias is None else layer.bias.detach().to(dtype)
+            dense[layer] = like_linear(original.get_submodule(name), layer.weight.to(dtype), bias)
+        model.set_submodule(name, dense[layer])
+    for name, module in experts.items():
+        for parameter, weight in fused_weights(module).items():
+            fused[name].register_parameter(parameter, nn.Parameter(weight.to(dtype)))
+        model.set_submodule(name, fused[name])
+    for embedding in [module for module in model.modules() if isinstance(module, RowsOfHead)]:
+        replace_(model, embedding, own_rows(embedding, model.get_output_embeddings().weight))
+        model.config.tie_word_embeddings = True
+        model.tie_weights()
+    unfuse_(model)

@@ -1,14 +1,50 @@
-"""Directories that are there as a whole or not at all."""
+"""Files and directories that are there as a whole or not at all."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from oats.checkpoint.atomic_file import flush
+
+def write_file(file: Path, write: Callable[[Path], object], *, alone: bool = False) -> Path:
+    """Call `write` with a hidden path, flush that file to disk, and rename it to `file`, which is returned.
+
+    With `alone`, no other process writes this file. The hidden name is then always the same, so that this
+    process overwrites what a killed one left.
+    """
+    owner = "" if alone else f"-{os.getpid()}"
+    partial = file.with_name(f".{file.name}.partial{owner}")
+    try:
+        write(partial)
+        flush(partial)
+        partial.replace(file)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    flush(file.parent)
+    return file
+
+
+def write_text(file: Path, text: str, *, alone: bool = False) -> Path:
+    """Like :func:`write_file`, for a text in UTF-8.
+
+    >>> import tempfile
+    >>> write_text(Path(tempfile.mkdtemp()) / "note.txt", "kept").read_text()
+    'kept'
+    """
+    return write_file(file, lambda partial: partial.write_text(text, encoding="utf-8"), alone=alone)
+
+
+def flush(path: Path) -> None:
+    """Wait until the content of a file, or the entries of a directory, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -42,12 +78,9 @@ def new_directory(out: Path, *, overwrite: bool) -> Iterator[Path]:
 def swap_in(new: Path, out: Path, aside: Path, *, overwrite: bool) -> None:
     """Flush the directory `new` to disk and give it the name `out`.
 
-    Args:
-        new: on the file system of `out`.
-        out: with `overwrite`, what is there moves to `aside`, which the caller removes; else there may be
-            only an empty directory. A process that is killed between the two renames leaves nothing at `out`.
-        aside: on the same file system.
-        overwrite: see `out`.
+    With `overwrite`, what is at `out` moves to `aside`, which the caller removes; else there may be only an
+    empty directory. A process that is killed between the two renames leaves nothing at `out`. All three are
+    on one file system.
 
     Raises:
         OSError: `out` is not empty, or a rename failed; `out` is then as it was.
