@@ -129,8 +129,7 @@ app.command("serve", epilog=_examples("serve small", "serve small --host 0.0.0.0
     serve.serve
 )
 app.command(
-    "quantize",
-    epilog=_examples("quantize small small-int8", "quantize small small-int4 --values int4"),
+    "quantize", epilog=_examples("quantize small small-int8", "quantize small small-int4 --values int4")
 )(quantize.quantize)
 app.command("info", epilog=_examples("info small", "info", "info small --json"))(info.info)
 app.command("report", epilog=_examples("report small", "report small --out report.html --speed"))(

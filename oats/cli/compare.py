@@ -57,8 +57,7 @@ def compare(
     tasks: Annotated[
         str | None,
         typer.Option(
-            help="Score these tasks of lm-evaluation-harness, too: names with commas.",
-            show_default="none",
+            help="Score these tasks of lm-evaluation-harness, too: names with commas.", show_default="none"
         ),
     ] = None,
     task_path: TaskPath = None,

@@ -7,25 +7,14 @@ from typing import Annotated, Any
 
 import typer
 
-from oats.cli.options import (
-    HELD_OUT,
-    AnyModel,
-    Context,
-    Json,
-    Limit,
-    MaxTokens,
-    RunDtype,
-    Stride,
-    TaskPath,
-)
+from oats.cli.options import HELD_OUT, AnyModel, Context, Json, Limit, MaxTokens, RunDtype, Stride, TaskPath
 from oats.errors import ConfigError, OatsError
 
 
 def evaluate(
     directory: AnyModel,
     text: Annotated[
-        Path | None,
-        typer.Option(help="UTF-8 text to evaluate on.", show_default=HELD_OUT),
+        Path | None, typer.Option(help="UTF-8 text to evaluate on.", show_default=HELD_OUT)
     ] = None,
     context: Context = None,
     stride: Stride = None,

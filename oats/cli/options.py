@@ -61,10 +61,7 @@ MaxTokens = Annotated[
 TaskPath = Annotated[
     Path | None,
     typer.Option(
-        help="Directory with YAML files of your own tasks.",
-        show_default="none",
-        exists=True,
-        file_okay=False,
+        help="Directory with YAML files of your own tasks.", show_default="none", exists=True, file_okay=False
     ),
 ]
 Limit = Annotated[int | None, typer.Option(help="Most questions of each task.", show_default="all")]
