@@ -6,7 +6,7 @@ import queue
 import sys
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Option
 
 from oats.cli.options import AnyModel, ChatTemplate, RunDtype, SamplingSeed
 from oats.errors import ConfigError, OatsError
@@ -20,13 +20,11 @@ HELP = "/reset forgets the conversation, /exit or Ctrl-D leaves; Ctrl-C stops an
 
 def chat(
     directory: AnyModel,
-    system: Annotated[
-        str | None, typer.Option(help="System message: how to answer.", show_default="none")
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 512,
+    system: Annotated[str | None, Option(help="System message: how to answer.", show_default="none")] = None,
+    max_new_tokens: Annotated[int, Option(help="Most tokens of an answer.")] = 512,
     temperature: Annotated[
         float | None,
-        typer.Option(help="0 takes the most likely token each time.", show_default="as the model says"),
+        Option(help="0 takes the most likely token each time.", show_default="as the model says"),
     ] = None,
     seed: SamplingSeed = 0,
     chat_template: ChatTemplate = None,

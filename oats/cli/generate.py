@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
 from oats.cli.options import AnyModel, Json, RunDtype, SamplingSeed
 from oats.errors import ConfigError
@@ -13,9 +13,9 @@ from oats.errors import ConfigError
 
 def generate(
     directory: AnyModel,
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Text to continue.")],
-    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 100,
-    temperature: Annotated[float, typer.Option(help="0 takes the most likely token each time.")] = 0.0,
+    prompt: Annotated[str, Argument(metavar="PROMPT", help="Text to continue.")],
+    max_new_tokens: Annotated[int, Option(help="Most tokens to generate.")] = 100,
+    temperature: Annotated[float, Option(help="0 takes the most likely token each time.")] = 0.0,
     seed: SamplingSeed = 0,
     dtype: RunDtype = None,
     as_json: Json = False,
@@ -50,16 +50,14 @@ def generate(
     )
     if as_json:
         print_json(
-            {
-                "model": directory,
-                "prompt": prompt,
-                "text": tokenizer.decode(output[0], skip_special_tokens=True),
-                "tokens": output.shape[1] - given,
-                "seconds": time.perf_counter() - started,
-                "max_new_tokens": max_new_tokens,
-                "temperature": temperature,
-                "seed": seed,
-                "dtype": str(model.dtype).removeprefix("torch."),
-                "threads": torch.get_num_threads(),
-            }
+            model=directory,
+            prompt=prompt,
+            text=tokenizer.decode(output[0], skip_special_tokens=True),
+            tokens=output.shape[1] - given,
+            seconds=time.perf_counter() - started,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            dtype=str(model.dtype).removeprefix("torch."),
+            threads=torch.get_num_threads(),
         )
