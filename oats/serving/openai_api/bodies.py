@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from oats.errors import ConfigError
 from oats.serving.chat_template import prompt_of
 from oats.serving.engine import Engine
-from oats.serving.openai_api.errors import ApiError
+from oats.serving.openai_api.answers import ApiError
 from oats.serving.request import Sampling
 
 DEFAULT_MAX_TOKENS = 512
