@@ -163,14 +163,8 @@ def figure(pixel_values: Tensor, maps: dict[str, Tensor], names: Sequence[str] =
             axes.imshow(colours(fine.numpy()), extent=(-0.5, width - 0.5, height - 0.5, -0.5))
         if i < len(names):
             panels[0].set_ylabel(names[i], fontsize=10)
-    bar = made.colorbar(
-        ScalarMappable(cmap=colours),
-        ax=grid[-1, 1:].tolist(),
-        location="bottom",
-        aspect=50,
-        pad=0.02,
-        shrink=0.6,
-    )
+    below = {"ax": grid[-1, 1:].tolist(), "location": "bottom"}
+    bar = made.colorbar(ScalarMappable(cmap=colours), **below, aspect=50, pad=0.02, shrink=0.6)
     bar.set_ticks([0, 1], labels=["least attention of this map", "most"])
     bar.ax.tick_params(length=0, labelsize=9)
     bar.ax.set_facecolor("#333333")
