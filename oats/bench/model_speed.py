@@ -96,13 +96,9 @@ def bytes_per_token(model: Any) -> int:
     embedding = model.get_input_embeddings().weight
     head = model.get_output_embeddings()
     tied = isinstance(head, nn.Linear) and head.weight is embedding
-    packed = [
-        m.packed.nbytes
-        for m in model.modules()
-        if isinstance(m, SparseLowRankLinear) and m.packed is not None
-    ]
-    others = [p.nbytes for p in model.parameters() if p is not embedding or tied]
-    total: int = sum(packed) + sum(others)
+    layers = [m for m in model.modules() if isinstance(m, SparseLowRankLinear)]
+    packed = [layer.packed.nbytes for layer in layers if layer.packed is not None]
+    total: int = sum(packed) + sum(p.nbytes for p in model.parameters() if p is not embedding or tied)
     return total
 
 
@@ -162,17 +158,12 @@ def _timed_generate(
     """The time of the start, and of each new token."""
     clock = clock or _Clock()
     start = time.perf_counter()
+    # With eos_token_id=None no token ends the text. `min_new_tokens` would do too, but costs a pass over the
+    # vocabulary per token.
     model.generate(
-        prompt[None],
-        attention_mask=torch.ones_like(prompt)[None],
-        # No token ends the text. `min_new_tokens` would do too, but costs a pass over the vocabulary per
-        # token.
-        eos_token_id=None,
-        max_new_tokens=new_tokens,
-        do_sample=False,
-        use_cache=True,
-        streamer=clock,
-    )
+        prompt[None], attention_mask=torch.ones_like(prompt)[None], eos_token_id=None,
+        max_new_tokens=new_tokens, do_sample=False, use_cache=True, streamer=clock,
+    )  # fmt: skip
     # `generate` hands the prompt to the streamer first.
     return start, clock.times[1:]
 

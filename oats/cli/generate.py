@@ -42,22 +42,13 @@ def generate(
     torch.manual_seed(seed)
     started = time.perf_counter()
     output = model.generate(
-        input_ids=inputs.input_ids,
-        attention_mask=inputs.attention_mask,
-        max_new_tokens=max_new_tokens,
-        streamer=None if as_json else TextStreamer(tokenizer, skip_special_tokens=True),
-        **sampling,
-    )
+        input_ids=inputs.input_ids, attention_mask=inputs.attention_mask, max_new_tokens=max_new_tokens,
+        streamer=None if as_json else TextStreamer(tokenizer, skip_special_tokens=True), **sampling,
+    )  # fmt: skip
     if as_json:
         print_json(
-            model=directory,
-            prompt=prompt,
-            text=tokenizer.decode(output[0], skip_special_tokens=True),
-            tokens=output.shape[1] - given,
-            seconds=time.perf_counter() - started,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            seed=seed,
-            dtype=str(model.dtype).removeprefix("torch."),
-            threads=torch.get_num_threads(),
-        )
+            model=directory, prompt=prompt, text=tokenizer.decode(output[0], skip_special_tokens=True),
+            tokens=output.shape[1] - given, seconds=time.perf_counter() - started,
+            max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
+            dtype=str(model.dtype).removeprefix("torch."), threads=torch.get_num_threads(),
+        )  # fmt: skip

@@ -59,7 +59,7 @@ def plan(common: OatsConfig, methods: Sequence[str], compressions: Sequence[floa
                 continue
             matched, codes = split_codes(name)
             method = matched.removesuffix(MATCHED)
-            cells[_cell_name(name, compression)] = replace(
+            cells[f"{name} {compression:g}"] = replace(
                 common,
                 method=method,  # type: ignore[arg-type]  # OatsConfig checks it
                 compression=compression,
@@ -78,10 +78,6 @@ def split_codes(name: str) -> tuple[str, str]:
     """
     codes = next((each for each in CODES if name.endswith(each)), "")
     return name.removesuffix(codes), codes
-
-
-def _cell_name(method: str, compression: float) -> str:
-    return f"{method} {compression:g}"
 
 
 def complete(
@@ -111,10 +107,7 @@ def complete(
         progress(len(finished), len(everything), name, None)
         cell = cells.get(method, compression)
         if cell is None:
-            scores, layer_bytes, layer_parameters, seconds = measure(config)
-            cell = Cell(
-                method, compression, scores, layer_bytes, layer_parameters, seconds, torch.get_num_threads()
-            )
+            cell = Cell(method, compression, *measure(config), torch.get_num_threads())
             cells.put(cell)
         finished.append(cell)
         progress(len(finished), len(everything), name, cell)
@@ -122,12 +115,9 @@ def complete(
 
 
 def measure_(
-    model: Any,
-    planned: Planned | None,
-    calibration: Calibration,
-    common: OatsConfig,
+    model: Any, planned: Planned | None, calibration: Calibration, common: OatsConfig,
     score: Callable[[Any], dict[str, float]],
-) -> Measured:
+) -> Measured:  # fmt: skip
     """Change a model as planned for a cell, and evaluate it.
 
     Args:

@@ -134,17 +134,10 @@ def perplexity(
     finally:
         model.train(training)
     return Perplexity(
-        perplexity=_exp(nll / total),
-        nll=nll / total,
-        accuracy=right / total,
-        tokens=total,
-        context=context,
-        stride=stride,
-        bos=bos is not None,
-        dtype=str(model.dtype).removeprefix("torch."),
-        threads=torch.get_num_threads(),
-        seconds=time.perf_counter() - started,
-    )
+        perplexity=_exp(nll / total), nll=nll / total, accuracy=right / total, tokens=total,
+        context=context, stride=stride, bos=bos is not None, dtype=str(model.dtype).removeprefix("torch."),
+        threads=torch.get_num_threads(), seconds=time.perf_counter() - started,
+    )  # fmt: skip
 
 
 def _windows(sequence: Tensor, context: int, stride: int, bos: int | None) -> list[tuple[Tensor, Tensor]]:

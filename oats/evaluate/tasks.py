@@ -102,21 +102,15 @@ def evaluate_tasks(
     try:
         found: Any = lm_eval.simple_evaluate(
             model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch),
-            tasks=manager.match_tasks(list(tasks)),
-            num_fewshot=shots,
-            limit=limit,
-            task_manager=manager,
+            tasks=manager.match_tasks(list(tasks)), num_fewshot=shots, limit=limit, task_manager=manager,
             log_samples=False,
-        )
+        )  # fmt: skip
     except (DatasetsError, OSError) as error:
         raise CalibrationError(f"the data of a task cannot be loaded: {error}") from error
     return TaskScores(
-        scores=tuple(_scores(found)),
-        dtype=str(model.dtype).removeprefix("torch."),
-        limit=limit,
-        harness=lm_eval.__version__,
-        seconds=time.perf_counter() - started,
-    )
+        scores=tuple(_scores(found)), dtype=str(model.dtype).removeprefix("torch."), limit=limit,
+        harness=lm_eval.__version__, seconds=time.perf_counter() - started,
+    )  # fmt: skip
 
 
 def require_harness() -> None:
@@ -146,15 +140,14 @@ def _scores(found: dict[str, Any]) -> list[Score]:
             if not isinstance(value, (int, float)) or name.endswith("_stderr") or not answers:
                 continue
             stderr = metrics.get(f"{name}_stderr,{answers}")
-            scores.append(
-                Score(
-                    task=task,
-                    metric=name if answers == "none" else f"{name}, {answers}",
-                    value=float(value),
-                    stderr=float(stderr) if isinstance(stderr, (int, float)) else None,
-                    shots=int(found.get("n-shot", {}).get(task) or 0),
-                    samples=int(found.get("n-samples", {}).get(task, {}).get("effective", 0)),
-                    version=str(found.get("versions", {}).get(task, "")),
-                )
+            score = Score(
+                task=task,
+                metric=name if answers == "none" else f"{name}, {answers}",
+                value=float(value),
+                stderr=float(stderr) if isinstance(stderr, (int, float)) else None,
+                shots=int(found.get("n-shot", {}).get(task) or 0),
+                samples=int(found.get("n-samples", {}).get(task, {}).get("effective", 0)),
+                version=str(found.get("versions", {}).get(task, "")),
             )
+            scores.append(score)
     return scores
