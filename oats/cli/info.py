@@ -117,12 +117,9 @@ def _model(directory: Path, as_json: bool) -> None:
         if errors:
             taken = record.errors_were_taken(any(layer.storage.has_codes for layer in model.layers))
             worst = sorted(errors, key=errors.__getitem__, reverse=True)[:MOST_ERRORS]
-            print_bars(
-                console,
-                "Largest errors of layers, relative, on the calibration data" + taken,
-                {name.removeprefix(shared): errors[name] for name in worst},
-                lambda error: f"{error:.3f}",
-            )
+            title = "Largest errors of layers, relative, on the calibration data" + taken
+            shown = {name.removeprefix(shared): errors[name] for name in worst}
+            print_bars(console, title, shown, lambda error: f"{error:.3f}")
     facts = {
         "directory": model.directory,
         "model": model.model_type + ("" if model.config else ", not compressed by oats"),

@@ -58,11 +58,9 @@ def serve(
         console.print(f"{name} at {url}, until Ctrl-C", soft_wrap=True)
         if not tokenizer.chat_template:
             console.print("no chat template: /v1/completions only, or give one with --chat-template")
-        console.print(
-            f"try: curl {url}/completions -H 'Content-Type: application/json' "
-            '-d \'{"prompt": "Once upon a time", "max_tokens": 20}\'',
-            soft_wrap=True,
-        )
+        body = '{"prompt": "Once upon a time", "max_tokens": 20}'
+        example = f"curl {url}/completions -H 'Content-Type: application/json' -d '{body}'"
+        console.print(f"try: {example}", soft_wrap=True)
         try:
             server.run(sockets=[listening])
         except KeyboardInterrupt:
