@@ -151,19 +151,11 @@ class LeftOut:
 
 
 def layer_rows(
-    shape: LayerShape,
-    batches: Sequence[int],
-    config: OatsConfig,
-    ours: Sequence[Contender],
-    peers: Sequence[Contender],
-    *,
-    model: str = "",
-    repetitions: int = 200,
-    seconds: float = 0.5,
-    seed: int = 0,
-    left_out: list[LeftOut] | None = None,
+    shape: LayerShape, batches: Sequence[int], config: OatsConfig, ours: Sequence[Contender],
+    peers: Sequence[Contender], *, model: str = "", repetitions: int = 200, seconds: float = 0.5,
+    seed: int = 0, left_out: list[LeftOut] | None = None,
     progress: Callable[[str], None] = lambda note: None,
-) -> Iterator[Row]:
+) -> Iterator[Row]:  # fmt: skip
     """Time one layer at several batch sizes: each of `ours` against each of `peers`.
 
     The weights are random (`RandomWeight`), and the same for all contenders with one form, dtype and

@@ -38,13 +38,9 @@ class TimesItself(Protocol):
 
 
 def model_speeds(
-    models: Mapping[str, Any],
-    prompt: Tensor,
-    *,
-    new_tokens: int = 32,
-    repetitions: int = 5,
+    models: Mapping[str, Any], prompt: Tensor, *, new_tokens: int = 32, repetitions: int = 5,
     progress: Callable[[int, int, str], None] | None = None,
-) -> dict[str, ModelSpeed]:
+) -> dict[str, ModelSpeed]:  # fmt: skip
     """Time ``generate`` (greedy, batch 1, KV cache) of several models, which take turns.
 
     Each model warms up once. Then each repetition times one ``generate`` call of each model: from its start

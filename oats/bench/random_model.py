@@ -35,12 +35,9 @@ _DISTINCT_VALUES = 1_000_003  # a prime, so that the rows of a matrix differ
 
 @torch.no_grad()
 def random_model(
-    architecture: PretrainedConfig,
-    config: OatsConfig | None,
-    *,
-    dtype: torch.dtype = torch.bfloat16,
+    architecture: PretrainedConfig, config: OatsConfig | None, *, dtype: torch.dtype = torch.bfloat16,
     seed: int = 0,
-) -> Any:
+) -> Any:  # fmt: skip
     """A causal language model of transformers with random weights, in evaluation mode.
 
     Args:
@@ -132,11 +129,8 @@ def _random_tensors(
     sample, _ = encode(keep_largest(torch.rand(min(d_out, _DISTINCT_ROWS), d_in).add_(1), kept, pattern))
     mask = sample[torch.randint(len(sample), (d_out,))]
     nnz = mask_population(mask, d_in)
-    sizes = {
-        "values": (d_out / max(nnz, 1)) ** 0.5,
-        "low_rank_u": max(rank, 1) ** -0.5,
-        "low_rank_v": d_in**-0.5,
-    }
+    of_values = (d_out / max(nnz, 1)) ** 0.5
+    sizes = {"values": of_values, "low_rank_u": max(rank, 1) ** -0.5, "low_rank_v": d_in**-0.5}
     tensors = {"mask": mask}
     spec = LayerSpec(d_out, d_in, rank, nnz, dtype, config.storage)
     for tensor_name, (kind, shape) in spec.tensors().items():

@@ -144,13 +144,10 @@ def print_rows(console: Console, rows: Sequence[Row]) -> None:
         share = row.share_of_bandwidth(timing)
         return [
             contender_label(timing.name, timing.dtype, timing.form, timing.isa if len(isas) > 1 else ""),
-            f"{timing.ms.median:.3g}",
-            f"{timing.ms.p10:.3g}–{timing.ms.p90:.3g}",
+            f"{timing.ms.median:.3g}", f"{timing.ms.p10:.3g}–{timing.ms.p90:.3g}",
             "–" if timing.weight_bytes is None else human_bytes(timing.weight_bytes),
-            "–" if share is None else f"{share:.0%}",
-            f"{row.gflops(timing):.0f}",
-            ratio,
-        ]
+            "–" if share is None else f"{share:.0%}", f"{row.gflops(timing):.0f}", ratio,
+        ]  # fmt: skip
 
     for group in groups.values():
         first = group[0]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
 
-from oats.cli import options
+import oats.cli.options as options
 from oats.config import OatsConfig
 from oats.errors import ConfigError
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
 
-from oats.cli import options
+import oats.cli.options as options
 from oats.config import OatsConfig
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
 
-from oats.cli import options
+import oats.cli.options as options
 from oats.errors import ConfigError, OatsError
 
 if TYPE_CHECKING:

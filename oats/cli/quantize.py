@@ -6,7 +6,7 @@ from typing import Annotated
 
 from typer import Option
 
-from oats.cli import options
+import oats.cli.options as options
 from oats.errors import ConfigError
 
 

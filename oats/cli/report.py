@@ -47,11 +47,9 @@ def report(
             rows = time_layers(stored, bar.update)
     with progress_bar("Reading") as bar:
         text = html_report(
-            stored,
-            Record.read(directory),
-            speed=rows,
+            stored, Record.read(directory), speed=rows,
             progress=lambda done, total: bar.update(done, total, "layers"),
-        )
+        )  # fmt: skip
     try:
         write_text(out, text)
     except OSError as error:

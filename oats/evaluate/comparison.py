@@ -81,11 +81,9 @@ def split_codes(name: str) -> tuple[str, str]:
 
 
 def complete(
-    cells: Cells,
-    planned: Mapping[str, Planned],
-    measure: Callable[[Planned | None], Measured],
+    cells: Cells, planned: Mapping[str, Planned], measure: Callable[[Planned | None], Measured],
     progress: Callable[[int, int, str, Cell | None], None],
-) -> list[Cell]:
+) -> list[Cell]:  # fmt: skip
     """Measure all cells that are not finished yet.
 
     Args:
@@ -141,12 +139,8 @@ def _apply_(
         compress_(model, calibration, planned)
         return _compressed_sizes(model)
     targets = find_targets(model, *find_blocks(model), common)
-    weights = [
-        weight
-        for block in targets.blocks
-        for target in block.values()
-        for weight, _ in target.matrices().values()
-    ]
+    every = [target for block in targets.blocks for target in block.values()]
+    weights = [weight for target in every for weight, _ in target.matrices().values()]
     size = sum(weight.nbytes for weight in weights) if planned is None else planned.round_(weights)
     return size, sum(weight.numel() for weight in weights)
 

@@ -29,19 +29,10 @@ class Scoring:
     """
 
     def __init__(
-        self,
-        model: Any,
-        tokenizer: Any,
-        texts: Mapping[str, Text],
-        *,
-        context: int | None = None,
-        stride: int | None = None,
-        max_tokens: int | None = None,
-        accuracy: bool = False,
-        tasks: Sequence[str] = (),
-        task_path: Path | None = None,
-        limit: int | None = None,
-    ) -> None:
+        self, model: Any, tokenizer: Any, texts: Mapping[str, Text], *, context: int | None = None,
+        stride: int | None = None, max_tokens: int | None = None, accuracy: bool = False,
+        tasks: Sequence[str] = (), task_path: Path | None = None, limit: int | None = None,
+    ) -> None:  # fmt: skip
         vocabulary = model.get_input_embeddings().num_embeddings
         self._tokenizer, self.bos, self._texts = tokenizer, bos_token_id(tokenizer), texts
         self._ids: dict[str, Tensor] = {

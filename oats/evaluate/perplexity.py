@@ -61,14 +61,9 @@ class Perplexity:
 
 
 def perplexity(
-    model: Any,
-    ids: Tensor,
-    *,
-    bos: int | None = None,
-    context: int | None = None,
-    stride: int | None = None,
+    model: Any, ids: Tensor, *, bos: int | None = None, context: int | None = None, stride: int | None = None,
     progress: Callable[[int, int, float], None] | None = None,
-) -> Perplexity:
+) -> Perplexity:  # fmt: skip
     """Perplexity of `model` on a tokenized text.
 
     A window of `context` tokens moves over the text. The first window scores every token that it predicts.

@@ -51,15 +51,9 @@ class TaskScores:
 
 
 def evaluate_tasks(
-    model: Any,
-    tokenizer: Any,
-    tasks: Sequence[str],
-    *,
-    task_path: str | Path | None = None,
-    shots: int | None = None,
-    limit: int | None = None,
-    batch: int = 1,
-) -> TaskScores:
+    model: Any, tokenizer: Any, tasks: Sequence[str], *, task_path: str | Path | None = None,
+    shots: int | None = None, limit: int | None = None, batch: int = 1,
+) -> TaskScores:  # fmt: skip
     """Run tasks of lm-evaluation-harness, as ``lm_eval --model hf`` does with the saved model.
 
     Args:

@@ -70,7 +70,7 @@ def density_picture(mask: Tensor, d_in: int, cells: int = CELLS) -> Tensor:
     Args:
         mask: uint8 (d_out, ⌈d_in / 8⌉), as stored.
         d_in: number of columns.
-        cells: most rows and columns of the grid, float32 (min(cells, d_out), min(cells, d_in)).
+        cells: most rows and columns of the grid, which is float32 (min(cells, d_out), min(cells, d_in)).
 
     >>> density_picture(torch.tensor([[0b1111], [0b0000]], dtype=torch.uint8), 8, cells=2)
     tensor([[1., 0.],

@@ -40,12 +40,9 @@ table.about td:last-child { white-space: normal }
 
 
 def html_report(
-    model: StoredModel,
-    record: Record | None,
-    *,
-    speed: Sequence[Row] = (),
+    model: StoredModel, record: Record | None, *, speed: Sequence[Row] = (),
     progress: Callable[[int, int], None] | None = None,
-) -> str:
+) -> str:  # fmt: skip
     """Draw the report of a compressed model.
 
     Args:
