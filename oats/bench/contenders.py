@@ -205,8 +205,7 @@ def read_time(megabytes: int = 32) -> Callable[[], float]:
     """
     # A piece is so large that the time to start the threads does not count.
     piece = megabytes * 1_000_000
-    pieces = torch.ones(cycled_bytes() // 4).split(piece // 4)[:-1]
-    supply = itertools.cycle(pieces)
+    supply = itertools.cycle(torch.ones(cycled_bytes() // 4).split(piece // 4)[:-1])
 
     def read() -> float:
         part = next(supply)

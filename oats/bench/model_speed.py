@@ -81,13 +81,10 @@ def model_speeds(
 
 
 def bytes_per_token(model: Any) -> int:
-    """Bytes of weights that one decoded token reads: all of them, except the input embedding.
+    """Bytes of weights that one decoded token reads in a causal language model, dense or compressed.
 
-    Of the embedding only one row is read, which is not counted. If the output head shares its weight, it
-    counts.
-
-    Args:
-        model: causal language model of transformers, dense or compressed.
+    All count, except the input embedding: only one row of it is read. If the output head shares its weight,
+    it counts.
     """
     embedding = model.get_input_embeddings().weight
     head = model.get_output_embeddings()

@@ -105,8 +105,7 @@ def _answer(engine: Engine, turns: list[dict[str, str]], sampling: Sampling) -> 
     events: queue.SimpleQueue[Event] = queue.SimpleQueue()
     request = engine.submit(prompt_of(engine.tokenizer, turns), sampling, events.put)
     pieces: list[str] = []
-    finished: Finished | None = None
-    while finished is None:
+    while True:
         try:
             event = events.get()
         except KeyboardInterrupt:
@@ -115,9 +114,7 @@ def _answer(engine: Engine, turns: list[dict[str, str]], sampling: Sampling) -> 
         if isinstance(event, Exception):
             raise OatsError(f"generation failed: {event}") from event
         if isinstance(event, Finished):
-            finished = event
-        else:
-            pieces.append(event)
-            print(event, end="", flush=True)
-    print({"length": " […]", "cancelled": " [stopped]"}.get(finished.reason, ""), flush=True)
-    return "".join(pieces)
+            print({"length": " […]", "cancelled": " [stopped]"}.get(event.reason, ""), flush=True)
+            return "".join(pieces)
+        pieces.append(event)
+        print(event, end="", flush=True)

@@ -131,8 +131,6 @@ def _look(method: str, methods: Sequence[str]) -> dict[str, Any]:
     return {
         "color": palette[alike.index(plain) % len(palette)],
         "marker": _MARKERS[list(named).index(plain) % len(_MARKERS)],
-        "linestyle": _STORED[codes][0],
-        "fillstyle": _STORED[codes][1],
-        "linewidth": 2 if ours else 1.2,
-        "zorder": 3 if ours else 2,
-    }
+        "linestyle": _STORED[codes][0], "fillstyle": _STORED[codes][1],
+        "linewidth": 2 if ours else 1.2, "zorder": 3 if ours else 2,
+    }  # fmt: skip

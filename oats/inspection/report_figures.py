@@ -62,14 +62,10 @@ def errors_figure(layers: Sequence[Anatomy], errors: dict[str, float]) -> Figure
     figure = _figure(9, 4)
     axes = figure.subplots()
     for kind in _kinds(layers)[:MOST_NAMES]:
-        points = [
-            (anatomy.block or 0, errors[anatomy.layer.name])
-            for anatomy in layers
-            if anatomy.kind == kind and anatomy.layer.name in errors
-        ]
+        same = [a for a in layers if a.kind == kind and a.layer.name in errors]
+        points = [(anatomy.block or 0, errors[anatomy.layer.name]) for anatomy in same]
         axes.plot(*zip(*points, strict=True), "o-", markersize=3, linewidth=1, label=kind)
-    axes.set_xlabel("block")
-    axes.set_ylabel("relative error")
+    axes.set(xlabel="block", ylabel="relative error")
     axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(fontsize="small", ncols=2)
@@ -90,12 +86,8 @@ def spectra_figure(layers: Sequence[Anatomy]) -> Figure:
             if values.numel() == 0 or values[0] == 0:
                 continue
             step = max(1, values.numel() // MOST_POINTS)
-            axes.plot(
-                range(1, values.numel() + 1, step),
-                (values / values[0])[::step].tolist(),
-                color=colours(0.9 * index / max(1, len(same) - 1)),
-                linewidth=0.8,
-            )
+            places, heights = range(1, values.numel() + 1, step), (values / values[0])[::step].tolist()
+            axes.plot(places, heights, color=colours(0.9 * index / max(1, len(same) - 1)), linewidth=0.8)
         axes.set_title(kind, fontsize="small")
         axes.set_ylim(0, 1.05)
         axes.tick_params(labelsize="x-small")
@@ -111,8 +103,7 @@ def pictures_figure(images: dict[str, Tensor]) -> Figure:
             image.numpy(), cmap="Greens", vmin=0, vmax=highest, aspect="auto", interpolation="none"
         )
         axes.set_title(name.removeprefix("model."), fontsize="x-small")
-        axes.set_xticks([])
-        axes.set_yticks([])
+        axes.set(xticks=[], yticks=[])
     figure.colorbar(drawn, ax=figure.axes, shrink=0.6, label="kept")
     return figure
 

@@ -104,13 +104,9 @@ def rollouts(model: Any, pixel_values: Tensor) -> dict[str, Tensor]:
 
 
 def draw(pixel_values: Tensor, maps: dict[str, Tensor], file: Path, names: Sequence[str] = ()) -> None:
-    """Write one picture with the images and their rollouts.
+    """Write one picture, .png or .svg, with the images (count, channels, height, width) and their rollouts.
 
-    Args:
-        pixel_values: (images, channels, height, width).
-        maps: from :func:`rollouts`.
-        file: the picture, .png or .svg.
-        names: names of the images.
+    `maps` is from :func:`rollouts`; `names` are those of the images.
 
     Raises:
         ConfigError: the file cannot be written.
