@@ -111,13 +111,9 @@ class DecodeTime:
 
 
 def decode_time(model: Any, prompt: Tensor, *, new_tokens: int = 32) -> DecodeTime:
-    """Divide the time of decoding (greedy, batch 1, KV cache). The clocks around each layer add a little to
-    it.
+    """Divide the time of decoding at least 2 tokens after a prompt (n,) (greedy, batch 1, KV cache).
 
-    Args:
-        model: causal language model of transformers.
-        prompt: (n,) token ids.
-        new_tokens: tokens to generate, at least 2.
+    The clocks around each layer add a little to it.
     """
     head = model.get_output_embeddings()
     spent = {"linear": 0.0, "head": 0.0}

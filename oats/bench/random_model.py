@@ -79,16 +79,12 @@ def random_model(
             module.to_empty(device="cpu", recurse=False)
         model.tie_weights()
         for module in others:
-            _fill(model, module)
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                _draw_(module.weight, 0.02)
+                module.weight._is_hf_initialized = True  # type: ignore[attr-defined]  # else drawn again below
+            model._init_weights(module)  # norms, biases, and buffers such as rotary frequencies
     fuse_(model)
     return model.eval()
-
-
-def _fill(model: Any, module: nn.Module) -> None:
-    if isinstance(module, (nn.Linear, nn.Embedding)):
-        _draw_(module.weight, 0.02)
-        module.weight._is_hf_initialized = True  # type: ignore[attr-defined]  # or _init_weights would draw it again
-    model._init_weights(module)  # norms, biases, and buffers such as rotary frequencies
 
 
 def _draw_(tensor: Tensor, std: float = 1.0) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -62,9 +63,8 @@ def serve(
         example = f"curl {url}/completions -H 'Content-Type: application/json' -d '{body}'"
         console.print(f"try: {example}", soft_wrap=True)
         try:
-            server.run(sockets=[listening])
-        except KeyboardInterrupt:
-            pass  # Ctrl-C stops the server
+            with suppress(KeyboardInterrupt):  # Ctrl-C stops the server
+                server.run(sockets=[listening])
         finally:
             engine.close()
 

@@ -74,9 +74,8 @@ class Cells:
                 f"cannot use the directory {self.directory}: {error.strerror}; choose another"
             ) from error
         if foreign:
-            raise OutputExistsError(
-                f"{self.directory} is not empty and holds no comparison; choose another directory"
-            )
+            problem = "is not empty and holds no comparison"
+            raise OutputExistsError(f"{self.directory} {problem}; choose another directory")
         there = _read(file)
         different = [
             f"{name} is {there.get(name)!r} there and {self.settings.get(name)!r} here"

@@ -116,7 +116,8 @@ def perplexity(
                 scored = next_tokens.numel()
                 options = {"logits_to_keep": scored} if few_logits else {}
                 logits = model(input_ids=inputs[None], use_cache=False, **options).logits[0, -scored:]
-                nll += _summed_nll(logits, next_tokens)
+                rows = zip(logits.split(_ROWS), next_tokens.split(_ROWS), strict=True)
+                nll += math.fsum(float(cross_entropy(x.float(), y, reduction="sum")) for x, y in rows)
                 right += int((logits.argmax(-1) == next_tokens).sum())
                 done += scored
                 if not math.isfinite(nll):
@@ -147,13 +148,6 @@ def _windows(sequence: Tensor, context: int, stride: int, bos: int | None) -> li
         windows.append((inputs, sequence[scored:end]))
         scored, end = end, min(end + stride, sequence.numel())
     return windows
-
-
-def _summed_nll(logits: Tensor, next_tokens: Tensor) -> float:
-    return math.fsum(
-        float(cross_entropy(rows.float(), wanted, reduction="sum"))
-        for rows, wanted in zip(logits.split(_ROWS), next_tokens.split(_ROWS), strict=True)
-    )
 
 
 def _exp(nll: float) -> float:

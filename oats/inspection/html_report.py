@@ -99,17 +99,14 @@ def html_report(
     )
 
 
-_NO_ERRORS = (
-    "<p class=note>The errors of this model's layers were not kept. <code>oats compress</code> and "
-    "<code>oats.write_model_card(directory, report)</code> keep them.</p>"
-)
-
-
 def _errors_section(
     model: StoredModel, record: Record, layers: Sequence[Anatomy], errors: dict[str, float]
 ) -> list[str]:
     if not errors:
-        return [_NO_ERRORS]
+        return [
+            "<p class=note>The errors of this model's layers were not kept. <code>oats compress</code> and "
+            "<code>oats.write_model_card(directory, report)</code> keep them.</p>"
+        ]
     taken = record.errors_were_taken(any(layer.storage.has_codes for layer in model.layers))
     note = f"<p class=note>Relative error of a layer's output on the calibration data{taken}.</p>"
     return [note, svg(errors_figure(layers, errors), "relative error by block")]

@@ -42,8 +42,7 @@ def attention_rollout(model: Any, pixel_values: Tensor) -> Tensor:
         (images, rows, columns) of patches, float32. The rest up to a sum of 1 is the class token itself.
 
     Raises:
-        UnsupportedModelError: the model gives no attention, or its tokens are not one class token and a
-            square of patches.
+        UnsupportedModelError: there is no attention, or the tokens are not a class token and a square.
     """
     attentions = model(pixel_values, output_attentions=True).attentions
     if not attentions or attentions[0] is None:
