@@ -97,12 +97,9 @@ def bytes_per_token(model: Any) -> int:
 
 @dataclass(frozen=True)
 class DecodeTime:
-    """How the time of a decoded token is divided, in seconds.
+    """Seconds of a decoded token in the linear layers of the blocks, in the output head, and in the rest.
 
-    Attributes:
-        linear: the linear layers of the blocks.
-        head: the output head.
-        rest: attention, norms, activations and Python.
+    The rest is attention, norms, activations and Python.
     """
 
     linear: float

@@ -149,12 +149,7 @@ def settings_table(settings: Mapping[str, object]) -> Table:
 
 
 def plain_table(*columns: str, left: Container[int] = (0,)) -> Table:
-    """An empty table with a line under its header and no other lines.
-
-    Args:
-        columns: their names.
-        left: numbers of the columns that are aligned left; the others hold numbers.
-    """
+    """An empty table with a line under its header only; the columns `left` are aligned left, others right."""
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i in left else "right", no_wrap=True)

@@ -121,9 +121,8 @@ def measure_(
     Args:
         model: the dense model; it is changed in place.
         planned: a value of :func:`plan`, or None for the cell of the dense model.
-        calibration: as in :func:`oats.compress_`.
         common: as in :func:`plan`; it says which layers are counted.
-        score: evaluates the model that comes out.
+        calibration: as in :func:`oats.compress_`; `score` evaluates the model that comes out.
     """
     started = time.perf_counter()
     size, parameters = _apply_(model, planned, calibration, common)

@@ -46,7 +46,6 @@ def html_report(
     """Draw the report of a compressed model.
 
     Args:
-        model: of :func:`oats.checkpoint.stored_model.read_stored_model`.
         record: with the errors of the layers; None if they were not kept.
         speed: rows of :func:`oats.inspection.layer_speed.time_layers`; without rows the report has no section
             about speed.

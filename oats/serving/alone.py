@@ -36,13 +36,9 @@ class _Listener(BaseStreamer, StoppingCriteria):
 
 
 def generate_alone(model: Any, config: Any, request: Request, closed: Callable[[], bool]) -> int:
-    """Generate for one request, deliver its text, and return the last token.
+    """Generate for one request with a generation config, deliver its text, and return the last token.
 
-    Args:
-        model: a causal language model of transformers.
-        config: a generation config.
-        request: what to generate, and where the text goes.
-        closed: asked after each token; True stops.
+    `closed` is asked after each token; True stops.
     """
     if request.sampling.seed is not None:
         torch.manual_seed(request.sampling.seed)
