@@ -56,7 +56,6 @@ class Contender(Protocol):
 
     Attributes:
         name: name of the software, such as "torch".
-        version: version of the software.
         dtype: dtype of the weight and the input that it gets.
         stored_dtype: dtype in which it stores the weight, such as "q8_0".
         isa: instruction set that it must use; "" if it chooses.

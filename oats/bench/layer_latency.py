@@ -45,7 +45,6 @@ class Timing:
         dtype: dtype in which it stores the weight.
         weight_bytes: bytes of the weight that a call reads; None if that is not known.
         copies: number of copies of the weight that the calls cycle through.
-        calls: number of timed calls.
         ms: milliseconds of one call.
         error: largest error against float64, in units of √(Σ w² x²).
     """

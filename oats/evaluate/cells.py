@@ -27,7 +27,6 @@ class Cell:
         layer_bytes: bytes of the weights of the compressed layers, as stored.
         layer_parameters: non-zeros plus entries of the low-rank factors of these layers.
         seconds: time of the compression.
-        threads: threads of torch.
     """
 
     method: str

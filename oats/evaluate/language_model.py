@@ -19,7 +19,6 @@ class Scoring:
 
     Args:
         model: the dense model.
-        tokenizer: the tokenizer of the model.
         texts: short name → text.
         context: tokens of a window, and `stride`, as in :func:`oats.evaluate.perplexity.perplexity`.
         max_tokens: use only the first tokens of each text.

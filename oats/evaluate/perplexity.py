@@ -39,9 +39,6 @@ class Perplexity:
         context: most tokens of a window.
         stride: tokens scored in each window after the first.
         bos: True if every window starts with the tokenizer's BOS token.
-        dtype: dtype of the model.
-        threads: threads of torch.
-        seconds: time of the evaluation.
     """
 
     perplexity: float

@@ -17,9 +17,7 @@ class Score:
     """One metric of one task.
 
     Attributes:
-        task: name of the task.
         metric: name of the metric in the harness, such as ``"acc"``, and the filter of the answers if any.
-        value: value of the metric.
         stderr: standard error of `value` over the questions; None if the harness gives none.
         shots: examples in the prompt.
         samples: number of questions.
@@ -58,7 +56,6 @@ def evaluate_tasks(
 
     Args:
         model: a causal language model of transformers, dense or compressed.
-        tokenizer: the tokenizer of the model.
         tasks: names of tasks or groups, or patterns of names.
         task_path: directory with YAML files of tasks. A task there replaces one of the harness.
         shots: examples in the prompt; None leaves it to the task.

@@ -31,7 +31,6 @@ class Engine:
 
     Args:
         model: a causal language model of transformers.
-        tokenizer: the tokenizer of the model.
         max_waiting: requests that may wait for those that run.
         max_batch: requests that run at once.
     """
