@@ -30,7 +30,7 @@ from transformers.utils import logging
 import oats
 from oats.checkpoint.atomic import write_text
 from oats.checkpoint.loading import load_model
-from oats.cli.comparison_table import print_table
+from oats.cli.compare import print_table
 from oats.cli.console import results
 from oats.compression.calibration_text import Text, builtin_text
 from oats.evaluate import comparison, comparison_plot

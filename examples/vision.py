@@ -29,7 +29,7 @@ from transformers.utils import logging
 import oats
 from oats.checkpoint.atomic import write_text
 from oats.checkpoint.saving import save_model
-from oats.cli.comparison_table import print_table
+from oats.cli.compare import print_table
 from oats.cli.console import progress_bar, results
 from oats.evaluate import comparison, comparison_plot
 from oats.evaluate.cells import Cell, Cells

@@ -56,7 +56,6 @@ class Contender(Protocol):
 
     Attributes:
         name: name of the software, such as "torch".
-        version: version of the software.
         dtype: dtype of the weight and the input that it gets.
         stored_dtype: dtype in which it stores the weight, such as "q8_0".
         isa: instruction set that it must use; "" if it chooses.
@@ -100,33 +99,26 @@ TOLERANCES = {"bf16": 2.0**-5, "fp32": 2.0**-14, "int8": 2.0**-4, "int4": 0.75}
 class InProcess:
     """A contender that is a module of this process."""
 
+    batches: Collection[int] | None = None
+
     def __init__(
-        self,
-        name: str,
-        dtype: Dtype,
-        form: Form,
-        make: Callable[[RandomWeight], Iterator[nn.Module]],
-        weight_bytes: Callable[[nn.Module], int],
-        *,
-        version: str,
-        isa: str = "",
-    ) -> None:
+        self, name: str, version: str, dtype: Dtype, form: Form,
+        make: Callable[[RandomWeight], Iterator[nn.Module]], *,
+        isa: str = "", stored_dtype: str | None = None, compression: float | None = None,
+    ) -> None:  # fmt: skip
         self.name, self.version, self.dtype, self.form, self.isa = name, version, dtype, form, isa
-        self.stored_dtype: str = dtype
-        self.compression: float | None = None
-        self.tolerance = TOLERANCES[dtype]
-        self.batches: Collection[int] | None = None
-        self._make, self._weight_bytes = make, weight_bytes
+        self.stored_dtype = stored_dtype or dtype
+        self.compression, self.tolerance = compression, TOLERANCES[self.stored_dtype]
+        self._make = make
         self._layers: list[nn.Module] = []
-        self._x = torch.empty(0)
-        self._next = 0
+        self._x, self._next = torch.empty(0), 0
 
     def load(self, weight: RandomWeight) -> Loaded:
         """See `Contender`."""
         self._layers = []
         supply = self._make(weight)
         first = next(supply)
-        size = self._weight_bytes(first)
+        size = _weight_bytes(first)
         copies = min(math.ceil(cycled_bytes() / size), _MOST_COPIES)
         self._layers = [first, *(next(supply) for _ in range(copies - 1))]
         return Loaded(size, copies)
@@ -158,13 +150,9 @@ class InProcess:
 
 
 def compressed(
-    dtype: Dtype,
-    *,
-    isa: str | None = None,
-    form: Form = "oats",
-    storage: Storage = EXACT,
+    dtype: Dtype, *, isa: str | None = None, form: Form = "oats", storage: Storage = EXACT,
     compression: float | None = None,
-) -> Contender:
+) -> Contender:  # fmt: skip
     """`SparseLowRankLinear`, packed for `isa` (None: the best one), its numbers stored as `storage` says.
 
     `compression` gives it a weight of another compression than that of the run.
@@ -185,12 +173,10 @@ def compressed(
                 )
             yield layer
 
-    contender = InProcess("oats", dtype, form, make, _packed_bytes, version=__version__, isa=isa)
-    contender.compression = compression
-    if storage.values != "exact":
-        contender.stored_dtype = storage.values
-        contender.tolerance = TOLERANCES[storage.values]
-    return contender
+    stored_dtype = None if storage.values == "exact" else storage.values
+    return InProcess(
+        "oats", __version__, dtype, form, make, isa=isa, stored_dtype=stored_dtype, compression=compression
+    )
 
 
 def torch_dense(dtype: Dtype) -> Contender:
@@ -207,7 +193,7 @@ def torch_dense(dtype: Dtype) -> Contender:
             layer.weight = nn.Parameter(weight.sparse.clone(), requires_grad=False)
             yield layer
 
-    return InProcess("torch", dtype, "dense", make, _dense_bytes, version=torch.__version__)
+    return InProcess("torch", torch.__version__, dtype, "dense", make)
 
 
 def read_time(megabytes: int = 32) -> Callable[[], float]:
@@ -218,8 +204,7 @@ def read_time(megabytes: int = 32) -> Callable[[], float]:
     """
     # A piece is so large that the time to start the threads does not count.
     piece = megabytes * 1_000_000
-    pieces = torch.ones(cycled_bytes() // 4).split(piece // 4)[:-1]
-    supply = itertools.cycle(pieces)
+    supply = itertools.cycle(torch.ones(cycled_bytes() // 4).split(piece // 4)[:-1])
 
     def read() -> float:
         part = next(supply)
@@ -264,14 +249,10 @@ def _packing_for(isa: str) -> Iterator[None]:
             os.environ["OATS_ISA"] = before
 
 
-def _packed_bytes(layer: nn.Module) -> int:
-    assert isinstance(layer, SparseLowRankLinear) and layer.packed is not None
-    return layer.packed.numel()
-
-
-def _dense_bytes(layer: nn.Module) -> int:
-    assert isinstance(layer, nn.Linear)
-    return layer.weight.nbytes
+def _weight_bytes(layer: nn.Module) -> int:
+    weight = layer.packed if isinstance(layer, SparseLowRankLinear) else layer.weight
+    assert isinstance(weight, Tensor)
+    return weight.nbytes
 
 
 def _last_level_cache_bytes() -> int:

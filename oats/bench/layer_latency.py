@@ -45,7 +45,6 @@ class Timing:
         dtype: dtype in which it stores the weight.
         weight_bytes: bytes of the weight that a call reads; None if that is not known.
         copies: number of copies of the weight that the calls cycle through.
-        calls: number of timed calls.
         ms: milliseconds of one call.
         error: largest error against float64, in units of √(Σ w² x²).
     """
@@ -150,23 +149,12 @@ class LeftOut:
     reason: str
 
 
-Progress = Callable[[str], None]
-
-
 def layer_rows(
-    shape: LayerShape,
-    batches: Sequence[int],
-    config: OatsConfig,
-    ours: Sequence[Contender],
-    peers: Sequence[Contender],
-    *,
-    model: str = "",
-    repetitions: int = 200,
-    seconds: float = 0.5,
-    seed: int = 0,
-    left_out: list[LeftOut] | None = None,
-    progress: Progress | None = None,
-) -> Iterator[Row]:
+    shape: LayerShape, batches: Sequence[int], config: OatsConfig, ours: Sequence[Contender],
+    peers: Sequence[Contender], *, model: str = "", repetitions: int = 200, seconds: float = 0.5,
+    seed: int = 0, left_out: list[LeftOut] | None = None,
+    progress: Callable[[str], None] = lambda note: None,
+) -> Iterator[Row]:  # fmt: skip
     """Time one layer at several batch sizes: each of `ours` against each of `peers`.
 
     The weights are random (`RandomWeight`), and the same for all contenders with one form, dtype and
@@ -194,7 +182,6 @@ def layer_rows(
             "d_out, d_in, batches and repetitions must be at least 1, got "
             f"{shape.d_out}, {shape.d_in}, {list(batches)} and {repetitions}"
         )
-    say = progress or (lambda note: None)
     label = f"{shape.d_out} x {shape.d_in}"
 
     def leave_out(contender: Contender, where: str, error: OatsError) -> None:
@@ -209,10 +196,10 @@ def layer_rows(
     for contender in (*ours, *peers):
         key = _key(contender)
         if key not in weights:
-            say(f"{label}: a random {contender.form} weight, {contender.dtype}")
+            progress(f"{label}: a random {contender.form} weight, {contender.dtype}")
             budget = replace(config, dtype=contender.dtype, compression=_compression(contender, config))
             weights[key] = RandomWeight.make(contender.form, shape.d_out, shape.d_in, budget, seed)
-        say(f"{label}: loading {_label(contender)}")
+        progress(f"{label}: loading {_label(contender)}")
         try:
             loaded.append((contender, contender.load(weights[key])))
         except OatsError as error:
@@ -227,16 +214,16 @@ def layer_rows(
                 continue
             key = _key(contender)
             if key not in inputs:
-                say(f"{where}: float64 reference")
+                progress(f"{where}: float64 reference")
                 x = random_input(weights[key], batch)
                 inputs[key] = x, Reference.of(weights[key], x)
-            say(f"{where}: {_label(contender)}")
+            progress(f"{where}: {_label(contender)}")
             try:
                 off_by = _checked(contender, *inputs[key])
                 ready.append(_Turns(contender, weights[key], held, off_by, repetitions, seconds))
             except OatsError as error:
                 leave_out(contender, where, error)
-        say(f"{where}: timing {len(ready)} in turn")
+        progress(f"{where}: timing {len(ready)} in turn")
         bandwidth, others_share = _take_turns(ready, read)
         mine = [turns.timing() for turns in ready if turns.contender in ours]
         others = [turns.timing() for turns in ready if turns.contender not in ours]
@@ -249,6 +236,10 @@ def layer_rows(
 
 
 _Key = tuple[Form, str, float | None]
+
+
+def _label(contender: Contender) -> str:
+    return contender_label(contender.name, contender.stored_dtype, contender.form, contender.isa)
 
 
 def _key(contender: Contender) -> _Key:
@@ -280,14 +271,9 @@ class _Turns:
     """The timed calls of one contender at one batch size."""
 
     def __init__(
-        self,
-        contender: Contender,
-        weight: RandomWeight,
-        loaded: Loaded,
-        error: float,
-        repetitions: int,
+        self, contender: Contender, weight: RandomWeight, loaded: Loaded, error: float, repetitions: int,
         seconds: float,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.contender = contender
         self._weight, self._loaded, self._error = weight, loaded, error
         self._taken: list[float] = []
@@ -347,13 +333,6 @@ def _pairs(ours: Sequence[Timing], peers: Sequence[Timing]) -> Iterator[tuple[Ti
     in_bf16 = {peer.name for peer in peers if peer.input_dtype == "bf16"}
     for our in ours:
         for peer in peers:
-            if our.input_dtype == "fp32":
-                fits = peer.input_dtype == "fp32"
-            else:
-                fits = peer.input_dtype == "bf16" or peer.name not in in_bf16
-            if fits:
+            only_fp32 = our.input_dtype == "bf16" and peer.name not in in_bf16
+            if our.input_dtype == peer.input_dtype or only_fp32:
                 yield our, peer
-
-
-def _label(contender: Contender) -> str:
-    return contender_label(contender.name, contender.stored_dtype, contender.form, contender.isa)

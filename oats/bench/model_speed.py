@@ -38,13 +38,9 @@ class TimesItself(Protocol):
 
 
 def model_speeds(
-    models: Mapping[str, Any],
-    prompt: Tensor,
-    *,
-    new_tokens: int = 32,
-    repetitions: int = 5,
+    models: Mapping[str, Any], prompt: Tensor, *, new_tokens: int = 32, repetitions: int = 5,
     progress: Callable[[int, int, str], None] | None = None,
-) -> dict[str, ModelSpeed]:
+) -> dict[str, ModelSpeed]:  # fmt: skip
     """Time ``generate`` (greedy, batch 1, KV cache) of several models, which take turns.
 
     Each model warms up once. Then each repetition times one ``generate`` call of each model: from its start
@@ -85,35 +81,25 @@ def model_speeds(
 
 
 def bytes_per_token(model: Any) -> int:
-    """Bytes of weights that one decoded token reads: all of them, except the input embedding.
+    """Bytes of weights that one decoded token reads in a causal language model, dense or compressed.
 
-    Of the embedding only one row is read, which is not counted. If the output head shares its weight, it
-    counts.
-
-    Args:
-        model: causal language model of transformers, dense or compressed.
+    All count, except the input embedding: only one row of it is read. If the output head shares its weight,
+    it counts.
     """
     embedding = model.get_input_embeddings().weight
     head = model.get_output_embeddings()
     tied = isinstance(head, nn.Linear) and head.weight is embedding
-    packed = [
-        m.packed.nbytes
-        for m in model.modules()
-        if isinstance(m, SparseLowRankLinear) and m.packed is not None
-    ]
-    others = [p.nbytes for p in model.parameters() if p is not embedding or tied]
-    total: int = sum(packed) + sum(others)
+    layers = [m for m in model.modules() if isinstance(m, SparseLowRankLinear)]
+    packed = [layer.packed.nbytes for layer in layers if layer.packed is not None]
+    total: int = sum(packed) + sum(p.nbytes for p in model.parameters() if p is not embedding or tied)
     return total
 
 
 @dataclass(frozen=True)
 class DecodeTime:
-    """How the time of a decoded token is divided, in seconds.
+    """Seconds of a decoded token in the linear layers of the blocks, in the output head, and in the rest.
 
-    Attributes:
-        linear: the linear layers of the blocks.
-        head: the output head.
-        rest: attention, norms, activations and Python.
+    The rest is attention, norms, activations and Python.
     """
 
     linear: float
@@ -122,13 +108,9 @@ class DecodeTime:
 
 
 def decode_time(model: Any, prompt: Tensor, *, new_tokens: int = 32) -> DecodeTime:
-    """Divide the time of decoding (greedy, batch 1, KV cache). The clocks around each layer add a little to
-    it.
+    """Divide the time of decoding at least 2 tokens after a prompt (n,) (greedy, batch 1, KV cache).
 
-    Args:
-        model: causal language model of transformers.
-        prompt: (n,) token ids.
-        new_tokens: tokens to generate, at least 2.
+    The clocks around each layer add a little to it.
     """
     head = model.get_output_embeddings()
     spent = {"linear": 0.0, "head": 0.0}
@@ -162,17 +144,12 @@ def _timed_generate(
     """The time of the start, and of each new token."""
     clock = clock or _Clock()
     start = time.perf_counter()
+    # With eos_token_id=None no token ends the text. `min_new_tokens` would do too, but costs a pass over the
+    # vocabulary per token.
     model.generate(
-        prompt[None],
-        attention_mask=torch.ones_like(prompt)[None],
-        # No token ends the text. `min_new_tokens` would do too, but costs a pass over the vocabulary per
-        # token.
-        eos_token_id=None,
-        max_new_tokens=new_tokens,
-        do_sample=False,
-        use_cache=True,
-        streamer=clock,
-    )
+        prompt[None], attention_mask=torch.ones_like(prompt)[None], eos_token_id=None,
+        max_new_tokens=new_tokens, do_sample=False, use_cache=True, streamer=clock,
+    )  # fmt: skip
     # `generate` hands the prompt to the streamer first.
     return start, clock.times[1:]
 

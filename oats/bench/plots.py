@@ -14,21 +14,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 STYLE = {
-    "font.family": "DejaVu Sans",
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 10,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.grid": True,
-    "grid.color": "#e6e6e6",
-    "grid.linewidth": 0.6,
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-    "svg.fonttype": "none",
-    "savefig.bbox": "tight",
-}
+    "font.family": "DejaVu Sans", "font.size": 9, "svg.fonttype": "none", "savefig.bbox": "tight",
+    "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
+    "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left",
+    "axes.grid": True, "axes.axisbelow": True, "grid.color": "#e6e6e6", "grid.linewidth": 0.6,
+}  # fmt: skip
 """matplotlib settings of every picture."""
 
 FILES = ("latency.png", "latency.svg", "roofline.png", "roofline.svg")
@@ -42,11 +32,8 @@ _PEERS = (
 )  # fmt: skip
 # Markers of the roofline: least batch of each group → marker, label. The horizontal axis shows the rest.
 _MARKERS = {
-    1: ("o", "batch 1"),
-    2: ("s", "batch 2 to 8"),
-    9: ("^", "batch 9 to 64"),
-    65: ("D", "batch over 64"),
-}
+    1: ("o", "batch 1"), 2: ("s", "batch 2 to 8"), 9: ("^", "batch 9 to 64"), 65: ("D", "batch over 64"),
+}  # fmt: skip
 
 
 def require_matplotlib() -> None:
@@ -79,19 +66,14 @@ def prepare(directory: Path) -> None:
 
 
 def draw(rows: Sequence[Row], directory: Path) -> list[Path]:
-    """Write both pictures as PNG and SVG.
-
-    Returns:
-        The files.
-    """
+    """Write both pictures as PNG and SVG, and return the files."""
     import matplotlib
 
-    files = []
+    files = [directory / name for name in FILES]
     with matplotlib.rc_context(STYLE):
-        for name, figure in (("latency", latency(rows)), ("roofline", roofline(rows))):
-            for kind in ("png", "svg"):
-                files.append(directory / f"{name}.{kind}")
-                figure.savefig(files[-1], dpi=160)
+        figures = {"latency": latency(rows), "roofline": roofline(rows)}
+        for file in files:
+            figures[file.stem].savefig(file, dpi=160)
     return files
 
 
@@ -142,9 +124,8 @@ def latency(rows: Sequence[Row]) -> Figure:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.grid(which="minor", axis="y", linewidth=0.3)
+        axes.set(xlabel="batch (rows of the input)", ylabel="milliseconds")
         axes.set_title(f"{d_out} × {d_in}, {compression:.0%} removed, {dtype}")
-        axes.set_xlabel("batch (rows of the input)")
-        axes.set_ylabel("milliseconds")
     figure.legend(list(handles.values()), list(handles), loc="outside right upper")
     return figure
 
@@ -181,11 +162,10 @@ def roofline(rows: Sequence[Row]) -> Figure:
         left = min(min(point[2] for point in points.values()), ridge) / 1.6
         right = max(max(point[2] for point in points.values()), ridge) * 1.6
         axes.plot([left, ridge, right], [left * bandwidth, peak, peak], color="#333333", zorder=2)
-        axes.set(xscale="log", yscale="log", xlim=(left, right))
+        axes.set(xscale="log", yscale="log", xlim=(left, right), ylabel="effective GFLOP/s")
         axes.margins(y=0.08)
         axes.set_title(f"Roofline, {dtype}")
         axes.set_xlabel("dense operations a byte of weight, input and output")
-        axes.set_ylabel("effective GFLOP/s")
         axes.annotate(
             f"torch dense {dtype}, 2048³: {peak:.0f} GFLOP/s", (right, peak), xytext=(-2, 4),
             textcoords="offset points", ha="right", color="#333333",

@@ -75,12 +75,7 @@ class RandomWeight:
     def canonical(self) -> dict[str, Tensor]:
         """The tensors of :mod:`oats.format.layer_spec`."""
         mask, values = encode(self.sparse)
-        return {
-            "mask": mask,
-            "values": values,
-            "low_rank_u": self.low_rank_u,
-            "low_rank_v": self.low_rank_v,
-        }
+        return {"mask": mask, "values": values, "low_rank_u": self.low_rank_u, "low_rank_v": self.low_rank_v}
 
 
 @dataclass(frozen=True)

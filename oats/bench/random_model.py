@@ -35,12 +35,9 @@ _DISTINCT_VALUES = 1_000_003  # a prime, so that the rows of a matrix differ
 
 @torch.no_grad()
 def random_model(
-    architecture: PretrainedConfig,
-    config: OatsConfig | None,
-    *,
-    dtype: torch.dtype = torch.bfloat16,
+    architecture: PretrainedConfig, config: OatsConfig | None, *, dtype: torch.dtype = torch.bfloat16,
     seed: int = 0,
-) -> Any:
+) -> Any:  # fmt: skip
     """A causal language model of transformers with random weights, in evaluation mode.
 
     Args:
@@ -82,30 +79,21 @@ def random_model(
             module.to_empty(device="cpu", recurse=False)
         model.tie_weights()
         for module in others:
-            _fill(model, module)
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                _draw_(module.weight, 0.02)
+                module.weight._is_hf_initialized = True  # type: ignore[attr-defined]  # else drawn again below
+            model._init_weights(module)  # norms, biases, and buffers such as rotary frequencies
     fuse_(model)
     return model.eval()
 
 
-def _fill(model: Any, module: nn.Module) -> None:
-    if isinstance(module, (nn.Linear, nn.Embedding)):
-        _draw_(module.weight, 0.02)
-        module.weight._is_hf_initialized = True  # type: ignore[attr-defined]  # or _init_weights would draw it again
-    model._init_weights(module)  # norms, biases, and buffers such as rotary frequencies
-
-
-def _draw_(tensor: Tensor, std: float) -> Tensor:
-    """Fill with normal numbers of mean 0."""
-    drawn = tensor.new_empty(min(tensor.numel(), _DISTINCT_VALUES)).normal_(std=std)
-    for chunk in tensor.view(-1).split(max(drawn.numel(), 1)):
-        chunk.copy_(drawn[: chunk.numel()])
-    return tensor
-
-
-def _draw_codes(tensor: Tensor) -> Tensor:
-    """Fill with uniform random codes: int8 from -127 to 127, or bytes of two int4."""
-    lowest, highest = (-127, 128) if tensor.dtype == torch.int8 else (0, 256)
-    drawn = torch.randint(lowest, highest, (min(tensor.numel(), _DISTINCT_VALUES),)).to(tensor.dtype)
+def _draw_(tensor: Tensor, std: float = 1.0) -> Tensor:
+    """Fill with normal numbers of mean 0, or uniform codes: int8 from -127 to 127, or bytes of two int4."""
+    drawn = tensor.new_empty(min(tensor.numel(), _DISTINCT_VALUES))
+    if tensor.is_floating_point():
+        drawn.normal_(std=std)
+    else:
+        drawn.random_(*((-127, 128) if tensor.dtype == torch.int8 else (0, 256)))
     for chunk in tensor.view(-1).split(max(drawn.numel(), 1)):
         chunk.copy_(drawn[: chunk.numel()])
     return tensor
@@ -137,24 +125,19 @@ def _random_tensors(
     sample, _ = encode(keep_largest(torch.rand(min(d_out, _DISTINCT_ROWS), d_in).add_(1), kept, pattern))
     mask = sample[torch.randint(len(sample), (d_out,))]
     nnz = mask_population(mask, d_in)
-    sizes = {
-        "values": (d_out / max(nnz, 1)) ** 0.5,
-        "low_rank_u": max(rank, 1) ** -0.5,
-        "low_rank_v": d_in**-0.5,
-    }
+    of_values = (d_out / max(nnz, 1)) ** 0.5
+    sizes = {"values": of_values, "low_rank_u": max(rank, 1) ** -0.5, "low_rank_v": d_in**-0.5}
     tensors = {"mask": mask}
-    for tensor_name, (kind, shape) in (
-        LayerSpec(d_out, d_in, rank, nnz, dtype, config.storage).tensors().items()
-    ):
+    spec = LayerSpec(d_out, d_in, rank, nnz, dtype, config.storage)
+    for tensor_name, (kind, shape) in spec.tensors().items():
         if tensor_name == "values_codebook":
             tensors[tensor_name] = torch.arange(-120, 121, 16, dtype=kind)
         elif tensor_name.endswith("_scale"):
             # The root mean square of uniform codes from -127 to 127 is 73.
-            tensors[tensor_name] = torch.full(
-                shape, sizes[tensor_name.removesuffix("_scale")] / 73, dtype=kind
-            )
+            size = sizes[tensor_name.removesuffix("_scale")]
+            tensors[tensor_name] = torch.full(shape, size / 73, dtype=kind)
         elif kind.is_floating_point:
             tensors[tensor_name] = _draw_(torch.empty(shape, dtype=kind), sizes[tensor_name])
         elif tensor_name != "mask":
-            tensors[tensor_name] = _draw_codes(torch.empty(shape, dtype=kind))
+            tensors[tensor_name] = _draw_(torch.empty(shape, dtype=kind))
     return tensors

@@ -6,7 +6,7 @@ No module here imports torch before its command runs, so ``oats --help`` answers
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
 
@@ -87,65 +87,40 @@ app = typer.Typer(
 )
 
 
-app.command(
-    "compress",
-    epilog=_examples(
-        "compress google/gemma-3-270m small",
-        "compress my-model small --compression 0.6 --method oats-hessian",
-        "compress my-model small --calibration book.txt --samples 128 --length 2048",
-    ),
-)(compress.compress)
-app.command(
-    "eval",
-    epilog=_examples(
-        "eval small --text book.txt",
-        "eval small --save",
-        "eval small --tasks arc_easy,hellaswag --limit 100",
-        "eval small --tasks my_task --task-path tasks/",
-    ),
-)(eval.evaluate)
-app.command(
-    "compare",
-    epilog=_examples(
-        "compare my-model --methods wanda,oats --compressions 0.5",
-        "compare my-model --methods oats,oats+int8 --text book.txt --text code.txt",
-    ),
-)(compare.compare)
-app.command(
-    "generate",
-    epilog=_examples(
-        'generate small "Once upon a time"', 'generate small "2 + 2 =" --temperature 0.7 --seed 1'
-    ),
-)(generate.generate)
-app.command(
-    "chat",
-    epilog=_examples(
-        "chat small",
-        'chat small --system "Answer in one sentence."',
-        "chat base --chat-template chatml.jinja",
-    ),
-)(chat.chat)
-app.command("serve", epilog=_examples("serve small", "serve small --host 0.0.0.0 --port 8080 --name gemma"))(
-    serve.serve
+def _add(command: Callable[..., None], *examples: str) -> None:
+    """Name a command after its module."""
+    name = command.__module__.rpartition(".")[2]
+    app.command(name, epilog=_examples(*(f"{name} {example}".rstrip() for example in examples)))(command)
+
+
+_add(
+    compress.compress,
+    "google/gemma-3-270m small",
+    "my-model small --compression 0.6 --method oats-hessian",
+    "my-model small --calibration book.txt --samples 128 --length 2048",
 )
-app.command(
-    "quantize",
-    epilog=_examples("quantize small small-int8", "quantize small small-int4 --values int4"),
-)(quantize.quantize)
-app.command("info", epilog=_examples("info small", "info", "info small --json"))(info.info)
-app.command("report", epilog=_examples("report small", "report small --out report.html --speed"))(
-    report.report
+_add(
+    eval.evaluate,
+    "small --text book.txt",
+    "small --save",
+    "small --tasks arc_easy,hellaswag --limit 100",
+    "small --tasks my_task --task-path tasks/",
 )
-app.command(
-    "bench",
-    epilog=_examples(
-        "bench --d-out 4096 --d-in 11008 --threads 2",
-        "bench --model llama-3-8b --batch 1,4,16 --plot pictures/",
-    ),
-)(bench.bench)
-app.command("rollout", epilog=_examples("rollout small-vit cat.png dog.png --out attention.svg"))(
-    rollout.rollout
+_add(
+    compare.compare,
+    "my-model --methods wanda,oats --compressions 0.5",
+    "my-model --methods oats,oats+int8 --text book.txt --text code.txt",
 )
+_add(generate.generate, 'small "Once upon a time"', 'small "2 + 2 =" --temperature 0.7 --seed 1')
+_add(chat.chat, "small", 'small --system "Answer in one sentence."', "base --chat-template chatml.jinja")
+_add(serve.serve, "small", "small --host 0.0.0.0 --port 8080 --name gemma")
+_add(quantize.quantize, "small small-int8", "small small-int4 --values int4")
+_add(info.info, "small", "", "small --json")
+_add(report.report, "small", "small --out report.html --speed")
+_add(
+    bench.bench, "--d-out 4096 --d-in 11008 --threads 2", "--model llama-3-8b --batch 1,4,16 --plot pictures/"
+)
+_add(rollout.rollout, "small-vit cat.png dog.png --out attention.svg")
 
 
 def _print_version(value: bool) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Option
 
 from oats.cli.options import Json, Pattern, RankRatio
 from oats.config import OatsConfig
@@ -24,39 +24,37 @@ if TYPE_CHECKING:
 def bench(
     model: Annotated[
         str | None,
-        typer.Option(
+        Option(
             help="Time all layer shapes of this model (llama-3-8b) instead of one shape.", show_default="none"
         ),
     ] = None,
-    d_out: Annotated[int, typer.Option(help="Outputs of the layer.")] = 4096,
-    d_in: Annotated[int, typer.Option(help="Inputs of the layer.")] = 4096,
+    d_out: Annotated[int, Option(help="Outputs of the layer.")] = 4096,
+    d_in: Annotated[int, Option(help="Inputs of the layer.")] = 4096,
     batch: Annotated[
-        str,
-        typer.Option(help="Rows of the input (tokens in one forward pass): one number, or several: 1,4,16."),
+        str, Option(help="Rows of the input (tokens in one forward pass): one number, or several: 1,4,16.")
     ] = "1",
     compression: Annotated[
-        str, typer.Option(help="Share of the parameters to remove: one number, or several: 0.3,0.5.")
+        str, Option(help="Share of the parameters to remove: one number, or several: 0.3,0.5.")
     ] = str(OatsConfig.compression),
     rank_ratio: RankRatio = OatsConfig.rank_ratio,
     pattern: Pattern = OatsConfig.pattern,
     dtype: Annotated[
-        str,
-        typer.Option(help="How oats stores its weights: bf16, fp32, int8 or int4, or several: bf16,int8."),
+        str, Option(help="How oats stores its weights: bf16, fp32, int8 or int4, or several: bf16,int8.")
     ] = "bf16",
     isa: Annotated[
         str | None,
-        typer.Option(
+        Option(
             help="Instruction sets of oats: one, several with commas, or all.", show_default="the best one"
         ),
     ] = None,
     threads: Annotated[
-        int | None, typer.Option(help="Threads of oats and of torch.", show_default="torch's default")
+        int | None, Option(help="Threads of oats and of torch.", show_default="torch's default")
     ] = None,
-    repetitions: Annotated[int, typer.Option(help="Most timed calls of each.")] = 200,
-    seconds: Annotated[float, typer.Option(help="Seconds of timed calls of each, about.")] = 2.0,
+    repetitions: Annotated[int, Option(help="Most timed calls of each.")] = 200,
+    seconds: Annotated[float, Option(help="Seconds of timed calls of each, about.")] = 2.0,
     plot: Annotated[
         Path | None,
-        typer.Option(
+        Option(
             help="Directory for pictures (latency, roofline) as PNG and SVG; needs matplotlib.",
             show_default="none",
         ),
@@ -126,9 +124,9 @@ def bench(
     if plot is not None:
         plots.draw(rows, plot)
     if as_json:
-        print_json(summary.to_dict(rows, left_out))
-        return
-    print_rows(results(), rows)
+        print_json(**summary.to_dict(rows, left_out))
+    else:
+        print_rows(results(), rows)
 
 
 def print_rows(console: Console, rows: Sequence[Row]) -> None:
@@ -146,13 +144,10 @@ def print_rows(console: Console, rows: Sequence[Row]) -> None:
         share = row.share_of_bandwidth(timing)
         return [
             contender_label(timing.name, timing.dtype, timing.form, timing.isa if len(isas) > 1 else ""),
-            f"{timing.ms.median:.3g}",
-            f"{timing.ms.p10:.3g}–{timing.ms.p90:.3g}",
+            f"{timing.ms.median:.3g}", f"{timing.ms.p10:.3g}–{timing.ms.p90:.3g}",
             "–" if timing.weight_bytes is None else human_bytes(timing.weight_bytes),
-            "–" if share is None else f"{share:.0%}",
-            f"{row.gflops(timing):.0f}",
-            ratio,
-        ]
+            "–" if share is None else f"{share:.0%}", f"{row.gflops(timing):.0f}", ratio,
+        ]  # fmt: skip
 
     for group in groups.values():
         first = group[0]
@@ -165,11 +160,8 @@ def print_rows(console: Console, rows: Sequence[Row]) -> None:
             f"density {first.ours.nnz / (first.d_out * first.d_in):.3f}",
             style="table.title",
         )
-        table = plain_table()
-        table.add_column("batch", justify="right", no_wrap=True)
-        table.add_column("")
-        for column in ("ms", "p10–p90", "weight", "read", "GFLOP/s", "x"):
-            table.add_column(column, justify="right", no_wrap=True)
+        table = plain_table("batch", "", "ms", "p10–p90", "weight", "read", "GFLOP/s", "x", left=(1,))
+        table.columns[1].no_wrap = False
         previous: tuple[int, Timing] | None = None
         for row in group:
             if previous != (row.batch, row.ours):

@@ -6,7 +6,7 @@ import queue
 import sys
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Option
 
 from oats.cli.options import AnyModel, ChatTemplate, RunDtype, SamplingSeed
 from oats.errors import ConfigError, OatsError
@@ -20,13 +20,11 @@ HELP = "/reset forgets the conversation, /exit or Ctrl-D leaves; Ctrl-C stops an
 
 def chat(
     directory: AnyModel,
-    system: Annotated[
-        str | None, typer.Option(help="System message: how to answer.", show_default="none")
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 512,
+    system: Annotated[str | None, Option(help="System message: how to answer.", show_default="none")] = None,
+    max_new_tokens: Annotated[int, Option(help="Most tokens of an answer.")] = 512,
     temperature: Annotated[
         float | None,
-        typer.Option(help="0 takes the most likely token each time.", show_default="as the model says"),
+        Option(help="0 takes the most likely token each time.", show_default="as the model says"),
     ] = None,
     seed: SamplingSeed = 0,
     chat_template: ChatTemplate = None,
@@ -107,8 +105,7 @@ def _answer(engine: Engine, turns: list[dict[str, str]], sampling: Sampling) -> 
     events: queue.SimpleQueue[Event] = queue.SimpleQueue()
     request = engine.submit(prompt_of(engine.tokenizer, turns), sampling, events.put)
     pieces: list[str] = []
-    finished: Finished | None = None
-    while finished is None:
+    while True:
         try:
             event = events.get()
         except KeyboardInterrupt:
@@ -117,9 +114,7 @@ def _answer(engine: Engine, turns: list[dict[str, str]], sampling: Sampling) -> 
         if isinstance(event, Exception):
             raise OatsError(f"generation failed: {event}") from event
         if isinstance(event, Finished):
-            finished = event
-        else:
-            pieces.append(event)
-            print(event, end="", flush=True)
-    print({"length": " […]", "cancelled": " [stopped]"}.get(finished.reason, ""), flush=True)
-    return "".join(pieces)
+            print({"length": " […]", "cancelled": " [stopped]"}.get(event.reason, ""), flush=True)
+            return "".join(pieces)
+        pieces.append(event)
+        print(event, end="", flush=True)

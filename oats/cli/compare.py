@@ -2,77 +2,66 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Option
 
-from oats.cli.options import (
-    HELD_OUT,
-    CalibrationText,
-    Context,
-    DenseModel,
-    Json,
-    Length,
-    Limit,
-    MaxTokens,
-    Pattern,
-    RankRatio,
-    Samples,
-    Seed,
-    StoredDtype,
-    Stride,
-    TaskPath,
-)
+import oats.cli.options as options
 from oats.config import OatsConfig
 from oats.errors import ConfigError
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from oats.evaluate.cells import Cell
+
 
 def compare(
-    model: DenseModel,
+    model: options.DenseModel,
     out: Annotated[
-        Path, typer.Option(help="Directory of the results; a comparison that is there is continued.")
+        Path, Option(help="Directory of the results; a comparison that is there is continued.")
     ] = Path("comparison"),
     methods: Annotated[
         str,
-        typer.Option(
+        Option(
             help="Some of oats, oats-hessian, magnitude, wanda, sparsegpt, dsnot. A name may end in +match "
             "(tune each block too), and then in +int8 or +int4 (store the kept values as such codes). "
             "dense+int8, +int4, +q8_0, +q4_0 and +q4_k round the dense weights to that format."
         ),
     ] = "magnitude,wanda,dsnot,sparsegpt,oats,oats-hessian",
     compressions: Annotated[
-        str, typer.Option(help="Shares of each layer's parameters to remove.")
+        str, Option(help="Shares of each layer's parameters to remove.")
     ] = "0.3,0.4,0.5,0.6",
     text: Annotated[
         list[Path] | None,
-        typer.Option(help="UTF-8 text to evaluate on; may be repeated.", show_default=HELD_OUT),
+        Option(help="UTF-8 text to evaluate on; may be repeated.", show_default=options.HELD_OUT),
     ] = None,
-    context: Context = None,
-    stride: Stride = None,
-    max_tokens: MaxTokens = None,
+    context: options.Context = None,
+    stride: options.Stride = None,
+    max_tokens: options.MaxTokens = None,
     accuracy: Annotated[
-        bool, typer.Option("--accuracy", help="Score the share of next tokens that are predicted, too.")
+        bool, Option("--accuracy", help="Score the share of next tokens that are predicted, too.")
     ] = False,
     tasks: Annotated[
         str | None,
-        typer.Option(
-            help="Score these tasks of lm-evaluation-harness, too: names with commas.",
-            show_default="none",
+        Option(
+            help="Score these tasks of lm-evaluation-harness, too: names with commas.", show_default="none"
         ),
     ] = None,
-    task_path: TaskPath = None,
-    limit: Limit = None,
-    calibration: CalibrationText = None,
-    samples: Samples = 64,
-    length: Length = 512,
-    rank_ratio: RankRatio = OatsConfig.rank_ratio,
-    pattern: Pattern = OatsConfig.pattern,
-    iterations: Annotated[int | None, typer.Option(help="Alternations at most.", show_default="40")] = None,
-    dtype: StoredDtype = None,
-    seed: Seed = OatsConfig.seed,
-    plot: Annotated[bool, typer.Option(help="Draw the picture; needs matplotlib.")] = True,
-    as_json: Json = False,
+    task_path: options.TaskPath = None,
+    limit: options.Limit = None,
+    calibration: options.CalibrationText = None,
+    samples: options.Samples = 64,
+    length: options.Length = 512,
+    rank_ratio: options.RankRatio = OatsConfig.rank_ratio,
+    pattern: options.Pattern = OatsConfig.pattern,
+    iterations: Annotated[int | None, Option(help="Alternations at most.", show_default="40")] = None,
+    dtype: options.StoredDtype = None,
+    seed: options.Seed = OatsConfig.seed,
+    plot: Annotated[bool, Option(help="Draw the picture; needs matplotlib.")] = True,
+    as_json: options.Json = False,
 ) -> None:
     """Compress MODEL with each method at each compression, and evaluate the results.
 
@@ -80,12 +69,9 @@ def compare(
     with the same settings skips what is finished.
     """
     common = OatsConfig(
-        rank_ratio=rank_ratio,
-        pattern=pattern,
-        iterations=iterations,
+        rank_ratio=rank_ratio, pattern=pattern, iterations=iterations, seed=seed,
         dtype=dtype,  # type: ignore[arg-type]  # OatsConfig checks it
-        seed=seed,
-    )
+    )  # fmt: skip
     if max_tokens is not None and max_tokens < 1:
         raise ConfigError(f"max_tokens must be at least 1, got {max_tokens}")
     names = [path.name for path in text or ()]
@@ -97,11 +83,10 @@ def compare(
     from oats._version import __version__
     from oats.checkpoint.atomic import write_text
     from oats.checkpoint.loading import load_model
-    from oats.cli.comparison_table import print_table
     from oats.cli.console import notes, print_json, progress_bar, results, settings_table, status
     from oats.compression.calibration_text import builtin_text, calibration_text, read_text
     from oats.compression.tokenization import calibration_sequences
-    from oats.evaluate.cells import Cell, Cells
+    from oats.evaluate.cells import Cells
     from oats.evaluate.comparison import Measured, Planned, complete, measure_, plan
     from oats.evaluate.comparison_table import format_score, markdown
     from oats.evaluate.language_model import Scoring
@@ -173,11 +158,24 @@ def compare(
 
         draw(finished, [out / "plot.png", out / "plot.svg"])
     if as_json:
-        print_json({"settings": settings, "cells": [vars(cell) for cell in finished]})
+        print_json(settings=settings, cells=[vars(cell) for cell in finished])
         return
     print_table(results(), finished)
     results().print(settings_table(settings))
     results().print(f"\nwritten: {out}/table.md" + (", plot.png, plot.svg" if plot else ""))
+
+
+def print_table(console: Console, cells: Sequence[Cell]) -> None:
+    """Print the cells of :func:`oats.evaluate.comparison.complete`, a line each."""
+    from oats.cli.console import plain_table
+    from oats.evaluate.comparison_table import header, rows
+
+    table = plain_table()
+    for i, column in enumerate(header(cells)):
+        table.add_column(column, justify="right" if i else "left")
+    for row in rows(cells):
+        table.add_row(*row)
+    console.print(table)
 
 
 def _listed(value: str, what: str) -> list[str]:

@@ -8,22 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Option
 
-from oats.cli.options import (
-    CalibrationText,
-    DenseModel,
-    Head,
-    Json,
-    Length,
-    OutModel,
-    OverwriteModel,
-    Pattern,
-    RankRatio,
-    ScaleColumns,
-    Seed,
-    StoredDtype,
-)
+import oats.cli.options as options
 from oats.config import OatsConfig
 
 if TYPE_CHECKING:
@@ -31,97 +18,92 @@ if TYPE_CHECKING:
 
 
 def compress(
-    model: DenseModel,
-    out: OutModel,
+    model: options.DenseModel,
+    out: options.OutModel,
     method: Annotated[
         str,
-        typer.Option(
+        Option(
             help="oats (the published method), oats-hessian (a lower loss, in more time), or to compare "
             "with: magnitude, wanda, sparsegpt, dsnot."
         ),
     ] = OatsConfig.method,
     compression: Annotated[
-        float, typer.Option(help="Share of each layer's parameters to remove.")
+        float, Option(help="Share of each layer's parameters to remove.")
     ] = OatsConfig.compression,
-    rank_ratio: RankRatio = OatsConfig.rank_ratio,
-    pattern: Pattern = OatsConfig.pattern,
+    rank_ratio: options.RankRatio = OatsConfig.rank_ratio,
+    pattern: options.Pattern = OatsConfig.pattern,
     svd: Annotated[
-        str, typer.Option(help="Low-rank step: fast, or exact (the published algorithm).")
+        str, Option(help="Low-rank step: fast, or exact (the published algorithm).")
     ] = OatsConfig.svd,
     iterations: Annotated[
-        int | None, typer.Option(help="Alternations at most.", show_default="40 fast, 80 exact")
+        int | None, Option(help="Alternations at most.", show_default="40 fast, 80 exact")
     ] = None,
-    dtype: StoredDtype = None,
+    dtype: options.StoredDtype = None,
     skip: Annotated[
         list[str] | None,
-        typer.Option(help="Glob of layer names to leave dense; may be repeated.", show_default="none"),
+        Option(help="Glob of layer names to leave dense; may be repeated.", show_default="none"),
     ] = None,
     split_gate_up: Annotated[
-        bool, typer.Option("--split-gate-up", help="Decompose a fused gate_up_proj as gate and up.")
+        bool, Option("--split-gate-up", help="Decompose a fused gate_up_proj as gate and up.")
     ] = False,
-    seed: Seed = OatsConfig.seed,
+    seed: options.Seed = OatsConfig.seed,
     moments: Annotated[
         str,
-        typer.Option(
+        Option(
             help="Inputs that a layer is fitted to: sequential (what the compressed blocks before it "
             "return, as published), or dense (those of the dense model)."
         ),
     ] = OatsConfig.moments,
     match_blocks: Annotated[
-        int, typer.Option(help="Passes over the calibration text that tune each block's output; 2 is enough.")
+        int, Option(help="Passes over the calibration text that tune each block's output; 2 is enough.")
     ] = OatsConfig.block_matching,
     budget: Annotated[
-        str,
-        typer.Option(help="Spread of the compression over layers: uniform (as published), owl, or error."),
+        str, Option(help="Spread of the compression over layers: uniform (as published), owl, or error.")
     ] = OatsConfig.budget,
     try_rank_ratio: Annotated[
         list[float] | None,
-        typer.Option(
+        Option(
             help="Rank ratio to try; each layer takes the best of those given. May be repeated.",
             show_default="only --rank-ratio",
         ),
     ] = None,
-    calibration: CalibrationText = None,
+    calibration: options.CalibrationText = None,
     images: Annotated[
-        Path | None,
-        typer.Option(help="Directory of images to calibrate a vision model on.", show_default="none"),
+        Path | None, Option(help="Directory of images to calibrate a vision model on.", show_default="none")
     ] = None,
     samples: Annotated[
         int | None,
-        typer.Option(
+        Option(
             help="Calibration sequences (the paper: 128), or images.",
             show_default="64 sequences; all images, at most 2048",
         ),
     ] = None,
-    length: Length = 512,
+    length: options.Length = 512,
     blocks: Annotated[
         str | None,
-        typer.Option(help="Dotted path of the list of transformer blocks.", show_default="found by itself"),
+        Option(help="Dotted path of the list of transformer blocks.", show_default="found by itself"),
     ] = None,
-    overwrite: OverwriteModel = False,
+    overwrite: options.OverwriteModel = False,
     restart: Annotated[
-        bool, typer.Option("--restart", help="Start over, instead of after the last block of a stopped run.")
+        bool, Option("--restart", help="Start over, instead of after the last block of a stopped run.")
     ] = False,
     values: Annotated[
-        str | None,
-        typer.Option(help="How kept values are stored: int8 or int4 codes.", show_default="as --dtype"),
+        str | None, Option(help="How kept values are stored: int8 or int4 codes.", show_default="as --dtype")
     ] = None,
     low_rank: Annotated[
         str | None,
-        typer.Option(
-            help="The same for the low-rank factors: int8, bf16, fp32.", show_default="as the values"
-        ),
+        Option(help="The same for the low-rank factors: int8, bf16, fp32.", show_default="as the values"),
     ] = None,
-    scale_columns: ScaleColumns = OatsConfig.scale_columns,
-    head: Head = None,
+    scale_columns: options.ScaleColumns = OatsConfig.scale_columns,
+    head: options.Head = None,
     memory_limit: Annotated[
         str | None,
-        typer.Option(
+        Option(
             help="Memory that each process may take, such as 6GB; batches shrink to keep it.",
             show_default="none",
         ),
     ] = None,
-    as_json: Json = False,
+    as_json: options.Json = False,
 ) -> None:
     """Compress MODEL without retraining and save it to OUT as a Hugging Face directory.
 
@@ -129,24 +111,13 @@ def compress(
     several processes share the work: torchrun --nproc-per-node 4 -m oats compress MODEL OUT
     """
     config = OatsConfig(
-        method=method,  # type: ignore[arg-type]  # OatsConfig checks it
-        compression=compression,
-        rank_ratio=rank_ratio,
-        pattern=pattern,
-        svd=svd,  # type: ignore[arg-type]
-        iterations=iterations,
-        dtype=dtype,  # type: ignore[arg-type]
-        skip=tuple(skip or ()),
-        seed=seed,
-        moments=moments,  # type: ignore[arg-type]
-        block_matching=match_blocks,
-        budget=budget,  # type: ignore[arg-type]
-        rank_ratios=tuple(try_rank_ratio or ()),
-        values=values,  # type: ignore[arg-type]
-        low_rank=low_rank,  # type: ignore[arg-type]
+        compression=compression, rank_ratio=rank_ratio, pattern=pattern, iterations=iterations, seed=seed,
+        skip=tuple(skip or ()), block_matching=match_blocks, rank_ratios=tuple(try_rank_ratio or ()),
         scale_columns=scale_columns,
-        head=head,  # type: ignore[arg-type]
-    )
+        # OatsConfig checks these.
+        method=method, svd=svd, moments=moments, budget=budget, dtype=dtype,  # type: ignore[arg-type]
+        values=values, low_rank=low_rank, head=head,  # type: ignore[arg-type]
+    )  # fmt: skip
 
     from oats.checkpoint.compress_model import compress_model
     from oats.cli.console import layers_progress, status
@@ -196,7 +167,7 @@ def _print(result: dict[str, Any], as_json: bool) -> None:
     from oats.cli.console import human_bytes, human_time, print_json, results, settings_table
 
     if as_json:
-        print_json(result)
+        print_json(**result)
         return
     share, calibration = result["share_of_dense_bf16"], result["calibration"]
     if "images" in calibration:
@@ -209,17 +180,14 @@ def _print(result: dict[str, Any], as_json: bool) -> None:
     commands = ["oats info {}"]
     if result["generates"]:
         commands = ["oats eval {}", "oats generate {} 'Once upon a time'", *commands]
-    results().print(
-        settings_table(
-            {
-                "saved": result["out"],
-                "layers": f"{result['layers']} compressed in {human_time(result['seconds'])}",
-                "memory": f"{human_bytes(result['peak_memory_bytes'])} at most",
-                "linear layers": human_bytes(result["layer_bytes"])
-                + (f" ({share:.3f} of dense bf16)" if share else ""),
-                "on disk": f"{human_bytes(result['disk_bytes'])} in all, embeddings and tokenizer included",
-                "calibration": calibrated_on,
-                "next": " · ".join(command.format(result["out"]) for command in commands),
-            }
-        )
-    )
+    settings = {
+        "saved": result["out"],
+        "layers": f"{result['layers']} compressed in {human_time(result['seconds'])}",
+        "memory": f"{human_bytes(result['peak_memory_bytes'])} at most",
+        "linear layers": human_bytes(result["layer_bytes"])
+        + (f" ({share:.3f} of dense bf16)" if share else ""),
+        "on disk": f"{human_bytes(result['disk_bytes'])} in all, embeddings and tokenizer included",
+        "calibration": calibrated_on,
+        "next": " · ".join(command.format(result["out"]) for command in commands),
+    }
+    results().print(settings_table(settings))

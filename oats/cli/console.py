@@ -4,21 +4,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from rich import progress as bars
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 from rich.text import Text
 
@@ -48,15 +40,17 @@ def _console(*, stderr: bool) -> Console:
     return console
 
 
-def print_json(value: Mapping[str, Any]) -> None:
+def print_json(**values: Any) -> None:
     """One JSON object on stdout."""
-    print(json.dumps(value, indent=2))
+    print(json.dumps(values, indent=2))
 
 
 class Bar:
     """A progress bar of one task; in a log, a line a minute."""
 
-    def __init__(self, progress: Progress, task: TaskID, log: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self, progress: bars.Progress, task: bars.TaskID, log: Callable[[str], None] | None = None
+    ) -> None:
         self._progress, self._task, self._log = progress, task, log
         self._started = self._written = time.monotonic()
 
@@ -75,29 +69,23 @@ class Bar:
 def progress_bar(description: str, *, log: bool = True) -> Iterator[Bar]:
     """A bar with count, note, elapsed time and time left; a line a minute where stderr is not a terminal.
 
-    Args:
-        description: what is going on.
-        log: whether there are such lines.
+    `log` tells whether there are such lines.
 
     >>> with progress_bar("Compressing") as bar:
     ...     bar.update(1, 2, "error 0.1")
     """
     columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}", markup=False),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
+        bars.TextColumn("{task.description}", markup=False), bars.BarColumn(bar_width=24),
+        bars.MofNCompleteColumn(), bars.TextColumn("{task.fields[note]}", markup=False),
+        bars.TimeElapsedColumn(), "left", bars.TimeRemainingColumn(),
+    )  # fmt: skip
     console = notes()
 
     def write(line: str) -> None:
         console.print(f"{description}: {line}")
 
     # The time left from the last hour: a layer can take minutes.
-    with Progress(
+    with bars.Progress(
         *columns, console=console, disable=not console.is_terminal, speed_estimate_period=3600
     ) as progress:
         task = progress.add_task(description, total=None, note="")
@@ -160,9 +148,12 @@ def settings_table(settings: Mapping[str, object]) -> Table:
     return table
 
 
-def plain_table(**options: Any) -> Table:
-    """An empty table with a line under its header and no other lines."""
-    return Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), **options)
+def plain_table(*columns: str, left: Container[int] = (0,)) -> Table:
+    """An empty table with a line under its header only; the columns `left` are aligned left, others right."""
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i in left else "right", no_wrap=True)
+    return table
 
 
 def human_time(seconds: float) -> str:

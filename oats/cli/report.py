@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Option
 
 from oats.cli.options import CompressedModel, OverwriteFile, refuse_to_replace
 from oats.errors import OatsError, OutputExistsError
@@ -14,12 +14,11 @@ from oats.errors import OatsError, OutputExistsError
 def report(
     directory: CompressedModel,
     out: Annotated[
-        Path | None,
-        typer.Option(help="File to write.", show_default="the directory's name with -report.html"),
+        Path | None, Option(help="File to write.", show_default="the directory's name with -report.html")
     ] = None,
     speed: Annotated[
         bool,
-        typer.Option(
+        Option(
             "--speed", help="Also time each size of layer against torch's dense layer, some seconds each."
         ),
     ] = False,
@@ -48,11 +47,9 @@ def report(
             rows = time_layers(stored, bar.update)
     with progress_bar("Reading") as bar:
         text = html_report(
-            stored,
-            Record.read(directory),
-            speed=rows,
+            stored, Record.read(directory), speed=rows,
             progress=lambda done, total: bar.update(done, total, "layers"),
-        )
+        )  # fmt: skip
     try:
         write_text(out, text)
     except OSError as error:

@@ -5,19 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
 from oats.cli.options import OverwriteFile, refuse_to_replace
 
 
 def rollout(
     directory: Annotated[
-        Path, typer.Argument(metavar="DIR", help="Directory of a vision transformer, dense or compressed.")
+        Path, Argument(metavar="DIR", help="Directory of a vision transformer, dense or compressed.")
     ],
     images: Annotated[
-        list[Path], typer.Argument(metavar="IMAGE…", help="Image files; the picture has a row for each.")
+        list[Path], Argument(metavar="IMAGE…", help="Image files; the picture has a row for each.")
     ],
-    out: Annotated[Path, typer.Option(help="Picture to write, .png or .svg.")] = Path("rollout.png"),
+    out: Annotated[Path, Option(help="Picture to write, .png or .svg.")] = Path("rollout.png"),
     overwrite: OverwriteFile = False,
 ) -> None:
     """Draw the attention rollout of a vision transformer, of its sparse part and of its low-rank part."""

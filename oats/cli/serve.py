@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import socket
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Option
 
 from oats.cli.options import AnyModel, ChatTemplate, RunDtype
 from oats.errors import ConfigError
@@ -15,15 +16,15 @@ from oats.errors import ConfigError
 def serve(
     directory: AnyModel,
     host: Annotated[
-        str, typer.Option(help="Address to listen at; 0.0.0.0 is every address of this machine.")
+        str, Option(help="Address to listen at; 0.0.0.0 is every address of this machine.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen at; 0 takes a free one.")] = 8000,
+    port: Annotated[int, Option(help="Port to listen at; 0 takes a free one.")] = 8000,
     name: Annotated[
-        str | None, typer.Option(help="What clients call the model.", show_default="the directory's name")
+        str | None, Option(help="What clients call the model.", show_default="the directory's name")
     ] = None,
     chat_template: ChatTemplate = None,
-    max_batch: Annotated[int, typer.Option(help="Most requests that run at once; others wait.")] = 8,
-    max_waiting: Annotated[int, typer.Option(help="Most requests that wait; others are refused.")] = 64,
+    max_batch: Annotated[int, Option(help="Most requests that run at once; others wait.")] = 8,
+    max_waiting: Annotated[int, Option(help="Most requests that wait; others are refused.")] = 64,
     dtype: RunDtype = None,
 ) -> None:
     """Serve a model over HTTP with OpenAI's API: /v1/chat/completions, /v1/completions, /v1/models.
@@ -58,15 +59,12 @@ def serve(
         console.print(f"{name} at {url}, until Ctrl-C", soft_wrap=True)
         if not tokenizer.chat_template:
             console.print("no chat template: /v1/completions only, or give one with --chat-template")
-        console.print(
-            f"try: curl {url}/completions -H 'Content-Type: application/json' "
-            '-d \'{"prompt": "Once upon a time", "max_tokens": 20}\'',
-            soft_wrap=True,
-        )
+        body = '{"prompt": "Once upon a time", "max_tokens": 20}'
+        example = f"curl {url}/completions -H 'Content-Type: application/json' -d '{body}'"
+        console.print(f"try: {example}", soft_wrap=True)
         try:
-            server.run(sockets=[listening])
-        except KeyboardInterrupt:
-            pass  # Ctrl-C stops the server
+            with suppress(KeyboardInterrupt):  # Ctrl-C stops the server
+                server.run(sockets=[listening])
         finally:
             engine.close()
 

@@ -53,9 +53,8 @@ def _models(directory: Path) -> list[tuple[str, str, int, str]]:
     found = []
     for path in sorted(directory.iterdir()):
         if path.suffix == ".gguf" and path.is_file():
-            found.append(
-                (path.name, "GGUF", path.stat().st_size, f"oats compress {path.name} {path.stem}-oats")
-            )
+            command = f"oats compress {path.name} {path.stem}-oats"
+            found.append((path.name, "GGUF", path.stat().st_size, command))
             continue
         try:
             config = json.loads((path / "config.json").read_text(encoding="utf-8"))

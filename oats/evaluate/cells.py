@@ -27,7 +27,6 @@ class Cell:
         layer_bytes: bytes of the weights of the compressed layers, as stored.
         layer_parameters: non-zeros plus entries of the low-rank factors of these layers.
         seconds: time of the compression.
-        threads: threads of torch.
     """
 
     method: str
@@ -74,9 +73,8 @@ class Cells:
                 f"cannot use the directory {self.directory}: {error.strerror}; choose another"
             ) from error
         if foreign:
-            raise OutputExistsError(
-                f"{self.directory} is not empty and holds no comparison; choose another directory"
-            )
+            problem = "is not empty and holds no comparison"
+            raise OutputExistsError(f"{self.directory} {problem}; choose another directory")
         there = _read(file)
         different = [
             f"{name} is {there.get(name)!r} there and {self.settings.get(name)!r} here"

@@ -59,7 +59,7 @@ def plan(common: OatsConfig, methods: Sequence[str], compressions: Sequence[floa
                 continue
             matched, codes = split_codes(name)
             method = matched.removesuffix(MATCHED)
-            cells[_cell_name(name, compression)] = replace(
+            cells[f"{name} {compression:g}"] = replace(
                 common,
                 method=method,  # type: ignore[arg-type]  # OatsConfig checks it
                 compression=compression,
@@ -80,16 +80,10 @@ def split_codes(name: str) -> tuple[str, str]:
     return name.removesuffix(codes), codes
 
 
-def _cell_name(method: str, compression: float) -> str:
-    return f"{method} {compression:g}"
-
-
 def complete(
-    cells: Cells,
-    planned: Mapping[str, Planned],
-    measure: Callable[[Planned | None], Measured],
+    cells: Cells, planned: Mapping[str, Planned], measure: Callable[[Planned | None], Measured],
     progress: Callable[[int, int, str, Cell | None], None],
-) -> list[Cell]:
+) -> list[Cell]:  # fmt: skip
     """Measure all cells that are not finished yet.
 
     Args:
@@ -111,10 +105,7 @@ def complete(
         progress(len(finished), len(everything), name, None)
         cell = cells.get(method, compression)
         if cell is None:
-            scores, layer_bytes, layer_parameters, seconds = measure(config)
-            cell = Cell(
-                method, compression, scores, layer_bytes, layer_parameters, seconds, torch.get_num_threads()
-            )
+            cell = Cell(method, compression, *measure(config), torch.get_num_threads())
             cells.put(cell)
         finished.append(cell)
         progress(len(finished), len(everything), name, cell)
@@ -122,20 +113,16 @@ def complete(
 
 
 def measure_(
-    model: Any,
-    planned: Planned | None,
-    calibration: Calibration,
-    common: OatsConfig,
+    model: Any, planned: Planned | None, calibration: Calibration, common: OatsConfig,
     score: Callable[[Any], dict[str, float]],
-) -> Measured:
+) -> Measured:  # fmt: skip
     """Change a model as planned for a cell, and evaluate it.
 
     Args:
         model: the dense model; it is changed in place.
         planned: a value of :func:`plan`, or None for the cell of the dense model.
-        calibration: as in :func:`oats.compress_`.
         common: as in :func:`plan`; it says which layers are counted.
-        score: evaluates the model that comes out.
+        calibration: as in :func:`oats.compress_`; `score` evaluates the model that comes out.
     """
     started = time.perf_counter()
     size, parameters = _apply_(model, planned, calibration, common)
@@ -151,12 +138,8 @@ def _apply_(
         compress_(model, calibration, planned)
         return _compressed_sizes(model)
     targets = find_targets(model, *find_blocks(model), common)
-    weights = [
-        weight
-        for block in targets.blocks
-        for target in block.values()
-        for weight, _ in target.matrices().values()
-    ]
+    every = [target for block in targets.blocks for target in block.values()]
+    weights = [weight for target in every for weight, _ in target.matrices().values()]
     size = sum(weight.nbytes for weight in weights) if planned is None else planned.round_(weights)
     return size, sum(weight.numel() for weight in weights)
 

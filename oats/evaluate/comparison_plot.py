@@ -117,14 +117,9 @@ def _cut(axes: Any, highest: float) -> None:
         inside = [y for line in axes.lines for y in line.get_ydata() if y <= highest]
         axes.set_ylim(min(inside) / 1.1, max(inside) * 1.25)
         axes.annotate(
-            f"off the scale: {', '.join(beyond)}",
-            (0.98, 0.96),
-            ha="right",
-            va="top",
-            xycoords="axes fraction",
-            fontsize=8,
-            color="#555555",
-        )
+            f"off the scale: {', '.join(beyond)}", (0.98, 0.96), ha="right", va="top",
+            xycoords="axes fraction", fontsize=8, color="#555555",
+        )  # fmt: skip
 
 
 def _look(method: str, methods: Sequence[str]) -> dict[str, Any]:
@@ -136,8 +131,6 @@ def _look(method: str, methods: Sequence[str]) -> dict[str, Any]:
     return {
         "color": palette[alike.index(plain) % len(palette)],
         "marker": _MARKERS[list(named).index(plain) % len(_MARKERS)],
-        "linestyle": _STORED[codes][0],
-        "fillstyle": _STORED[codes][1],
-        "linewidth": 2 if ours else 1.2,
-        "zorder": 3 if ours else 2,
-    }
+        "linestyle": _STORED[codes][0], "fillstyle": _STORED[codes][1],
+        "linewidth": 2 if ours else 1.2, "zorder": 3 if ours else 2,
+    }  # fmt: skip

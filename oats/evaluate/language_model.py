@@ -19,7 +19,6 @@ class Scoring:
 
     Args:
         model: the dense model.
-        tokenizer: the tokenizer of the model.
         texts: short name → text.
         context: tokens of a window, and `stride`, as in :func:`oats.evaluate.perplexity.perplexity`.
         max_tokens: use only the first tokens of each text.
@@ -29,19 +28,10 @@ class Scoring:
     """
 
     def __init__(
-        self,
-        model: Any,
-        tokenizer: Any,
-        texts: Mapping[str, Text],
-        *,
-        context: int | None = None,
-        stride: int | None = None,
-        max_tokens: int | None = None,
-        accuracy: bool = False,
-        tasks: Sequence[str] = (),
-        task_path: Path | None = None,
-        limit: int | None = None,
-    ) -> None:
+        self, model: Any, tokenizer: Any, texts: Mapping[str, Text], *, context: int | None = None,
+        stride: int | None = None, max_tokens: int | None = None, accuracy: bool = False,
+        tasks: Sequence[str] = (), task_path: Path | None = None, limit: int | None = None,
+    ) -> None:  # fmt: skip
         vocabulary = model.get_input_embeddings().num_embeddings
         self._tokenizer, self.bos, self._texts = tokenizer, bos_token_id(tokenizer), texts
         self._ids: dict[str, Tensor] = {

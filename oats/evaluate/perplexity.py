@@ -39,9 +39,6 @@ class Perplexity:
         context: most tokens of a window.
         stride: tokens scored in each window after the first.
         bos: True if every window starts with the tokenizer's BOS token.
-        dtype: dtype of the model.
-        threads: threads of torch.
-        seconds: time of the evaluation.
     """
 
     perplexity: float
@@ -61,14 +58,9 @@ class Perplexity:
 
 
 def perplexity(
-    model: Any,
-    ids: Tensor,
-    *,
-    bos: int | None = None,
-    context: int | None = None,
-    stride: int | None = None,
+    model: Any, ids: Tensor, *, bos: int | None = None, context: int | None = None, stride: int | None = None,
     progress: Callable[[int, int, float], None] | None = None,
-) -> Perplexity:
+) -> Perplexity:  # fmt: skip
     """Perplexity of `model` on a tokenized text.
 
     A window of `context` tokens moves over the text. The first window scores every token that it predicts.
@@ -121,7 +113,8 @@ def perplexity(
                 scored = next_tokens.numel()
                 options = {"logits_to_keep": scored} if few_logits else {}
                 logits = model(input_ids=inputs[None], use_cache=False, **options).logits[0, -scored:]
-                nll += _summed_nll(logits, next_tokens)
+                rows = zip(logits.split(_ROWS), next_tokens.split(_ROWS), strict=True)
+                nll += math.fsum(float(cross_entropy(x.float(), y, reduction="sum")) for x, y in rows)
                 right += int((logits.argmax(-1) == next_tokens).sum())
                 done += scored
                 if not math.isfinite(nll):
@@ -134,17 +127,10 @@ def perplexity(
     finally:
         model.train(training)
     return Perplexity(
-        perplexity=_exp(nll / total),
-        nll=nll / total,
-        accuracy=right / total,
-        tokens=total,
-        context=context,
-        stride=stride,
-        bos=bos is not None,
-        dtype=str(model.dtype).removeprefix("torch."),
-        threads=torch.get_num_threads(),
-        seconds=time.perf_counter() - started,
-    )
+        perplexity=_exp(nll / total), nll=nll / total, accuracy=right / total, tokens=total,
+        context=context, stride=stride, bos=bos is not None, dtype=str(model.dtype).removeprefix("torch."),
+        threads=torch.get_num_threads(), seconds=time.perf_counter() - started,
+    )  # fmt: skip
 
 
 def _windows(sequence: Tensor, context: int, stride: int, bos: int | None) -> list[tuple[Tensor, Tensor]]:
@@ -159,13 +145,6 @@ def _windows(sequence: Tensor, context: int, stride: int, bos: int | None) -> li
         windows.append((inputs, sequence[scored:end]))
         scored, end = end, min(end + stride, sequence.numel())
     return windows
-
-
-def _summed_nll(logits: Tensor, next_tokens: Tensor) -> float:
-    return math.fsum(
-        float(cross_entropy(rows.float(), wanted, reduction="sum"))
-        for rows, wanted in zip(logits.split(_ROWS), next_tokens.split(_ROWS), strict=True)
-    )
 
 
 def _exp(nll: float) -> float:

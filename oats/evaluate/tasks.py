@@ -17,9 +17,7 @@ class Score:
     """One metric of one task.
 
     Attributes:
-        task: name of the task.
         metric: name of the metric in the harness, such as ``"acc"``, and the filter of the answers if any.
-        value: value of the metric.
         stderr: standard error of `value` over the questions; None if the harness gives none.
         shots: examples in the prompt.
         samples: number of questions.
@@ -51,20 +49,13 @@ class TaskScores:
 
 
 def evaluate_tasks(
-    model: Any,
-    tokenizer: Any,
-    tasks: Sequence[str],
-    *,
-    task_path: str | Path | None = None,
-    shots: int | None = None,
-    limit: int | None = None,
-    batch: int = 1,
-) -> TaskScores:
+    model: Any, tokenizer: Any, tasks: Sequence[str], *, task_path: str | Path | None = None,
+    shots: int | None = None, limit: int | None = None, batch: int = 1,
+) -> TaskScores:  # fmt: skip
     """Run tasks of lm-evaluation-harness, as ``lm_eval --model hf`` does with the saved model.
 
     Args:
         model: a causal language model of transformers, dense or compressed.
-        tokenizer: the tokenizer of the model.
         tasks: names of tasks or groups, or patterns of names.
         task_path: directory with YAML files of tasks. A task there replaces one of the harness.
         shots: examples in the prompt; None leaves it to the task.
@@ -102,21 +93,15 @@ def evaluate_tasks(
     try:
         found: Any = lm_eval.simple_evaluate(
             model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch),
-            tasks=manager.match_tasks(list(tasks)),
-            num_fewshot=shots,
-            limit=limit,
-            task_manager=manager,
+            tasks=manager.match_tasks(list(tasks)), num_fewshot=shots, limit=limit, task_manager=manager,
             log_samples=False,
-        )
+        )  # fmt: skip
     except (DatasetsError, OSError) as error:
         raise CalibrationError(f"the data of a task cannot be loaded: {error}") from error
     return TaskScores(
-        scores=tuple(_scores(found)),
-        dtype=str(model.dtype).removeprefix("torch."),
-        limit=limit,
-        harness=lm_eval.__version__,
-        seconds=time.perf_counter() - started,
-    )
+        scores=tuple(_scores(found)), dtype=str(model.dtype).removeprefix("torch."), limit=limit,
+        harness=lm_eval.__version__, seconds=time.perf_counter() - started,
+    )  # fmt: skip
 
 
 def require_harness() -> None:
@@ -146,15 +131,14 @@ def _scores(found: dict[str, Any]) -> list[Score]:
             if not isinstance(value, (int, float)) or name.endswith("_stderr") or not answers:
                 continue
             stderr = metrics.get(f"{name}_stderr,{answers}")
-            scores.append(
-                Score(
-                    task=task,
-                    metric=name if answers == "none" else f"{name}, {answers}",
-                    value=float(value),
-                    stderr=float(stderr) if isinstance(stderr, (int, float)) else None,
-                    shots=int(found.get("n-shot", {}).get(task) or 0),
-                    samples=int(found.get("n-samples", {}).get(task, {}).get("effective", 0)),
-                    version=str(found.get("versions", {}).get(task, "")),
-                )
+            score = Score(
+                task=task,
+                metric=name if answers == "none" else f"{name}, {answers}",
+                value=float(value),
+                stderr=float(stderr) if isinstance(stderr, (int, float)) else None,
+                shots=int(found.get("n-shot", {}).get(task) or 0),
+                samples=int(found.get("n-samples", {}).get(task, {}).get("effective", 0)),
+                version=str(found.get("versions", {}).get(task, "")),
             )
+            scores.append(score)
     return scores

@@ -50,16 +50,10 @@ def block_and_kind(name: str) -> tuple[int | None, str]:
 
 
 def spectrum(low_rank_u: Tensor, low_rank_v: Tensor) -> Tensor:
-    """Singular values of ``U V``, largest first, without computing the product.
+    """Singular values (r,) float32 of ``U V``, largest first, of U (d_out, r) and V (r, d_in).
 
-    With ``U = Q R`` and ``Vᵀ = P T``, ``U V = Q (R Tᵀ) Pᵀ``: it has the singular values of ``R Tᵀ``, r × r.
-
-    Args:
-        low_rank_u: (d_out, r).
-        low_rank_v: (r, d_in).
-
-    Returns:
-        (r,) float32.
+    The product is not computed. With ``U = Q R`` and ``Vᵀ = P T``, ``U V = Q (R Tᵀ) Pᵀ``: it has the singular
+    values of ``R Tᵀ``, r × r.
 
     >>> spectrum(torch.tensor([[3.0], [4.0]]), torch.tensor([[2.0, 0.0]]))
     tensor([10.])
@@ -76,10 +70,7 @@ def density_picture(mask: Tensor, d_in: int, cells: int = CELLS) -> Tensor:
     Args:
         mask: uint8 (d_out, ⌈d_in / 8⌉), as stored.
         d_in: number of columns.
-        cells: most rows and columns of the grid.
-
-    Returns:
-        float32 (min(cells, d_out), min(cells, d_in)).
+        cells: most rows and columns of the grid, which is float32 (min(cells, d_out), min(cells, d_in)).
 
     >>> density_picture(torch.tensor([[0b1111], [0b0000]], dtype=torch.uint8), 8, cells=2)
     tensor([[1., 0.],
@@ -93,11 +84,7 @@ def density_picture(mask: Tensor, d_in: int, cells: int = CELLS) -> Tensor:
 
 
 def anatomies(model: StoredModel) -> Iterator[Anatomy]:
-    """Every compressed layer of a model, one after another; only one is in memory.
-
-    Args:
-        model: of :func:`oats.checkpoint.stored_model.read_stored_model`.
-    """
+    """Every compressed layer of a model, one after another; only one is in memory."""
     tensors = _Tensors(model)
     for layer in model.layers:
         block, kind = block_and_kind(layer.name)

@@ -40,16 +40,12 @@ table.about td:last-child { white-space: normal }
 
 
 def html_report(
-    model: StoredModel,
-    record: Record | None,
-    *,
-    speed: Sequence[Row] = (),
+    model: StoredModel, record: Record | None, *, speed: Sequence[Row] = (),
     progress: Callable[[int, int], None] | None = None,
-) -> str:
+) -> str:  # fmt: skip
     """Draw the report of a compressed model.
 
     Args:
-        model: of :func:`oats.checkpoint.stored_model.read_stored_model`.
         record: with the errors of the layers; None if they were not kept.
         speed: rows of :func:`oats.inspection.layer_speed.time_layers`; without rows the report has no section
             about speed.
@@ -102,17 +98,14 @@ def html_report(
     )
 
 
-_NO_ERRORS = (
-    "<p class=note>The errors of this model's layers were not kept. <code>oats compress</code> and "
-    "<code>oats.write_model_card(directory, report)</code> keep them.</p>"
-)
-
-
 def _errors_section(
     model: StoredModel, record: Record, layers: Sequence[Anatomy], errors: dict[str, float]
 ) -> list[str]:
     if not errors:
-        return [_NO_ERRORS]
+        return [
+            "<p class=note>The errors of this model's layers were not kept. <code>oats compress</code> and "
+            "<code>oats.write_model_card(directory, report)</code> keep them.</p>"
+        ]
     taken = record.errors_were_taken(any(layer.storage.has_codes for layer in model.layers))
     note = f"<p class=note>Relative error of a layer's output on the calibration data{taken}.</p>"
     return [note, svg(errors_figure(layers, errors), "relative error by block")]
@@ -130,11 +123,8 @@ def _layers_to_picture(layers: Sequence[Anatomy], errors: dict[str, float]) -> l
 
 def _speed_note(rows: Sequence[Row]) -> str:
     others = max(row.others for row in rows)
-    disturbed = (
-        f" Other processes took up to {others:.0%} of the CPUs: measure again on an idle machine."
-        if others > DISTURBED
-        else ""
-    )
+    busy = f" Other processes took up to {others:.0%} of the CPUs: measure again on an idle machine."
+    disturbed = busy if others > DISTURBED else ""
     return (
         f"<p class=note>Milliseconds of one call on {rows[0].threads} threads, with random weights of the "
         "same size that no cache holds; both layers take turns. Median (10th to 90th percentile). The last "
@@ -147,55 +137,34 @@ def _speed_table(rows: Sequence[Row]) -> tuple[Sequence[str], list[Sequence[str]
         return f"{timing.ms.median:.3g} ({timing.ms.p10:.3g}–{timing.ms.p90:.3g})"
 
     head = ("layer", "shape", "batch", rows[0].ours.label, rows[0].peer.label, "times as fast")
-    return head, [
-        (
-            row.layer,
-            f"{row.d_out} × {row.d_in}",
-            str(row.batch),
-            milliseconds(row.ours),
-            milliseconds(row.peer),
-            f"{row.ratio:.2f}",
-        )
-        for row in rows
-    ]
+    cells: list[Sequence[str]] = []
+    for row in rows:
+        times = milliseconds(row.ours), milliseconds(row.peer)
+        cells.append((row.layer, f"{row.d_out} × {row.d_in}", str(row.batch), *times, f"{row.ratio:.2f}"))
+    return head, cells
 
 
 def _summary(model: StoredModel, record: Record, errors: dict[str, float]) -> list[tuple[str, str]]:
     assert model.config is not None
     settings: OatsConfig = parse_quantization_config(model.config)[0]
-    size, share = f"{model.layer_bytes / 1e6:,.1f} MB", f"{model.share_of_dense_bf16:.3f} of dense bf16"
+    stored, dense = model.layer_bytes, model.dense_bf16_bytes
+    shares = f"compression {settings.compression:g}, rank ratio {settings.rank_ratio:g}"
     rows = [
-        ("linear layers", f"{len(model.layers)}, {size}, {share}"),
-        *(
-            [("output head", f"{model.head.stored_bytes / 1e6:,.1f} MB, {model.head.dtype}")]
-            if model.head
-            else []
-        ),
-        ("everything else", f"{model.bytes_elsewhere / 1e6:,.1f} MB"),
-        (
-            "settings",
-            f"{settings.method}, compression {settings.compression:g}, rank ratio {settings.rank_ratio:g}, "
-            f"pattern {settings.pattern}",
-        ),
+        ("linear layers", f"{len(model.layers)}, {stored / 1e6:,.1f} MB, {stored / dense:.3f} of dense bf16")
     ]
+    if model.head:
+        rows.append(("output head", f"{model.head.stored_bytes / 1e6:,.1f} MB, {model.head.dtype}"))
+    rows.append(("everything else", f"{model.bytes_elsewhere / 1e6:,.1f} MB"))
+    rows.append(("settings", f"{settings.method}, {shares}, pattern {settings.pattern}"))
     if record.calibration:
         rows.append(("calibration", in_words(record.calibration)))
     rows += [("quantised", words) for words in record.quantizations_in_words()]
     if errors:
-        worst = max(errors, key=errors.__getitem__)
-        rows.append(
-            (
-                "error",
-                f"median {statistics.median(errors.values()):.3f}, largest {errors[worst]:.3f} in {worst}",
-            )
-        )
-    rows += [
-        (
-            "perplexity",
-            f"{entry['perplexity']:.2f} on {entry['text']} ({entry['split']}, context {entry['context']})",
-        )
-        for entry in record.evaluations
-    ]
+        worst, median = max(errors, key=errors.__getitem__), statistics.median(errors.values())
+        rows.append(("error", f"median {median:.3f}, largest {errors[worst]:.3f} in {worst}"))
+    for entry in record.evaluations:
+        text = f"{entry['text']} ({entry['split']}, context {entry['context']})"
+        rows.append(("perplexity", f"{entry['perplexity']:.2f} on {text}"))
     return [*rows, ("made by", f"oats {__version__}")]
 
 
@@ -207,17 +176,11 @@ def _layer_table(
     for anatomy in layers:
         layer = anatomy.layer
         error = errors.get(layer.name)
-        rows.append(
-            (
-                layer.name,
-                f"{layer.d_out} × {layer.d_in}",
-                str(layer.rank),
-                f"{layer.density:.3f}",
-                f"{layer.stored_bytes / 1e3:,.1f}",
-                f"{layer.share_of_dense_bf16:.3f}",
-                "–" if error is None else f"{error:.4f}",
-            )
-        )
+        rows.append((
+            layer.name, f"{layer.d_out} × {layer.d_in}", str(layer.rank), f"{layer.density:.3f}",
+            f"{layer.stored_bytes / 1e3:,.1f}", f"{layer.share_of_dense_bf16:.3f}",
+            "–" if error is None else f"{error:.4f}",
+        ))  # fmt: skip
     return head, rows
 
 
@@ -225,9 +188,5 @@ def _table(names: Sequence[str], rows: Iterable[Sequence[str]], head: bool = Tru
     def line(cells: Sequence[str], tag: str) -> str:
         return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
-    body = [line(row, "td") for row in rows]
-    return (
-        ("<table>" if head else '<table class="about">')
-        + "".join([line(names, "th")] * head + body)
-        + "</table>"
-    )
+    lines = [line(names, "th")] * head + [line(row, "td") for row in rows]
+    return ("<table>" if head else '<table class="about">') + "".join(lines) + "</table>"

@@ -17,9 +17,7 @@ BATCHES = (1, 16, 128)
 def time_layers(model: StoredModel, progress: Callable[[int, int, str], None]) -> list[Row]:
     """Rows of every size of layer at each of `BATCHES`, on random weights; none for a dense model.
 
-    Args:
-        model: of :func:`oats.checkpoint.stored_model.read_stored_model`.
-        progress: called as progress(sizes done, sizes in all, note).
+    `progress` is called as progress(sizes done, sizes in all, note).
     """
     if model.config is None or not model.layers:
         return []

@@ -6,7 +6,7 @@ import html
 import io
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from oats.inspection.anatomy import Anatomy
 
@@ -62,14 +62,10 @@ def errors_figure(layers: Sequence[Anatomy], errors: dict[str, float]) -> Figure
     figure = _figure(9, 4)
     axes = figure.subplots()
     for kind in _kinds(layers)[:MOST_NAMES]:
-        points = [
-            (anatomy.block or 0, errors[anatomy.layer.name])
-            for anatomy in layers
-            if anatomy.kind == kind and anatomy.layer.name in errors
-        ]
+        same = [a for a in layers if a.kind == kind and a.layer.name in errors]
+        points = [(anatomy.block or 0, errors[anatomy.layer.name]) for anatomy in same]
         axes.plot(*zip(*points, strict=True), "o-", markersize=3, linewidth=1, label=kind)
-    axes.set_xlabel("block")
-    axes.set_ylabel("relative error")
+    axes.set(xlabel="block", ylabel="relative error")
     axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(fontsize="small", ncols=2)
@@ -81,51 +77,34 @@ def spectra_figure(layers: Sequence[Anatomy]) -> Figure:
     import matplotlib
 
     kinds = _kinds(layers)[:MOST_NAMES]
-    columns = min(len(kinds), 3)
-    rows = -(-len(kinds) // columns)
-    figure = _figure(3 * columns, 2.2 * rows)
-    grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
+    figure, panels = _grid(len(kinds), 3, 3, 2.2, sharey=True)
     colours = matplotlib.colormaps["viridis"]
-    for place, kind in enumerate(kinds):
-        axes = grid[place // columns][place % columns]
+    for axes, kind in zip(panels, kinds, strict=True):
         same = [anatomy for anatomy in layers if anatomy.kind == kind]
         for index, anatomy in enumerate(same):
             values = anatomy.spectrum
             if values.numel() == 0 or values[0] == 0:
                 continue
             step = max(1, values.numel() // MOST_POINTS)
-            axes.plot(
-                range(1, values.numel() + 1, step),
-                (values / values[0])[::step].tolist(),
-                color=colours(0.9 * index / max(1, len(same) - 1)),
-                linewidth=0.8,
-            )
+            places, heights = range(1, values.numel() + 1, step), (values / values[0])[::step].tolist()
+            axes.plot(places, heights, color=colours(0.9 * index / max(1, len(same) - 1)), linewidth=0.8)
         axes.set_title(kind, fontsize="small")
         axes.set_ylim(0, 1.05)
         axes.tick_params(labelsize="x-small")
-    for place in range(len(kinds), rows * columns):
-        grid[place // columns][place % columns].set_axis_off()
     return figure
 
 
 def pictures_figure(images: dict[str, Tensor]) -> Figure:
     """Densities of sparse parts, a panel for each layer."""
-    columns = min(len(images), 4)
-    rows = -(-len(images) // columns)
-    figure = _figure(2.6 * columns, 2.6 * rows)
-    grid = figure.subplots(rows, columns, squeeze=False)
+    figure, panels = _grid(len(images), 4, 2.6, 2.6)
     highest = max(float(image.max()) for image in images.values())
-    for place, (name, image) in enumerate(images.items()):
-        axes = grid[place // columns][place % columns]
+    for axes, (name, image) in zip(panels, images.items(), strict=True):
         drawn = axes.imshow(
             image.numpy(), cmap="Greens", vmin=0, vmax=highest, aspect="auto", interpolation="none"
         )
         axes.set_title(name.removeprefix("model."), fontsize="x-small")
-        axes.set_xticks([])
-        axes.set_yticks([])
-    for place in range(len(images), rows * columns):
-        grid[place // columns][place % columns].set_axis_off()
-    figure.colorbar(drawn, ax=grid.ravel().tolist(), shrink=0.6, label="kept")
+        axes.set(xticks=[], yticks=[])
+    figure.colorbar(drawn, ax=figure.axes, shrink=0.6, label="kept")
     return figure
 
 
@@ -133,6 +112,17 @@ def _figure(width: float, height: float) -> Figure:
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
+
+
+def _grid(count: int, most_columns: int, width: float, height: float, **options: Any) -> tuple[Figure, Any]:
+    """A figure with `count` panels, each `width` by `height` inches, and the panels."""
+    columns = min(count, most_columns)
+    rows = -(-count // columns)
+    figure = _figure(width * columns, height * rows)
+    panels = figure.subplots(rows, columns, squeeze=False, **options).ravel()
+    for axes in panels[count:]:
+        axes.set_axis_off()
+    return figure, panels[:count]
 
 
 def _kinds(layers: Sequence[Anatomy]) -> list[str]:

@@ -42,8 +42,7 @@ def attention_rollout(model: Any, pixel_values: Tensor) -> Tensor:
         (images, rows, columns) of patches, float32. The rest up to a sum of 1 is the class token itself.
 
     Raises:
-        UnsupportedModelError: the model gives no attention, or its tokens are not one class token and a
-            square of patches.
+        UnsupportedModelError: there is no attention, or the tokens are not a class token and a square.
     """
     attentions = model(pixel_values, output_attentions=True).attentions
     if not attentions or attentions[0] is None:
@@ -104,13 +103,9 @@ def rollouts(model: Any, pixel_values: Tensor) -> dict[str, Tensor]:
 
 
 def draw(pixel_values: Tensor, maps: dict[str, Tensor], file: Path, names: Sequence[str] = ()) -> None:
-    """Write one picture with the images and their rollouts.
+    """Write one picture, .png or .svg, with the images (count, channels, height, width) and their rollouts.
 
-    Args:
-        pixel_values: (images, channels, height, width).
-        maps: from :func:`rollouts`.
-        file: the picture, .png or .svg.
-        names: names of the images.
+    `maps` is from :func:`rollouts`; `names` are those of the images.
 
     Raises:
         ConfigError: the file cannot be written.
@@ -163,14 +158,8 @@ def figure(pixel_values: Tensor, maps: dict[str, Tensor], names: Sequence[str] =
             axes.imshow(colours(fine.numpy()), extent=(-0.5, width - 0.5, height - 0.5, -0.5))
         if i < len(names):
             panels[0].set_ylabel(names[i], fontsize=10)
-    bar = made.colorbar(
-        ScalarMappable(cmap=colours),
-        ax=grid[-1, 1:].tolist(),
-        location="bottom",
-        aspect=50,
-        pad=0.02,
-        shrink=0.6,
-    )
+    below = {"ax": grid[-1, 1:].tolist(), "location": "bottom"}
+    bar = made.colorbar(ScalarMappable(cmap=colours), **below, aspect=50, pad=0.02, shrink=0.6)
     bar.set_ticks([0, 1], labels=["least attention of this map", "most"])
     bar.ax.tick_params(length=0, labelsize=9)
     bar.ax.set_facecolor("#333333")

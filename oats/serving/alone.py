@@ -36,26 +36,16 @@ class _Listener(BaseStreamer, StoppingCriteria):
 
 
 def generate_alone(model: Any, config: Any, request: Request, closed: Callable[[], bool]) -> int:
-    """Generate for one request, and deliver its text.
+    """Generate for one request with a generation config, deliver its text, and return the last token.
 
-    Args:
-        model: a causal language model of transformers.
-        config: a generation config.
-        request: what to generate, and where the text goes.
-        closed: asked after each token; True stops.
-
-    Returns:
-        The last token.
+    `closed` is asked after each token; True stops.
     """
     if request.sampling.seed is not None:
         torch.manual_seed(request.sampling.seed)
     ids = torch.tensor([request.ids])
     listener = _Listener(request, closed)
     output = model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        generation_config=config,
-        streamer=listener,
+        input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config, streamer=listener,
         stopping_criteria=StoppingCriteriaList([listener]),
-    )
+    )  # fmt: skip
     return int(output[0, -1])

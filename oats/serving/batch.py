@@ -59,11 +59,7 @@ class NextToken:
         self._random = None if seed is None else torch.Generator().manual_seed(seed)
 
     def __call__(self, logits: Tensor) -> int:
-        """Choose the next token, and remember it.
-
-        Args:
-            logits: (1, vocabulary).
-        """
+        """Choose the next token from logits (1, vocabulary), and remember it."""
         scores = logits.to(torch.float32, copy=True)
         if self._processors:
             scores = self._processors(torch.tensor([self._ids]), scores)
@@ -95,11 +91,7 @@ class RunningText:
 
 
 class Batch:
-    """The texts that a model continues together.
-
-    Args:
-        model: one for which :func:`can_batch` is True.
-    """
+    """The texts that a model continues together; :func:`can_batch` must be True of it."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
@@ -111,23 +103,16 @@ class Batch:
 
     @torch.no_grad()
     def prefill(self, text: RunningText) -> bool:
-        """Compute the next `CHUNK` of a prompt; after the last, choose the first token.
+        """Compute the next `CHUNK` of a prompt; after the last, choose the first token and return True.
 
-        Returns:
-            True when the prompt is done; :meth:`add` may follow.
+        Then :meth:`add` may follow.
         """
         if text.cache is None:
             text.cache = DynamicCache(config=self._model.config)
         ids = torch.tensor([text.request.ids[text.length : text.length + CHUNK]])
         end = text.length + ids.shape[1]
-        output = self._model(
-            input_ids=ids,
-            attention_mask=torch.ones(1, end, dtype=torch.long),
-            position_ids=torch.arange(text.length, end)[None],
-            use_cache=True,
-            logits_to_keep=1,
-            **{self._cache_name: text.cache},
-        )
+        mask = torch.ones(1, end, dtype=torch.long)
+        output = self._run(ids, mask, torch.arange(text.length, end)[None], text.cache, logits_to_keep=1)
         text.length = end
         if end < len(text.request.ids):
             return False
@@ -155,13 +140,9 @@ class Batch:
         mask = torch.zeros(len(self.texts), longest, dtype=torch.long)
         for row, text in enumerate(self.texts):
             mask[row, longest - text.length - 1 :] = 1
-        output = self._model(
-            input_ids=torch.tensor([[text.last] for text in self.texts]),
-            attention_mask=mask,
-            position_ids=torch.tensor([[text.length] for text in self.texts]),
-            use_cache=True,
-            **{self._cache_name: self._cache},
-        )
+        newest = torch.tensor([[text.last] for text in self.texts])
+        positions = torch.tensor([[text.length] for text in self.texts])
+        output = self._run(newest, mask, positions, self._cache)
         for row, text in enumerate(self.texts):
             text.length += 1
             text.last = text.next_token(output.logits[row : row + 1, -1])
@@ -181,6 +162,10 @@ class Batch:
             layer.keys, layer.values = layer.keys[rows], layer.values[rows]
             _fit(layer, self._longest())
 
+    def _run(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any, **options: Any) -> Any:
+        options = {"position_ids": positions, "use_cache": True, self._cache_name: cache, **options}
+        return self._model(input_ids=ids, attention_mask=mask, **options)
+
     def _longest(self) -> int:
         return max(text.length for text in self.texts)
 
@@ -193,11 +178,8 @@ def _layers(cache: Any) -> list[Any]:
 def _fit(layer: Any, longest: int) -> None:
     """Pad or cut the keys and values of a layer, (rows, heads, tokens, features), to the width of a batch.
 
-    Both happen on the left. What is cut is padding, or outside of the sliding window.
-
-    Args:
-        layer: a layer of a cache.
-        longest: tokens of the longest text in the batch.
+    Both happen on the left. What is cut is padding, or outside of the sliding window. `longest` is the number
+    of tokens of the longest text in the batch.
     """
     width = longest
     if isinstance(layer, DynamicSlidingWindowLayer):

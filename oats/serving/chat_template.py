@@ -16,12 +16,10 @@ def load_with_template(directory: str, dtype: str | None, chat_template: Path | 
     Raises:
         ConfigError: the template cannot be read.
     """
-    template = None
-    if chat_template is not None:
-        try:
-            template = chat_template.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"cannot read the chat template {chat_template}: {error}") from error
+    try:
+        template = None if chat_template is None else chat_template.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the chat template {chat_template}: {error}") from error
     model, tokenizer = load_model(directory, dtype)
     if template is not None:
         tokenizer.chat_template = template

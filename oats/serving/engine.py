@@ -31,16 +31,14 @@ class Engine:
 
     Args:
         model: a causal language model of transformers.
-        tokenizer: the tokenizer of the model.
         max_waiting: requests that may wait for those that run.
         max_batch: requests that run at once.
     """
 
     def __init__(self, model: Any, tokenizer: Any, max_waiting: int = 64, max_batch: int = MAX_BATCH) -> None:
-        if max_waiting < 1:
-            raise ConfigError(f"at least 1 request must be able to wait, got {max_waiting}")
-        if max_batch < 1:
-            raise ConfigError(f"at least 1 request must be able to run, got {max_batch}")
+        for count, what in ((max_waiting, "wait"), (max_batch, "run")):
+            if count < 1:
+                raise ConfigError(f"at least 1 request must be able to {what}, got {count}")
         self.model, self.tokenizer = model, tokenizer
         self.context = context_limit(model)
         """Tokens of prompt and output together, at most; None if the model does not say."""

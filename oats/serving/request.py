@@ -53,12 +53,9 @@ class Request:
     """One request and what it has delivered so far; :meth:`oats.serving.engine.Engine.submit` makes it."""
 
     def __init__(
-        self,
-        ids: Sequence[int],
-        sampling: Sampling,
-        decoder: IncrementalDecoder,
+        self, ids: Sequence[int], sampling: Sampling, decoder: IncrementalDecoder,
         deliver: Callable[[Event], None],
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.ids, self.sampling, self.deliver = list(ids), sampling, deliver
         self.tokens = 0
         self.submitted = time.perf_counter()

@@ -1,4 +1,4 @@
-"""What clients get: the JSON objects of an answer, whole or as a stream of chunks."""
+"""What clients get: the JSON objects of an answer, whole or as a stream of chunks, or of an error."""
 
 from __future__ import annotations
 
@@ -7,6 +7,21 @@ import uuid
 from typing import Any, ClassVar
 
 from oats.serving.request import Finished
+
+
+class ApiError(Exception):
+    """``{"error": {"message", "type", "param", "code"}}``, as OpenAI names them; `status` is that of HTTP."""
+
+    def __init__(
+        self, message: str, code: str | None = None, param: str | None = None, status: int = 400
+    ) -> None:
+        super().__init__(message)
+        self.status, self.code, self.param = status, code, param
+
+    def body(self) -> dict[str, Any]:
+        """The JSON object that the client gets."""
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
 
 class ChatAnswer:

@@ -18,9 +18,8 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 
 from oats.serving.engine import Engine
-from oats.serving.openai_api.answers import ChatAnswer, CompletionAnswer
+from oats.serving.openai_api.answers import ApiError, ChatAnswer, CompletionAnswer
 from oats.serving.openai_api.bodies import Body, ChatBody, CompletionBody, check_model
-from oats.serving.openai_api.errors import ApiError
 from oats.serving.openai_api.metrics import Metrics
 from oats.serving.openai_api.stream import TextStream
 from oats.serving.request import Sampling

@@ -13,32 +13,19 @@ from pydantic import BaseModel, ConfigDict, Field
 from oats.errors import ConfigError
 from oats.serving.chat_template import prompt_of
 from oats.serving.engine import Engine
-from oats.serving.openai_api.errors import ApiError
+from oats.serving.openai_api.answers import ApiError
 from oats.serving.request import Sampling
 
 DEFAULT_MAX_TOKENS = 512
 """Tokens to generate if the request does not say; fewer if the context ends before."""
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
-    "best_of": (1,),
-    "echo": (False,),
-    "suffix": ("",),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "logit_bias": ({},),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "functions": ([],),
-    "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
-    "modalities": (["text"],),
-    "audio": (),
-    "prediction": (),
+    "n": (1,), "best_of": (1,), "echo": (False,), "suffix": ("",), "logprobs": (False,), "top_logprobs": (0,),
+    "presence_penalty": (0,), "frequency_penalty": (0,), "logit_bias": ({},),
+    "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],), "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},), "modalities": (["text"],), "audio": (), "prediction": (),
     "web_search_options": (),
-}
+}  # fmt: skip
 """Parameter that is not implemented → its values, besides null, that change nothing and are accepted."""
 
 

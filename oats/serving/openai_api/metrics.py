@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from oats.serving.engine import Engine
@@ -13,25 +15,18 @@ class Metrics:
     """One registry for each server, so that two servers in one process do not share counts."""
 
     def __init__(self, engine: Engine) -> None:
-        self.registry = own = CollectorRegistry()
-        self.requests = Counter("oats_requests", "Requests answered.", ["endpoint", "status"], registry=own)
-        self.prompt_tokens = Counter("oats_prompt_tokens", "Tokens of prompts.", registry=own)
-        self.generated_tokens = Counter(
-            "oats_generated_tokens", "Tokens generated, also of cancelled requests.", registry=own
-        )
-        self.cancelled = Counter(
-            "oats_cancelled", "Generations stopped because the client left.", registry=own
-        )
-        self.first_token = Histogram(
-            "oats_time_to_first_token_seconds",
-            "From the request to its first text, waiting included.",
-            buckets=_SECONDS,
-            registry=own,
-        )
-        self.duration = Histogram(
-            "oats_request_seconds", "From the request to its end.", buckets=_SECONDS, registry=own
-        )
-        waiting = Gauge("oats_requests_waiting", "Requests in the queue.", registry=own)
+        self.registry = CollectorRegistry()
+        own: dict[str, Any] = {"registry": self.registry}
+        timed = {**own, "buckets": _SECONDS}
+        self.requests = Counter("oats_requests", "Requests answered.", ["endpoint", "status"], **own)
+        self.prompt_tokens = Counter("oats_prompt_tokens", "Tokens of prompts.", **own)
+        generated = "Tokens generated, also of cancelled requests."
+        self.generated_tokens = Counter("oats_generated_tokens", generated, **own)
+        self.cancelled = Counter("oats_cancelled", "Generations stopped because the client left.", **own)
+        first = "From the request to its first text, waiting included."
+        self.first_token = Histogram("oats_time_to_first_token_seconds", first, **timed)
+        self.duration = Histogram("oats_request_seconds", "From the request to its end.", **timed)
+        waiting = Gauge("oats_requests_waiting", "Requests in the queue.", **own)
         waiting.set_function(lambda: engine.waiting)
-        running = Gauge("oats_requests_running", "Requests being generated.", registry=own)
+        running = Gauge("oats_requests_running", "Requests being generated.", **own)
         running.set_function(lambda: engine.running)

@@ -10,7 +10,7 @@ from fastapi import Request as HttpRequest
 
 from oats.errors import ConfigError, QueueFullError
 from oats.serving.engine import Engine
-from oats.serving.openai_api.errors import ApiError
+from oats.serving.openai_api.answers import ApiError
 from oats.serving.openai_api.metrics import Metrics
 from oats.serving.request import Event, Finished, Request, Sampling
 
