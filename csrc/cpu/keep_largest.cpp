@@ -1,8 +1,6 @@
 // Radix selection on the magnitude bits, which order like the magnitudes. A row is passed over four times:
 // for its largest magnitude, for a histogram from that downwards, for the entries of the bin that holds the
 // threshold (only those are sorted), and to write what stays.
-#include "oats/keep_largest.h"
-
 #include <omp.h>
 
 #include <algorithm>
@@ -11,6 +9,8 @@
 #include <limits>
 #include <type_traits>
 #include <vector>
+
+#include "oats/operations.h"
 
 namespace oats {
 

@@ -1,11 +1,10 @@
 // A thread normalises whole rows. It reads a row twice, once for the mean of the squares and once to scale
 // it; the second read comes from the cache.
-#include "oats/rms_norm.h"
-
 #include <algorithm>
 #include <cmath>
 
 #include "elements.h"
+#include "oats/operations.h"
 
 namespace oats {
 
