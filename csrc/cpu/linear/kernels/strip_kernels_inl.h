@@ -144,12 +144,14 @@ struct StripLoops {
   };
 
   static const Mask* masks(const PackedHeader* weight, int64_t block) {
-    return part_at<Mask>(weight, weight->masks_at) + block * kStripsPerBlock * weight->value_groups;
+    return reinterpret_cast<const Mask*>(reinterpret_cast<const char*>(weight) + weight->masks_at) +
+           block * kStripsPerBlock * weight->value_groups;
   }
 
   // Scales of S for one block and the columns of group `g`: [strip][lanes].
   static const uint16_t* value_scales(const PackedHeader* weight, int64_t block, int64_t g) {
-    return part_at<uint16_t>(weight, weight->values_scale_at) +
+    const char* base = reinterpret_cast<const char*>(weight);
+    return reinterpret_cast<const uint16_t*>(base + weight->values_scale_at) +
            (block * kStripsPerBlock * weight->scale_groups +
             g * kGroup / weight->shape.scale_columns * strips_of_block(weight->strips, block)) *
                kLanes;
@@ -237,14 +239,15 @@ struct StripLoops {
   class Values {
    public:
     Values(const PackedHeader* weight, int64_t block, int64_t first) : next_(first), codebook_(nullptr) {
-      auto start = part_at<int64_t>(weight, weight->starts_at)[block];
+      const char* base = reinterpret_cast<const char*>(weight);
+      auto start = static_cast<int64_t>(reinterpret_cast<const uint64_t*>(base + weight->starts_at)[block]);
       if constexpr (kCodes) {
         if (weight->shape.values == Storage::int4) {
           codebook_ = weight->codebook;
           start /= 2;
         }
       }
-      block_ = part_at<Value>(weight, weight->values_at) + start;
+      block_ = reinterpret_cast<const Value*>(base + weight->values_at) + start;
     }
 
     // Index in the block of the next value.
