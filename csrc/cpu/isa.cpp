@@ -16,11 +16,10 @@ namespace oats {
 namespace {
 constexpr const char* kNames[kIsaCount] = {"scalar", "avx2", "avx512", "avx512_bf16", "amx_bf16"};
 
-#ifdef OATS_X86
 // Whether the CPU has AMX with bf16, and Linux saves its 8 KB of tiles. Linux does so only for a process that
 // asked for it, so this asks.
-bool tiles_usable() {
-#ifdef __linux__
+[[maybe_unused]] bool tiles_usable() {
+#if defined(OATS_X86) && defined(__linux__)
   constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;       // of leaf 7, EDX (Intel SDM, volume 2, CPUID)
   constexpr unsigned kState = 3u << 17;                        // XCR0: configuration and data
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // arch_prctl, ARCH_REQ_XCOMP_PERM
@@ -34,7 +33,6 @@ bool tiles_usable() {
   return false;
 #endif
 }
-#endif
 }  // namespace
 
 const char* isa_name(Isa isa) {

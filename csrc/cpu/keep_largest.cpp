@@ -1,8 +1,6 @@
 // Radix selection on the magnitude bits, which order like the magnitudes. A row is passed over four times:
 // for its largest magnitude, for a histogram from that downwards, for the entries of the bin that holds the
 // threshold (only those are sorted), and to write what stays.
-#include "oats/keep_largest.h"
-
 #include <omp.h>
 
 #include <algorithm>
@@ -11,6 +9,8 @@
 #include <limits>
 #include <type_traits>
 #include <vector>
+
+#include "oats/operations.h"
 
 namespace oats {
 
@@ -46,14 +46,6 @@ struct Threshold {
   bool all_ties;  // whether all of them do
 };
 
-template <class Float>
-struct Scratch {
-  std::vector<uint32_t> histogram;
-  std::vector<BitsOf<Float>> candidates;
-
-  explicit Scratch(int64_t columns) : histogram(2 * kBins), candidates(columns) {}
-};
-
 // The threshold that `wanted` of the candidates reach; at least 1.
 template <class Float>
 Threshold<Float> threshold_among(std::vector<BitsOf<Float>>& candidates, int64_t wanted) {
@@ -70,9 +62,9 @@ Threshold<Float> threshold_among(std::vector<BitsOf<Float>>& candidates, int64_t
 }
 
 template <class Float>
-Threshold<Float> find_threshold(const Float* row, int64_t columns, int64_t count, Scratch<Float>& scratch) {
+Threshold<Float> find_threshold(const Float* row, int64_t columns, int64_t count,
+                                std::vector<BitsOf<Float>>& candidates) {
   using Bits = BitsOf<Float>;
-  auto& [histogram, candidates] = scratch;
   if (columns <= kShortRow) {
     candidates.resize(columns);
     for (int64_t i = 0; i < columns; ++i) candidates[i] = magnitude(row[i]);
@@ -82,9 +74,7 @@ Threshold<Float> find_threshold(const Float* row, int64_t columns, int64_t count
   for (int64_t i = 0; i < columns; ++i) largest = std::max(largest, magnitude(row[i]));
 
   // Two histograms in turn, so that the increment of a bin does not wait for the one just before it.
-  std::fill(histogram.begin(), histogram.end(), 0u);
-  uint32_t* even = histogram.data();
-  uint32_t* odd = even + kBins;
+  uint32_t even[kBins] = {}, odd[kBins] = {};
   int64_t i = 0;
   for (; i + 2 <= columns; i += 2) {
     ++even[bin_of<Float>(largest, magnitude(row[i]))];
@@ -137,10 +127,10 @@ void keep_largest_in_rows(const Float* in, int64_t rows, int64_t columns, int64_
   }
   const int team = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, rows)));
   // Allocated before the region: inside, a failure could not be reported.
-  std::vector<Scratch<Float>> scratch(team, Scratch<Float>(columns));
+  std::vector<std::vector<BitsOf<Float>>> candidates(team, std::vector<BitsOf<Float>>(columns));
 #pragma omp parallel num_threads(team)
   {
-    Scratch<Float>& mine = scratch[omp_get_thread_num()];
+    std::vector<BitsOf<Float>>& mine = candidates[omp_get_thread_num()];
 #pragma omp for schedule(static)
     for (int64_t r = 0; r < rows; ++r) {
       const Threshold<Float> threshold = find_threshold(in + r * columns, columns, count, mine);

@@ -1,11 +1,10 @@
 // A thread normalises whole rows. It reads a row twice, once for the mean of the squares and once to scale
 // it; the second read comes from the cache.
-#include "oats/rms_norm.h"
-
 #include <algorithm>
 #include <cmath>
 
 #include "elements.h"
+#include "oats/operations.h"
 
 namespace oats {
 
@@ -61,13 +60,13 @@ void rows_of(const typename Io::Element* x, int64_t rows, int64_t columns, const
 
 void rms_norm(const void* x, int64_t rows, int64_t columns, const void* weight, float eps, RmsNorm kind,
               Dtype dtype, void* y, int threads) {
-  if (dtype == Dtype::bf16) {
-    rows_of<Bf16Element>(static_cast<const uint16_t*>(x), rows, columns, static_cast<const uint16_t*>(weight),
-                         eps, kind, static_cast<uint16_t*>(y), threads);
-  } else {
-    rows_of<Fp32Element>(static_cast<const float*>(x), rows, columns, static_cast<const float*>(weight), eps,
-                         kind, static_cast<float*>(y), threads);
-  }
+  const auto run = [&](auto io) {
+    using Io = decltype(io);
+    using T = typename Io::Element;
+    rows_of<Io>(static_cast<const T*>(x), rows, columns, static_cast<const T*>(weight), eps, kind,
+                static_cast<T*>(y), threads);
+  };
+  dtype == Dtype::fp32 ? run(Fp32Element{}) : run(Bf16Element{});
 }
 
 }  // namespace oats

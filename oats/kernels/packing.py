@@ -108,8 +108,8 @@ def _shape(spec: LayerSpec) -> _core.WeightShape:
     )
 
 
-def _addresses(tensors: Mapping[str, Tensor]) -> _core.TensorAddresses:
-    return _core.TensorAddresses(**{name: tensor.data_ptr() for name, tensor in tensors.items()})
+def _addresses(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    return {name: tensor.data_ptr() for name, tensor in tensors.items()}
 
 
 def _aligned(size: int) -> Tensor:

@@ -19,10 +19,8 @@
 #include <vector>
 
 #include "oats/isa.h"
-#include "oats/keep_largest.h"
+#include "oats/operations.h"
 #include "oats/packed_weight.h"
-#include "oats/rms_norm.h"
-#include "oats/sparse_low_rank_linear.h"
 
 namespace {
 

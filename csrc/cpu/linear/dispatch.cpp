@@ -5,24 +5,22 @@
 
 namespace oats {
 
-// `operation`_<isa> for each Isa, in its order. Headers name no ISA beyond best_isa(), which is scalar on
-// other CPUs.
+static const Kernels& kernels([[maybe_unused]] Isa isa, Dtype dtype, Storage storage) {
 #ifdef OATS_X86
-#define OATS_BY_ISA(operation) \
-  {operation##_scalar, operation##_avx2, operation##_avx512, operation##_avx512_bf16, operation##_avx512_bf16}
+  static constexpr decltype(&kernels_scalar) kByIsa[kIsaCount] = {
+      kernels_scalar, kernels_avx2, kernels_avx512, kernels_avx512_bf16, kernels_avx512_bf16};
+  return kByIsa[static_cast<int>(isa)](dtype, storage);
 #else
-#define OATS_BY_ISA(operation) \
-  {operation##_scalar, operation##_scalar, operation##_scalar, operation##_scalar, operation##_scalar}
+  return kernels_scalar(dtype, storage);
 #endif
+}
 
 const StripKernels& strip_kernels(Isa isa, Dtype dtype, Storage storage) {
-  static constexpr decltype(&strip_kernels_scalar) kByIsa[kIsaCount] = OATS_BY_ISA(strip_kernels);
-  return kByIsa[static_cast<int>(isa)](dtype, storage);
+  return kernels(isa, dtype, storage).strips;
 }
 
 const ColumnKernels& column_kernels(Isa isa, Dtype dtype, Storage storage) {
-  static constexpr decltype(&column_kernels_scalar) kByIsa[kIsaCount] = OATS_BY_ISA(column_kernels);
-  return kByIsa[static_cast<int>(isa)](dtype, storage);
+  return kernels(isa, dtype, storage).columns;
 }
 
 const TileKernels* tile_kernels([[maybe_unused]] Isa isa, [[maybe_unused]] Dtype dtype,

@@ -1,10 +1,6 @@
-// The product with lanes that are columns, for many columns.
-//
-//   every thread:  lays out its share of the activations; barrier
-//   every thread:  computes its share of V x, for all slices; barrier
-//   every thread:  for some rows: computes U (V x); then, range after range of groups, gathers the
-//                  non-zero units of S once and multiplies them, slice by slice, word of groups by
-//                  word of groups; then writes the outputs
+// The product with lanes that are columns, for many columns. csrc/README.md has its phases. For S, a thread
+// takes some rows: range after range of groups, it gathers the non-zero units once and multiplies them, slice
+// by slice, word of groups by word of groups.
 //
 // Arithmetic bounds this, if the operands are near: the activations of a word of groups stay in L1 while all
 // rows pass, units and sums stay in L2. Activations come from further away once for kBlockRows rows, sums

@@ -1,9 +1,5 @@
-// The product with lanes that are outputs, for few columns.
-//
-//   every thread:  lays out its share of the activations; barrier, if there was anything to lay out
-//   every thread:  computes its share of V x, then S x for its blocks
-//   one barrier:   U needs all of V x. S x comes before it, and hides that the shares of V x are uneven.
-//   every thread:  adds U (V x) and the bias for some blocks, and writes their outputs
+// The product with lanes that are outputs, for few columns. csrc/README.md has its phases. U needs all of
+// V x; S x comes before that barrier, and hides that the shares of V x are uneven.
 //
 // Reading the weight bounds this: at batch 1 each byte of it is used once.
 #include <algorithm>

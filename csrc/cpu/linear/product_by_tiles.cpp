@@ -1,9 +1,6 @@
-// The product on tiles, the matrix registers of AMX, for batches.
-//
-//   every thread:  cuts its share of x into tiles; barrier
-//   every thread:  computes its share of V x and rounds it into tiles; barrier
-//   every thread:  for some blocks: computes U (V x); then, range after range of inputs, expands the
-//                  cells of S once and multiplies all rows by them; then writes the outputs
+// The product on tiles, the matrix registers of AMX, for batches. csrc/README.md has its phases. For S, a
+// thread takes some blocks: range after range of inputs, it expands the cells once and multiplies all rows by
+// them. V x is rounded into tiles.
 //
 // The expanded cells of a range (64 KB), its tiles of inputs and the sums of the blocks stay in L2. With few
 // row tiles (TileKernels::few_row_tiles), each tile of cells is multiplied as soon as it is expanded.

@@ -11,8 +11,7 @@
 #include <new>
 
 #include "kernels/strip_kernels.h"
-#include "oats/packed_weight.h"
-#include "oats/sparse_low_rank_linear.h"
+#include "oats/operations.h"
 
 namespace oats {
 

@@ -1,14 +1,13 @@
 // One call of the product: multiplies x by 2^input_exponent if the weights have codes, decides how many
 // threads take part and in which order they work, and divides the blocks among them. Projections that cannot
 // share activations are calls of their own.
-#include "oats/sparse_low_rank_linear.h"
-
 #include <algorithm>
 #include <cstring>
 
 #include "elements.h"
 #include "kernels/column_kernels.h"
 #include "kernels/tile_kernels.h"
+#include "oats/operations.h"
 #include "products.h"
 
 namespace oats {

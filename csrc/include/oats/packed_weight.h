@@ -1,10 +1,6 @@
 // A layer's weight W = S + U V in its two forms: canonical, as files hold it, and packed, as the kernels of
-// one ISA read it. csrc/README.md draws the packed form and explains its words: strip, group, cell, block.
-//
-// Why this layout: S is cut so that one expansion of a cell fills a vector whose lanes are outputs. The input
-// is then a broadcast, no sum runs across lanes, and one expansion serves all columns of a batch. The cells
-// of four strips alternate, so a thread with many sums in flight still reads one stream of masks and one of
-// values. U and V are cut in the same way; they have no masks.
+// one ISA read it. csrc/README.md draws the packed form, says why it is so, and explains its words: strip,
+// group, cell, block.
 #pragma once
 
 #include <cstddef>

@@ -75,7 +75,7 @@ __m256 load_values(const int8_t* codes) {
 template <class Io>
 struct Avx2 : Io {
   using Value = typename Io::Element;
-  static constexpr int lanes = 8, group = 1, registers = 12, flip = 0;
+  static constexpr int lanes = 8, group = 1, registers = 12, flip = 0, min_columns = 36;
   static constexpr bool scaled_activations = false;
   using Mask = uint8_t;
   using Vector = __m256;
@@ -84,9 +84,14 @@ struct Avx2 : Io {
   static Vector zero() { return _mm256_setzero_ps(); }
   static Vector load(const float* sums) { return _mm256_loadu_ps(sums); }
   static void store(float* sums, Vector v) { _mm256_storeu_ps(sums, v); }
-  static Weights expand(const Value* values, Mask mask) { return expand_lanes(load_values(values), mask); }
-  static Weights weights(const Value* values) { return load_values(values); }
-  static Weights elements(const Value* x) { return load_values(x); }
+  template <class T>
+  static Weights expand(const T* values, Mask mask) {
+    return expand_lanes(load_values(values), mask);
+  }
+  template <class T>
+  static Weights weights(const T* values) {
+    return load_values(values);
+  }
   static Weights load_units(const uint32_t* units) {
     return _mm256_load_ps(reinterpret_cast<const float*>(units));
   }
@@ -94,7 +99,6 @@ struct Avx2 : Io {
     _mm256_storeu_ps(reinterpret_cast<float*>(units), w);
   }
   static void transpose(Weights (&square)[lanes]) { transpose_units(square); }
-  static void transpose_sums(Vector (&square)[lanes]) { transpose_units(square); }
   static uint32_t compress(uint32_t* units, Weights w) {
     const __m256i zero = _mm256_cmpeq_epi32(_mm256_castps_si256(w), _mm256_setzero_si256());
     const int used = ~_mm256_movemask_ps(_mm256_castsi256_ps(zero)) & 0xff;
@@ -106,22 +110,8 @@ struct Avx2 : Io {
   static Vector multiply_add(Vector sum, Weights w, uint32_t activation) {
     return _mm256_fmadd_ps(w, _mm256_castsi256_ps(_mm256_set1_epi32(static_cast<int>(activation))), sum);
   }
-};
-
-template <class Io>
-struct Avx2Codes : Avx2<Io> {
-  using Value = int8_t;
-  using typename Avx2<Io>::Mask;
-  using Sum = __m256;
-  using CellScales = __m256;
-
-  static __m256 expand(const int8_t* codes, Mask mask) { return expand_lanes(load_values(codes), mask); }
-  static __m256 weights(const int8_t* codes) { return load_values(codes); }
-  static Sum no_sum() { return _mm256_setzero_ps(); }
-  static __m256 scales(const uint16_t* bf16) { return load_values(bf16); }
-  static __m256 add_scaled(__m256 v, Sum sum, __m256 scale) { return _mm256_fmadd_ps(sum, scale, v); }
-  static CellScales cell_scales(const uint16_t* bf16) { return load_values(bf16); }
-  static void exact(__m256 w, CellScales scale, __m256 (&out)[1]) { out[0] = _mm256_mul_ps(w, scale); }
+  static Vector add_scaled(Vector v, Vector sum, Vector scale) { return _mm256_fmadd_ps(sum, scale, v); }
+  static Vector multiply(Weights w, Vector scale) { return _mm256_mul_ps(w, scale); }
   static void decode(const uint8_t* run, const int8_t* codebook, int8_t* codes) {
     static_assert(kRun == 128);
     const __m256i table =
@@ -139,12 +129,8 @@ struct Avx2Codes : Avx2<Io> {
 
 }  // namespace
 
-const StripKernels& strip_kernels_avx2(Dtype dtype, Storage storage) {
-  return strip_table<Avx2, Avx2Codes>(dtype, storage);
-}
-
-const ColumnKernels& column_kernels_avx2(Dtype dtype, Storage storage) {
-  return column_table<Avx2, Avx2Codes>(dtype, storage, 36);
+const Kernels& kernels_avx2(Dtype dtype, Storage storage) {
+  return float_kernels<Avx2>(dtype, storage);
 }
 
 }  // namespace oats

@@ -3,16 +3,10 @@
 
 namespace oats {
 
-// None of these instructions helps fp32.
-const StripKernels& strip_kernels_avx512_bf16(Dtype dtype, Storage storage) {
-  if (dtype == Dtype::fp32) return strip_kernels_avx512(dtype, storage);
-  return storage == Storage::exact ? StripLoops<Avx512Bf16>::table() : StripLoops<Avx512Codes>::table();
-}
-
-const ColumnKernels& column_kernels_avx512_bf16(Dtype dtype, Storage storage) {
-  if (dtype == Dtype::fp32) return column_kernels_avx512(dtype, storage);
-  return storage == Storage::exact ? ColumnLoops<Avx512Bf16>::table(88)
-                                   : ColumnLoops<Avx512Bf16, Avx512Codes>::table(88);
+const Kernels& kernels_avx512_bf16(Dtype dtype, Storage storage) {
+  // None of these instructions helps fp32.
+  if (dtype == Dtype::fp32) return kernels_avx512(dtype, storage);
+  return storage == Storage::exact ? kKernels<Avx512Bf16> : kKernels<Avx512Bf16, Avx512Codes>;
 }
 
 }  // namespace oats

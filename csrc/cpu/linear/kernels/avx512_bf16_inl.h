@@ -11,26 +11,19 @@ namespace {
 
 // vdpbf16ps multiplies pairs: a cell is 16 outputs x 2 inputs, and the pair of inputs is an embedded
 // broadcast. The instruction takes denormals as zero and rounds each of its two additions.
-struct Avx512Bf16 : Bf16Element {
+struct Avx512Bf16 : Bf16Element, Avx512Vectors {
   using Value = uint16_t;
-  static constexpr int lanes = 16, group = 2, registers = 24, flip = 0;
+  static constexpr int group = 2, flip = 0, min_columns = 88;
   static constexpr bool scaled_activations = false;
   using Mask = uint32_t;
-  using Vector = __m512;
   using Weights = __m512i;
 
-  static Vector zero() { return _mm512_setzero_ps(); }
-  static Vector load(const float* sums) { return _mm512_loadu_ps(sums); }
-  static void store(float* sums, Vector v) { _mm512_storeu_ps(sums, v); }
   static Weights expand(const Value* values, Mask mask) {
     return _mm512_mask_expand_epi16(fresh_zero(), mask, _mm512_loadu_si512(values));
   }
-  static Weights weights(const Value* values) { return _mm512_loadu_si512(values); }
-  static Weights elements(const Value* x) { return _mm512_loadu_si512(x); }
+  static Weights weights(const void* values) { return _mm512_loadu_si512(values); }
   static Weights load_units(const uint32_t* units) { return _mm512_load_si512(units); }
   static void store_units(uint32_t* units, Weights w) { _mm512_storeu_si512(units, w); }
-  static void transpose(Weights (&square)[lanes]) { transpose_units(square); }
-  static void transpose_sums(Vector (&square)[lanes]) { transpose_units(square); }
   static uint32_t compress(uint32_t* units, Weights w) { return compress_units(units, w); }
   static Vector multiply_add(Vector sum, Weights w, uint32_t activation) {
     return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)_mm512_set1_epi32(static_cast<int>(activation)));
@@ -55,7 +48,6 @@ struct Avx512Codes : Avx512Bf16 {
     asm("" : "+v"(zero));
     return _mm512_mask_expand_epi8(zero, mask, _mm512_loadu_si512(codes));
   }
-  static Weights weights(const int8_t* codes) { return _mm512_loadu_si512(codes); }
   static Sum no_sum(const XScale& scale) {
     return {_mm512_setzero_si512(), _mm512_set1_epi32(scale.minus_128_sums)};
   }
@@ -67,14 +59,11 @@ struct Avx512Codes : Avx512Bf16 {
     asm("vpdpbusd %2, %1, %0" : "+v"(sum.lower) : "v"(w), "v"(l));
     return sum;
   }
-  static Vector scales(const uint16_t* bf16) { return load_bf16(bf16); }
+  static Vector scales(const uint16_t* bf16) { return load_values(bf16); }
   static Vector times(Vector scale, float x_scale) { return _mm512_mul_ps(scale, _mm512_set1_ps(x_scale)); }
   static Vector add_scaled(Vector v, Sum sum, Vector scale) {
     const __m512i whole = _mm512_add_epi32(_mm512_slli_epi32(sum.upper, 8), sum.lower);
     return _mm512_fmadd_ps(_mm512_cvtepi32_ps(whole), scale, v);
-  }
-  static void decode(const uint8_t* run, const int8_t* codebook, int8_t* codes) {
-    decode_run(run, codebook, codes);
   }
 
   static __m512 load_some(const uint16_t* x, __mmask16 valid) {
@@ -134,7 +123,7 @@ struct Avx512Codes : Avx512Bf16 {
     __m512 low, high;
   };
   static CellScales cell_scales(const uint16_t* bf16) {
-    const __m512 scale = load_bf16(bf16);
+    const __m512 scale = load_values(bf16);
     const __m512i twice = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
     return {_mm512_permutexvar_ps(twice, scale),
             _mm512_permutexvar_ps(_mm512_add_epi32(twice, _mm512_set1_epi32(8)), scale)};

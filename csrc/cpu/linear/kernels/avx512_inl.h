@@ -59,20 +59,33 @@ inline uint32_t compress_units(uint32_t* units, __m512i row) {
   return used;
 }
 
-inline void decode_run(const uint8_t* run, const int8_t* codebook, int8_t* codes) {
-  static_assert(kRun == 128);
-  const __m512i table = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codebook)));
-  const __m512i bytes = _mm512_loadu_si512(run), low = _mm512_set1_epi8(15);
-  const __m512i high = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), low);
-  _mm512_storeu_si512(codes, _mm512_shuffle_epi8(table, _mm512_and_si512(bytes, low)));
-  _mm512_storeu_si512(codes + 64, _mm512_shuffle_epi8(table, high));
-}
-
 // Sixteen bf16 to fp32.
-inline __m512 load_bf16(const uint16_t* values) {
+inline __m512 load_values(const uint16_t* values) {
   const __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(values)));
   return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
 }
+
+// What all Traits for AVX-512 have.
+struct Avx512Vectors {
+  static constexpr int lanes = 16, registers = 24;
+  using Vector = __m512;
+
+  static Vector zero() { return _mm512_setzero_ps(); }
+  static Vector load(const float* sums) { return _mm512_loadu_ps(sums); }
+  static void store(float* sums, Vector v) { _mm512_storeu_ps(sums, v); }
+  template <class T>
+  static void transpose(T (&square)[lanes]) {
+    transpose_units(square);
+  }
+  static void decode(const uint8_t* run, const int8_t* codebook, int8_t* codes) {
+    static_assert(kRun == 128);
+    const __m512i table = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codebook)));
+    const __m512i bytes = _mm512_loadu_si512(run), low = _mm512_set1_epi8(15);
+    const __m512i high = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), low);
+    _mm512_storeu_si512(codes, _mm512_shuffle_epi8(table, _mm512_and_si512(bytes, low)));
+    _mm512_storeu_si512(codes + 64, _mm512_shuffle_epi8(table, high));
+  }
+};
 
 }  // namespace
 }  // namespace oats

@@ -49,11 +49,16 @@ struct ColumnKernels {
                 int64_t y_stride);
 };
 
+struct Kernels {
+  StripKernels strips;
+  ColumnKernels columns;
+};
+
 // In kernels/<isa>.cpp.
-const ColumnKernels& column_kernels_scalar(Dtype dtype, Storage storage);
-const ColumnKernels& column_kernels_avx2(Dtype dtype, Storage storage);
-const ColumnKernels& column_kernels_avx512(Dtype dtype, Storage storage);
-const ColumnKernels& column_kernels_avx512_bf16(Dtype dtype, Storage storage);
+const Kernels& kernels_scalar(Dtype dtype, Storage storage);
+const Kernels& kernels_avx2(Dtype dtype, Storage storage);
+const Kernels& kernels_avx512(Dtype dtype, Storage storage);
+const Kernels& kernels_avx512_bf16(Dtype dtype, Storage storage);
 
 // In dispatch.cpp. Storages differ in gather() and dense() only: take gather() of the storage of S and
 // dense() of that of U and V.

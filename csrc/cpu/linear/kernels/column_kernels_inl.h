@@ -3,7 +3,6 @@
 // two rows go together and share them.
 //
 // strip_kernels_inl.h says how this file is included and what `Traits` have. Here they also have:
-//   transpose_sums(vector[lanes])  a square of lanes x lanes sums
 //   compress(units, weights)       stores the non-zero units in order; returns their lanes as bits
 // `Stored` are the Traits of what is stored. Those of codes also have:
 //   CellScales, cell_scales(bf16)  the scales of the rows of a cell
@@ -284,39 +283,42 @@ struct ColumnLoops {
       Vector square[kLanes];
       for (int row = 0; row < kLanes; ++row)
         square[row] = Traits::load(sums + row * vectors * kLanes + first);
-      Traits::transpose_sums(square);
+      Traits::transpose(square);
       for (int c = 0; c < kLanes; ++c) Traits::store(turned + c * kLanes, square[c]);
       StripLoops<Traits>::store(turned, 1, std::min(columns - first, kLanes), bias, valid,
                                 static_cast<Value*>(y) + first * y_stride, y_stride);
     }
   }
 
-  static const ColumnKernels& table(int64_t min_columns) {
-    static const ColumnKernels kernels{kMaxVectors, min_columns,         gather, sparse,
-                                       dense,       sums_to_activations, store};
-    return kernels;
+  static constexpr ColumnKernels kKernels{kMaxVectors, Traits::min_columns, gather, sparse,
+                                          dense,       sums_to_activations, store};
+};
+
+template <class Traits, class Stored = Traits>
+constexpr Kernels kKernels{StripLoops<Stored>::kKernels, ColumnLoops<Traits, Stored>::kKernels};
+
+// The Traits for codes of an ISA that makes floats of all values. Its Traits load int8 and bf16 values too,
+// and have add_scaled(), decode() and multiply(weights, scales).
+template <class Traits>
+struct FloatCodes : Traits {
+  using Value = int8_t;
+  using Vector = typename Traits::Vector;
+  using Sum = Vector;
+  using CellScales = Vector;
+
+  static Vector scales(const uint16_t* bf16) { return Traits::weights(bf16); }
+  static Vector cell_scales(const uint16_t* bf16) { return Traits::weights(bf16); }
+  static void exact(const Vector& codes, const Vector& scale, Vector (&out)[1]) {
+    out[0] = Traits::multiply(codes, scale);
   }
 };
 
-// The kernels of an ISA for each dtype and storage, from its Traits for exact storage and for codes.
-template <template <class> class Exact, template <class> class Codes>
-const StripKernels& strip_table(Dtype dtype, Storage storage) {
-  if (storage == Storage::exact) {
-    return dtype == Dtype::fp32 ? StripLoops<Exact<Fp32Element>>::table()
-                                : StripLoops<Exact<Bf16Element>>::table();
-  }
-  return dtype == Dtype::fp32 ? StripLoops<Codes<Fp32Element>>::table()
-                              : StripLoops<Codes<Bf16Element>>::table();
-}
-
-template <template <class> class Exact, template <class> class Codes>
-const ColumnKernels& column_table(Dtype dtype, Storage storage, int64_t min_columns) {
-  if (storage == Storage::exact) {
-    return dtype == Dtype::fp32 ? ColumnLoops<Exact<Fp32Element>>::table(min_columns)
-                                : ColumnLoops<Exact<Bf16Element>>::table(min_columns);
-  }
-  return dtype == Dtype::fp32 ? ColumnLoops<Exact<Fp32Element>, Codes<Fp32Element>>::table(min_columns)
-                              : ColumnLoops<Exact<Bf16Element>, Codes<Bf16Element>>::table(min_columns);
+template <template <class> class Traits>
+const Kernels& float_kernels(Dtype dtype, Storage storage) {
+  using Fp32 = Traits<Fp32Element>;
+  using Bf16 = Traits<Bf16Element>;
+  if (storage == Storage::exact) return dtype == Dtype::fp32 ? kKernels<Fp32> : kKernels<Bf16>;
+  return dtype == Dtype::fp32 ? kKernels<Fp32, FloatCodes<Fp32>> : kKernels<Bf16, FloatCodes<Bf16>>;
 }
 
 }  // namespace

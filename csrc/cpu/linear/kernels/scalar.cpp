@@ -5,10 +5,20 @@
 namespace oats {
 namespace {
 
+float number(float value) {
+  return value;
+}
+float number(uint16_t bf16) {
+  return Bf16Element::to_float(bf16);
+}
+float number(int8_t code) {
+  return code;
+}
+
 template <class Io>
 struct Scalar : Io {
   using Value = typename Io::Element;
-  static constexpr int lanes = 8, group = 1, registers = 8, flip = 0;
+  static constexpr int lanes = 8, group = 1, registers = 8, flip = 0, min_columns = 20;
   static constexpr bool scaled_activations = false;
   using Mask = uint8_t;
   struct Vector {
@@ -23,18 +33,19 @@ struct Scalar : Io {
     return v;
   }
   static void store(float* sums, const Vector& v) { std::memcpy(sums, v.lane, sizeof v.lane); }
-  static Weights expand(const Value* values, Mask mask) { return expand_as(values, mask, Io::to_float); }
-  static Weights weights(const Value* values) { return expand_as(values, 0xff, Io::to_float); }
-  static Weights elements(const Value* x) { return weights(x); }
-  template <class T, class F>
-  static Weights expand_as(const T* values, Mask mask, const F& to_float) {
+  template <class T>
+  static Weights expand(const T* values, Mask mask) {
     Weights w;
     for (int i = 0; i < lanes; ++i) {
       const bool kept = mask >> i & 1;
-      w.lane[i] = kept ? to_float(*values) : 0.f;
+      w.lane[i] = kept ? number(*values) : 0.f;
       values += kept;
     }
     return w;
+  }
+  template <class T>
+  static Weights weights(const T* values) {
+    return expand(values, 0xff);
   }
   static Weights load_units(const uint32_t* units) {
     Weights w;
@@ -47,7 +58,6 @@ struct Scalar : Io {
       for (int j = 0; j < i; ++j) std::swap(square[i].lane[j], square[j].lane[i]);
     }
   }
-  static void transpose_sums(Vector (&square)[lanes]) { transpose(square); }
   static uint32_t compress(uint32_t* units, const Weights& w) {
     uint32_t used = 0;
     for (int i = 0; i < lanes; ++i) {
@@ -63,34 +73,11 @@ struct Scalar : Io {
     for (int i = 0; i < lanes; ++i) sum.lane[i] += w.lane[i] * x;
     return sum;
   }
-};
-
-template <class Io>
-struct ScalarCodes : Scalar<Io> {
-  using Value = int8_t;
-  using typename Scalar<Io>::Mask;
-  using typename Scalar<Io>::Vector;
-  using typename Scalar<Io>::Weights;
-  using Sum = Vector;
-  using CellScales = Vector;
-  using Scalar<Io>::lanes;
-
-  static Weights expand(const int8_t* codes, Mask mask) {
-    return Scalar<Io>::expand_as(codes, mask, [](int8_t code) { return static_cast<float>(code); });
-  }
-  static Weights weights(const int8_t* codes) { return expand(codes, 0xff); }
-  static Sum no_sum() { return {}; }
-  static Vector scales(const uint16_t* bf16) {
-    return Scalar<Io>::expand_as(bf16, 0xff, Bf16Element::to_float);
-  }
-  static Vector add_scaled(Vector v, const Sum& sum, const Vector& scale) {
+  static Vector add_scaled(Vector v, const Vector& sum, const Vector& scale) {
     for (int i = 0; i < lanes; ++i) v.lane[i] += sum.lane[i] * scale.lane[i];
     return v;
   }
-  static CellScales cell_scales(const uint16_t* bf16) { return scales(bf16); }
-  static void exact(const Weights& w, const CellScales& scale, Weights (&out)[1]) {
-    out[0] = add_scaled({}, w, scale);
-  }
+  static Vector multiply(const Weights& w, const Vector& scale) { return add_scaled({}, w, scale); }
   static void decode(const uint8_t* run, const int8_t* codebook, int8_t* codes) {
     for (int i = 0; i < kRun / 2; ++i) {
       codes[i] = codebook[run[i] & 15];
@@ -101,12 +88,8 @@ struct ScalarCodes : Scalar<Io> {
 
 }  // namespace
 
-const StripKernels& strip_kernels_scalar(Dtype dtype, Storage storage) {
-  return strip_table<Scalar, ScalarCodes>(dtype, storage);
-}
-
-const ColumnKernels& column_kernels_scalar(Dtype dtype, Storage storage) {
-  return column_table<Scalar, ScalarCodes>(dtype, storage, 20);
+const Kernels& kernels_scalar(Dtype dtype, Storage storage) {
+  return float_kernels<Scalar>(dtype, storage);
 }
 
 }  // namespace oats

@@ -65,12 +65,6 @@ struct StripKernels {
                 int64_t y_stride);
 };
 
-// In kernels/<isa>.cpp.
-const StripKernels& strip_kernels_scalar(Dtype dtype, Storage storage);
-const StripKernels& strip_kernels_avx2(Dtype dtype, Storage storage);
-const StripKernels& strip_kernels_avx512(Dtype dtype, Storage storage);
-const StripKernels& strip_kernels_avx512_bf16(Dtype dtype, Storage storage);
-
 // In dispatch.cpp.
 const StripKernels& strip_kernels(Isa isa, Dtype dtype, Storage storage);
 

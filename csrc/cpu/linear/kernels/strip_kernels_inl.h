@@ -10,6 +10,7 @@
 // `Traits` are what differs between ISAs. For exact storage they have:
 //   lanes, group, flip             the StripLayout
 //   registers                      how many vectors of sums fit into registers
+//   min_columns                    ColumnKernels::min_columns
 //   scaled_activations             whether activations are scaled (strip_kernels.h)
 //   Element, to_float, from_float  of x, y and bias: Fp32Element or Bf16Element
 //   pair(float, float)             a unit of two elements, if group is 2
@@ -17,13 +18,12 @@
 //   Vector, Weights                `lanes` sums, `lanes` units of expanded weights
 //   zero(), load(sums), store(sums, vector)
 //   expand(values, mask)           the next values in the lanes of the mask, zero in the others
-//   weights(values)                lanes * group values without a mask
-//   elements(x)                    lanes * group elements of x, as units
+//   weights(values)                lanes * group values without a mask, or elements of x
 //   load_units(units), store_units(units, weights)
-//   transpose(weights[lanes])      a square of lanes x lanes units
+//   transpose(square[lanes])       a square of lanes x lanes units or sums
 //   multiply_add(sum, weights, unit)
 // For codes (Value is int8_t) they also have:
-//   Sum, no_sum()                  sums of codes; multiply_add() takes and returns these
+//   Sum                            sums of codes; multiply_add() takes and returns these
 //   scales(bf16)                   the scales of `lanes` rows
 //   add_scaled(vector, sum, scales)
 //   decode(run, codebook, codes)   one run of int4
@@ -209,7 +209,7 @@ struct StripLoops {
         if constexpr (Traits::scaled_activations) {
           sum[c][s] = Traits::no_sum(x_scales[c]);
         } else {
-          sum[c][s] = Traits::no_sum();
+          sum[c][s] = Traits::zero();
         }
       }
     }
@@ -431,7 +431,7 @@ struct StripLoops {
       int64_t g = begin;
       for (; g + kLanes <= end && (g + kLanes) * kGroup <= d_in; g += kLanes) {
         Weights square[kLanes];
-        for (int i = 0; i < kLanes; ++i) square[i] = Traits::elements(rows + (c + i) * stride + g * kGroup);
+        for (int i = 0; i < kLanes; ++i) square[i] = Traits::weights(rows + (c + i) * stride + g * kGroup);
         Traits::transpose(square);
         for (int i = 0; i < kLanes; ++i) Traits::store_units(activations + (g + i) * padded + c, square[i]);
       }
@@ -484,16 +484,9 @@ struct StripLoops {
     }
   }
 
-  static const StripKernels& table() {
-    static const StripKernels kernels{{kLanes, kGroup, Traits::flip},
-                                      Traits::scaled_activations,
-                                      prepare,
-                                      sparse,
-                                      dense,
-                                      sums_to_activations,
-                                      store};
-    return kernels;
-  }
+  static constexpr StripLayout kLayout{kLanes, kGroup, Traits::flip};
+  static constexpr StripKernels kKernels{kLayout, Traits::scaled_activations, prepare, sparse,
+                                         dense,   sums_to_activations,        store};
 };
 
 }  // namespace
