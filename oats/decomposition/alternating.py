@@ -85,15 +85,7 @@ def decompose(
     >>> result.relative_error < 0.4
     True
     """
-    settings = OatsConfig(
-        compression=compression,
-        rank_ratio=rank_ratio,
-        pattern=pattern,
-        svd=svd,
-        iterations=iterations,
-        momentum=momentum,
-        seed=seed,
-    )
+    settings = OatsConfig("oats", compression, rank_ratio, pattern, svd, iterations, momentum, seed=seed)
     return decompose_batch([weight], [second_moment], settings, [name or "weight"])[0]
 
 
@@ -102,12 +94,11 @@ def decompose_batch(
 ) -> list[Decomposition]:
     """Decompose several weights of one shape at once. The results equal :func:`decompose` up to rounding.
 
-    This is faster for small matrices, which do not keep all threads busy one by one. It needs the memory of
-    all of them at once.
+    Small matrices, which do not keep all threads busy one by one, take less time so, and more memory.
 
     Args:
         weights: one or more, (d_out, d_in) each, all of one dtype.
-        second_moments: one for each weight, (d_in,).
+        second_moments: (d_in,) each.
         config: only the settings of :func:`decompose` are used.
         names: the layers' names, for error messages.
 
@@ -142,11 +133,8 @@ def decompose_batch(
     del each, one
 
     u, v, errors, done = _alternate(scaled, rank, count, config)
-    sparse = keep_largest(
-        add_product(scaled, u, v, -1, out=torch.empty_like(scaled, memory_format=torch.contiguous_format)),
-        count,
-        config.pattern,
-    )
+    rest = add_product(scaled, u, v, -1, out=torch.empty_like(scaled, memory_format=torch.contiguous_format))
+    sparse = keep_largest(rest, count, config.pattern)
     parts = zip(_each(sparse), _each(u), _each(v), unscale, strict=True)
     return [
         Decomposition.of_scaled(*own, weights[0].dtype, error, iterations)
@@ -169,9 +157,9 @@ def _alternate(
         iterations, fast = 1, False
     subspace = None
     if fast and rank + OVERSAMPLING < min(d_out, d_in):
-        subspace = WarmSubspace((d_out, d_in), rank, seed=config.seed, device=scaled.device)
+        subspace = WarmSubspace(scaled.shape[-2:], rank, seed=config.seed, device=scaled.device)
 
-    norms = [norm or 1.0 for norm in _norms(scaled)]
+    norms = [frobenius_norm(matrix) or 1.0 for matrix in _each(scaled)]
     # Memory is reused in every alternation, because a fresh matrix costs a page fault every 4 KB.
     work = torch.empty_like(scaled, memory_format=torch.contiguous_format)
     sparse, previous = torch.zeros_like(work), torch.zeros_like(work)
@@ -198,7 +186,8 @@ def _alternate(
             # With momentum the error can rise.
             better.append(going[i] and errors[i][-1] <= min(errors[i]))
             going[i] = going[i] and not (fast and _has_stalled(errors[i]))
-        best = (u, v) if all(better) else _replaced(best, (u, v), better)
+        if any(better):
+            best = (u, v) if all(better) else _replaced(best, (u, v), better)
         if not any(going):
             break
     if subspace is not None:
@@ -214,15 +203,8 @@ def _replaced(
     old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], which: list[bool]
 ) -> tuple[Tensor, Tensor]:
     """The new factors for some matrices of a batch, the old ones for the others."""
-    if not any(which):
-        return old
     chosen = torch.tensor(which, device=new[0].device)[:, None, None]
     return torch.where(chosen, new[0], old[0]), torch.where(chosen, new[1], old[1])
-
-
-def _norms(matrices: Tensor) -> list[float]:
-    """Frobenius norm of each matrix."""
-    return [frobenius_norm(matrix) for matrix in _each(matrices)]
 
 
 def _each(matrices: Tensor) -> tuple[Tensor, ...]:

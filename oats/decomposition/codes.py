@@ -38,7 +38,7 @@ def quantize_tensors(
 
     Args:
         tensors: ``mask``, ``values``, ``low_rank_u`` and ``low_rank_v``, exact.
-        d_in: number of inputs.
+        d_in: inputs; the mask has up to 7 more columns.
         storage: which of them become codes.
         hessian: (d_in, d_in), ``X Xᵀ`` of the layer's inputs, or None.
         weight: (d_out, d_in), the matrix that the layer approximates, or None. Not used without a Hessian.

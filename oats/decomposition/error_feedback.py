@@ -19,14 +19,7 @@ DAMPING = 0.01
 
 
 def inverse_factor(hessian: Tensor, layer: str) -> Tensor:
-    """Upper U with ``Uᵀ U = (H + damping)⁻¹``.
-
-    Args:
-        hessian: (d_in, d_in), ``X Xᵀ``.
-        layer: the layer's name, for the error message.
-
-    Returns:
-        (d_in, d_in) float64.
+    """Upper U with ``Uᵀ U = (H + damping)⁻¹``, (d_in, d_in) float64, of ``H = X Xᵀ``.
 
     Raises:
         WeightError: the Hessian is not positive semi-definite.

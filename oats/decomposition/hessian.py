@@ -23,7 +23,6 @@ from oats.decomposition.metric import (
     scale_by_diagonal,
     shifted,
 )
-from oats.decomposition.refit import refit_values
 from oats.decomposition.result import Decomposition
 from oats.decomposition.selection import split_largest
 from oats.decomposition.subspace import difference_dtype
@@ -80,16 +79,10 @@ def decompose_hessian(
         weight: (d_out, d_in), any floating dtype, finite.
         hessian: (d_in, d_in), ``X Xᵀ`` summed over the calibration tokens; finite, symmetric, positive
             semi-definite up to rounding. Its scale does not matter; all zeros mean the identity.
-        compression: share of the parameters that is removed, in [0, 1).
-        rank_ratio: share of the kept parameters that goes to the low-rank part, in [0, 1].
-        pattern: ``"row"``, ``"layer"`` or ``"N:M"``.
+        compression: as for :func:`oats.decompose`, like the arguments that are not listed here.
         svd: ``"fast"``, warm-started subspaces in float32; or ``"exact"``, full SVDs in float64.
-        iterations: number of alternations; None means 40 for ``fast``, 80 for ``exact``.
-        momentum: extrapolation of the sparse part before the low-rank step, in [0, 1); None means 0.9 for
-            ``fast``, 0 for ``exact``.
+        iterations: number of alternations, which do not stop early; None as there.
         damping: at least 0. Calibration data is a sample, and a little damping fits other inputs better.
-        seed: of the random start of ``fast``. The global random state is neither read nor changed.
-        name: the layer's name, for error messages.
 
     Returns:
         The parts, contiguous, in the weight's dtype. Here relative_error is
@@ -114,13 +107,7 @@ def decompose_hessian(
     True
     """
     config = OatsConfig(
-        compression=compression,
-        rank_ratio=rank_ratio,
-        pattern=pattern,
-        svd=svd,
-        iterations=iterations,
-        momentum=momentum,
-        seed=seed,
+        "oats-hessian", compression, rank_ratio, pattern, svd, iterations, momentum, seed=seed
     )
     layer = name or "weight"
     if not (isinstance(damping, (int, float)) and 0 <= damping < float("inf")):
@@ -139,7 +126,7 @@ def decompose_hessian(
     low_rank = LowRankStep(scaled, metric, rank, product_dtype, fast=fast and count > 0, seed=config.seed)
     sparse = torch.zeros_like(scaled)
     if count:
-        sparse = _alternate(low_rank, metric, count, iterations, config, product_dtype)
+        sparse = _alternate(low_rank, metric, count, config, product_dtype)
         support = sparse != 0
         for _ in range(REFITS):
             low_rank(sparse)
@@ -147,6 +134,55 @@ def decompose_hessian(
     u, v = low_rank(sparse)
     error = metric_norm(low_rank.remainder - sparse, metric) / (metric_norm(scaled, metric) or 1.0)
     return Decomposition.of_scaled(sparse, u, v, unscale, weight.dtype, error, iterations)
+
+
+def refit_values(
+    target: Tensor,
+    sparse: Tensor,
+    support: Tensor,
+    metric: Tensor,
+    steps: int,
+    product_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Move the values on a support towards those nearest to a target in a metric, by conjugate gradients.
+
+    Minimises ``tr((T − S) G (T − S)ᵀ)``, one least-squares problem for each row.
+
+    Args:
+        target: T, (d_out, d_in), float32 or float64.
+        sparse: S to start from, (d_out, d_in), zero outside the support.
+        support: (d_out, d_in), bool.
+        metric: G, (d_in, d_in), symmetric positive definite. A diagonal of ones preconditions the problem.
+        steps: at least 1.
+        product_dtype: of the products of directions with G; None means the target's. bfloat16 is accurate
+            enough for a few steps, because the residual that they start from is not rounded.
+
+    Returns:
+        S, (d_out, d_in), zero outside the support.
+
+    >>> metric = torch.tensor([[1.0, 0.5], [0.5, 1.0]])
+    >>> refit_values(torch.ones(1, 2), torch.zeros(1, 2), torch.tensor([[True, False]]), metric, 1)
+    tensor([[1.5000, 0.0000]])
+    """
+    tiny = torch.finfo(target.dtype).tiny
+    rounded = metric.to(product_dtype or target.dtype)
+    multiply = RoundedProduct(target.shape, rounded.dtype, target.device)
+    # In the product's dtype: converting would take longer than multiplying.
+    mask = support.to(rounded.dtype)
+    sparse = sparse.clone()
+    residual = ((target - sparse) @ metric).mul_(support)
+    direction, product = residual.clone(), torch.empty_like(residual)
+    square = torch.linalg.vector_norm(residual, dim=1, keepdim=True).square()
+    for _ in range(steps):
+        product.copy_(multiply(direction, rounded).mul_(mask))
+        curvature = (direction[:, None] @ product[:, :, None])[..., 0]
+        # No step where rounding has made the metric indefinite in this direction.
+        step = torch.where(curvature > 0, square / curvature.clamp_min(tiny), 0)
+        sparse.addcmul_(step, direction)
+        residual.addcmul_(step, product, value=-1)
+        previous, square = square, torch.linalg.vector_norm(residual, dim=1, keepdim=True).square()
+        direction.mul_(square / previous.clamp_min(tiny)).add_(residual)
+    return sparse
 
 
 class _Smoothing:
@@ -178,14 +214,10 @@ class _Smoothing:
 
 
 def _alternate(
-    low_rank: LowRankStep,
-    metric: Tensor,
-    count: int,
-    iterations: int,
-    config: OatsConfig,
-    product_dtype: torch.dtype,
+    low_rank: LowRankStep, metric: Tensor, count: int, config: OatsConfig, product_dtype: torch.dtype
 ) -> Tensor:
     """The sparse part of the last alternation."""
+    iterations = config.resolved_iterations
     sparse, previous, multipliers = (torch.zeros_like(low_rank.scaled) for _ in range(3))
     work = torch.empty_like(sparse)
     smoothing = _Smoothing(metric, product_dtype)

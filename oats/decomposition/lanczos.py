@@ -10,13 +10,9 @@ import math
 import torch
 from torch import Tensor
 
-from oats.decomposition.triplets import (
-    Triplets,
-    largest_residual,
-    start_columns,
-    transposed_product,
-    unit_columns,
-)
+from oats.decomposition import triplets
+from oats.decomposition.subspace import random_columns
+from oats.decomposition.triplets import Triplets, unit_columns
 
 BLOCK = 32
 """Columns of a Krylov block. Of 16, 32, 64 and 128, 32 is the fastest or within a tenth of it (docs/svd.md):
@@ -34,13 +30,8 @@ def lanczos(
     the singular triplets of the core are those of the matrix up to the last term, which gives the residuals
     at no cost.
 
-    Args:
-        matrix: (m, n), large enough for one block beside the columns that a restart keeps.
-        rank: at least 1.
-        start: (k, n), rows near the leading right singular vectors, or None.
-        oversample: columns beyond the rank that a restart keeps.
-        tol: see :func:`oats.truncated_svd`.
-        seed: of the random start.
+    The arguments are those of :func:`oats.truncated_svd`; the rank is at least 1, and the matrix large enough
+    for one block beside the columns that a restart keeps.
     """
     m, n = matrix.shape
     keep = rank + oversample
@@ -54,11 +45,11 @@ def lanczos(
     size = passes = 0
     next_test = keep
     before: tuple[int, float] | None = None
-    fresh, _, _ = _orthogonalise(matrix @ start_columns(matrix, start, width, seed), left[:0])
+    fresh, _, _ = _orthogonalise(matrix @ triplets.start_columns(matrix, start, width, seed), left[:0])
     while True:
         grown = size + width
         left[size:grown] = fresh.mT
-        new, coefficients, triangle = _orthogonalise(transposed_product(matrix, fresh), right[:size])
+        new, coefficients, triangle = _orthogonalise(triplets.transposed_product(matrix, fresh), right[:size])
         right[size:grown] = new.mT
         core[size:grown, :size], core[size:grown, size:grown] = coefficients.mT, triangle.mT
         size, passes = grown, passes + 1
@@ -70,7 +61,7 @@ def lanczos(
         p, s = _left_vectors(inner)
         q = (inner.mT @ p[:, :rank]) / s[:rank].clamp_min(1e-8 * float(s[0]))
         residuals = torch.linalg.vector_norm(triangle @ q[-width:], dim=0)
-        excess = float(residuals.max()) / largest_residual(s[:rank], tol, matrix.dtype)
+        excess = float(residuals.max()) / triplets.largest_residual(s[:rank], tol, matrix.dtype)
         if excess <= 1:
             break
         columns = passes * width
@@ -111,16 +102,9 @@ def _orthogonalise(block: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]
 
     Gram–Schmidt against `rows` twice, then Cholesky-QR with the Gram matrix in float64. Both are repeated
     where the columns are so dependent that dividing by the triangle magnifies what remains along `rows`.
-    Random columns replace those that are only rounding, so q is complete for a matrix of any rank.
-
-    Args:
-        block: (n, b).
-        rows: (size, n), orthonormal.
-
-    Returns:
-        q: (n, b).
-        coefficients: (size, b), float64.
-        triangle: (b, b), float64.
+    Random columns replace those that are only rounding, so q is complete for a matrix of any rank. Of a block
+    (n, b) and orthonormal rows (size, n), q is (n, b), and in float64 the coefficients (size, b) and the
+    triangle (b, b).
     """
     width = block.shape[1]
     coefficients = block.new_zeros(rows.shape[0], width, dtype=torch.float64)
@@ -140,9 +124,7 @@ def _orthogonalise(block: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]
         left = float((factor.diagonal() / before).min())
         if int(failed) or not left > 1e-6:
             size = max(torch.finfo(q.dtype).eps * float(q.abs().max()), 1e-30)
-            generator = torch.Generator(device="cpu").manual_seed(attempt)
-            noise = torch.randn(q.shape, generator=generator, dtype=torch.float32, device="cpu")
-            q, step = torch.linalg.qr(q + size * noise.to(q))
+            q, step = torch.linalg.qr(q + size * random_columns(len(q), width, attempt).to(q))
             triangle, left = step.double() @ triangle, 0.0
         else:
             identity = torch.eye(width, dtype=torch.float64, device=block.device)

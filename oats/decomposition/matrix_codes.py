@@ -7,7 +7,7 @@ value is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -32,11 +32,7 @@ _SHARES = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76)
 
 
 def round_to_int8(matrix: Tensor, scale_columns: int) -> tuple[Tensor, Tensor]:
-    """The nearest int8 codes of a matrix. The largest magnitude under each scale becomes 127.
-
-    Args:
-        matrix: (rows, columns), float32.
-        scale_columns: neighbours in a row that share a scale.
+    """The nearest int8 codes of a float32 matrix. The largest magnitude under each scale becomes 127.
 
     Returns:
         codes: (rows, columns) int8.
@@ -54,7 +50,7 @@ def round_to_int8(matrix: Tensor, scale_columns: int) -> tuple[Tensor, Tensor]:
 def sparse_to_int8(
     sparse: Tensor, kept: Tensor, scale_columns: int, hessian: Tensor | None, target: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """int8 codes of a sparse matrix.
+    """int8 codes of a sparse matrix, and their scale, as :func:`round_to_int8` returns them.
 
     Args:
         sparse: (d_out, d_in), float32, zero where nothing is kept.
@@ -63,16 +59,11 @@ def sparse_to_int8(
         hessian: (d_in, d_in); the values that follow a code in its row make up for its error. None: each
             value is rounded alone, and `target` is not used.
         target: (d_out, d_in), what the codes approximate: `sparse`, or what it approximates itself.
-
-    Returns:
-        codes: (d_out, d_in) int8.
-        scale: as of :func:`round_to_int8`.
     """
     codes, scale = round_to_int8(sparse, scale_columns)
     if hessian is not None:
-        settled = _round_with_feedback(target, kept, scale, scale_columns, hessian, _nearest_int8)
-        codes = settled.to(torch.int8)
-    return codes, scale
+        codes = _round_with_feedback(target, kept, scale, scale_columns, hessian, _nearest_int8)
+    return codes.to(torch.int8), scale
 
 
 def sparse_to_int4(
@@ -97,7 +88,9 @@ def sparse_to_int4(
     levels = (levels * (LARGEST_CODE / levels[-1])).round()
     codes = torch.empty(rows, columns, dtype=torch.uint8)
     scale = torch.empty(magnitudes.shape[:2], dtype=torch.bfloat16)
-    for part in _chunks(rows, columns):
+    step = max(1, _CHUNK // max(columns, 1))
+    for begin in range(0, rows, step):
+        part = slice(begin, begin + step)
         scale[part], chosen = _fit_scales(magnitudes[part], importance, levels)
         codes[part] = chosen.view(len(chosen), -1)[:, :columns]
     if hessian is not None:
@@ -123,7 +116,6 @@ def _round_with_feedback(
     """The values nearest to a target, in units of their scales, rounded from left to right.
 
     The kept values to the right make up for the error of each, and for what the target has outside `kept`.
-    `nearest` rounds values in units of their scales.
     """
     factor = inverse_factor(hessian, "its inputs").float()
     # Transposed, because settle_columns() works on columns.
@@ -146,12 +138,6 @@ def _nearest_int8(shares: Tensor) -> Tensor:
 def _nearest_level(shares: Tensor, levels: Tensor) -> Tensor:
     """Index of the nearest level, uint8."""
     return torch.bucketize(shares, (levels[1:] + levels[:-1]) / 2, out_int32=True).to(torch.uint8)
-
-
-def _chunks(rows: int, columns: int) -> Iterator[slice]:
-    step = max(1, _CHUNK // max(columns, 1))
-    for begin in range(0, rows, step):
-        yield slice(begin, begin + step)
 
 
 def _fit_levels(magnitudes: Tensor, importance: Tensor) -> Tensor:

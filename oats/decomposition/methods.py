@@ -9,10 +9,9 @@ from torch import Tensor
 
 from oats.config import OatsConfig
 from oats.decomposition.alternating import decompose
+from oats.decomposition.baselines.by_score import prune_magnitude, prune_wanda
 from oats.decomposition.baselines.dsnot import prune_dsnot
-from oats.decomposition.baselines.magnitude import prune_magnitude
 from oats.decomposition.baselines.sparsegpt import prune_sparsegpt
-from oats.decomposition.baselines.wanda import prune_wanda
 from oats.decomposition.hessian import decompose_hessian
 from oats.decomposition.result import Decomposition
 
@@ -68,13 +67,9 @@ def method_input(statistic: Tensor, config: OatsConfig) -> Tensor:
 def decompose_by_method(
     weight: Tensor, statistic: Tensor, config: OatsConfig, name: str | None = None
 ) -> Decomposition:
-    """Decompose one weight by the method of `config`.
+    """Decompose one weight, (d_out, d_in), by the method of `config`.
 
-    Args:
-        weight: (d_out, d_in).
-        statistic: of its inputs, as collected for :func:`statistic_for`.
-        config: settings of the run.
-        name: the layer's name, for error messages.
+    `statistic` is of its inputs, as collected for :func:`statistic_for`; `name` is for error messages.
 
     Raises:
         ConfigError, WeightError: as the method's function.

@@ -23,7 +23,7 @@ def damped_metric(hessian: Tensor, damping: float, dtype: torch.dtype, layer: st
         hessian: H, (d_in, d_in), already checked.
         damping: at least 0.
         dtype: of the result.
-        layer: its name, for the error message.
+        layer: for the error message.
 
     Raises:
         WeightError: H has a negative eigenvalue that rounding does not explain.
@@ -76,10 +76,8 @@ def nearest_low_rank(
 
     Args:
         matrix: (d_out, d_in), float32.
-        hessian: (d_in, d_in), as there, already checked.
+        hessian: (d_in, d_in), already checked; this, `damping` and `seed` as there.
         rank: at least 1, at most min(d_out, d_in).
-        damping: as there, above 0.
-        seed: of the random start.
 
     Returns:
         U (d_out, rank) and V (rank, d_in), float32.
@@ -96,15 +94,12 @@ def nearest_low_rank(
 
 
 class LowRankStep:
-    """``U V``, the best rank-r approximation of ``A − S`` in a metric, for a sequence of similar S.
+    """``U V``, the best rank-r approximation of ``A − S`` in a metric G, for a sequence of similar S.
 
     Args:
         scaled: A, (d_out, d_in).
-        metric: G.
-        rank: r.
         dtype: of the products with the change of ``A − S`` since the last approximation.
         fast: follow S with a warm-started subspace; otherwise one full SVD for each S.
-        seed: of the subspace.
 
     Attributes:
         remainder: ``A − U V`` for the last S.
@@ -120,8 +115,7 @@ class LowRankStep:
         self._started = False
         self._difference = scaled.new_empty(0)
         if fast and rank > 0 and rank + OVERSAMPLING < min(scaled.shape):
-            shape = scaled.shape[0], scaled.shape[1]
-            self._subspace = WarmSubspace(shape, rank, seed=seed, device=scaled.device, metric=metric)
+            self._subspace = WarmSubspace(scaled.shape, rank, seed=seed, device=scaled.device, metric=metric)
             self._difference = torch.empty_like(scaled, dtype=dtype)
 
     def __call__(self, sparse: Tensor) -> tuple[Tensor, Tensor]:
@@ -141,9 +135,8 @@ class LowRankStep:
             return matrix.new_zeros(len(matrix), 0), matrix.new_zeros(0, matrix.shape[1])
         if self._root is None:
             values, vectors = torch.linalg.eigh(self._metric.double())
-            self._root = (vectors * values.clamp_min(float(values[-1]) * MOMENT_FLOOR).sqrt()).to(
-                matrix.dtype
-            )
+            root = vectors * values.clamp_min(float(values[-1]) * MOMENT_FLOOR).sqrt()
+            self._root = root.to(matrix.dtype)
         u, _ = exact_low_rank(matrix @ self._root, self._rank)
         return u, u.T @ matrix
 

@@ -44,25 +44,16 @@ class Decomposition:
         iterations: int,
     ) -> Decomposition:
         """From the parts of a scaled weight, see :func:`oats.decomposition.scaling.scale_weight`."""
-        return cls(
-            sparse=(sparse * unscale).to(dtype).contiguous(),
-            low_rank_u=low_rank_u.to(dtype).contiguous(),
-            low_rank_v=(low_rank_v * unscale).to(dtype).contiguous(),
-            relative_error=relative_error,
-            iterations=iterations,
-        )
+        parts = sparse * unscale, low_rank_u, low_rank_v * unscale
+        sparse, u, v = (part.to(dtype).contiguous() for part in parts)
+        return cls(sparse, u, v, relative_error, iterations)
 
     @classmethod
     def of_sparse(cls, sparse: Tensor, dtype: torch.dtype, relative_error: float) -> Decomposition:
         """Of rank 0, from a method that prunes."""
-        d_out, d_in = sparse.shape
-        return cls(
-            sparse=sparse.to(dtype).contiguous(),
-            low_rank_u=sparse.new_zeros(d_out, 0, dtype=dtype),
-            low_rank_v=sparse.new_zeros(0, d_in, dtype=dtype),
-            relative_error=relative_error,
-            iterations=1,
-        )
+        sparse = sparse.to(dtype).contiguous()
+        u, v = sparse.new_zeros(len(sparse), 0), sparse.new_zeros(0, sparse.shape[1])
+        return cls(sparse, u, v, relative_error, iterations=1)
 
     @property
     def d_out(self) -> int:

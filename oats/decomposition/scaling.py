@@ -22,15 +22,9 @@ def root_moment(second_moment: Tensor) -> Tensor:
 
 
 def scale_weight(weight: Tensor, root: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """``W diag(root)`` with the largest magnitude 1.
+    """``W diag(root)``, in `dtype`, with the largest magnitude 1.
 
-    Args:
-        weight: W, (d_out, d_in).
-        root: (d_in,), float64.
-        dtype: of the scaled weight.
-
-    Returns:
-        The scaled weight, and what its columns must be multiplied by to undo the scaling, (d_in,) float64.
+    Also what its columns must be multiplied by to undo the scaling, (d_in,) float64.
     """
     scaled = weight.detach().to(dtype) * root.to(dtype)
     # So no sum of squares overflows or vanishes.

@@ -36,11 +36,7 @@ def keep_largest(
 def split_largest(residual: Tensor, count: int, pattern: Pattern = "row", *, out: Tensor) -> list[float]:
     """Move the entries of largest magnitude from `residual` to `out`.
 
-    Args:
-        residual: as for :func:`keep_largest`. Zeros replace the entries that are moved.
-        count: as there.
-        pattern: as there.
-        out: result, contiguous, with the shape and dtype of `residual`.
+    The arguments are those of :func:`keep_largest`. Zeros replace the entries that are moved.
 
     Returns:
         The Frobenius norm of what is left of each matrix.

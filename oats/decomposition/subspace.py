@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -30,7 +32,6 @@ class WarmSubspace:
         shape: (m, n) of every matrix; rank + oversampling must be at most min(m, n).
         rank: of the approximations, at least 1.
         seed: of the random start. The global random state is neither read nor changed.
-        device: of the matrices.
         oversampling: extra columns of `approximate`.
         metric: G, (n, n), symmetric positive semi-definite. The approximations are nearest in ``‖E G^½‖_F``.
             None means the identity. No root of G is needed, because the left vectors are iterated.
@@ -47,7 +48,7 @@ class WarmSubspace:
 
     def __init__(
         self,
-        shape: tuple[int, int],
+        shape: Sequence[int],
         rank: int,
         *,
         seed: int = 0,
@@ -55,13 +56,8 @@ class WarmSubspace:
         oversampling: int = OVERSAMPLING,
         metric: Tensor | None = None,
     ) -> None:
-        # On the CPU, so that a seed gives the same start on every device.
-        generator = torch.Generator(device="cpu").manual_seed(seed)
-        start = torch.randn(
-            shape[1], rank + oversampling, generator=generator, dtype=torch.float32, device="cpu"
-        )
         self._rank, self._metric = rank, metric
-        self._basis = start.to(device)
+        self._basis = random_columns(shape[1], rank + oversampling, seed).to(device)
         self._passes = START_PASSES
         self._last: tuple[Tensor, Tensor] | None = None
 
@@ -120,6 +116,12 @@ class WarmSubspace:
         return rows.mT if self._metric is None else self._metric @ rows.mT
 
 
+def random_columns(rows: int, columns: int, seed: int) -> Tensor:
+    """(rows, columns) float32, on the CPU, so that a seed gives the same on every device."""
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    return torch.randn(rows, columns, generator=generator, dtype=torch.float32, device="cpu")
+
+
 def exact_low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Best rank-r approximation ``u @ v`` from the full SVD (Eckart–Young).
 
@@ -143,10 +145,7 @@ def exact_low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def rayleigh_ritz(matrix: Tensor, q: Tensor, metric: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """``q qᵀ matrix = u v`` for orthonormal columns q: u and v as from `exact_low_rank`.
-
-    v is a projection, not ``diag(s) Vᵀ``: each of its columns is accurate at its own scale.
-    """
+    """``q qᵀ matrix = u v`` for orthonormal columns q: u and v as from `exact_low_rank`."""
     return singular_order(q, q.mT @ matrix, metric)
 
 
@@ -202,12 +201,10 @@ def _orthonormal(columns: Tensor) -> Tensor:
     factor, failed = torch.linalg.cholesky_ex((scaled.mT @ scaled).double())
     # `not >=` instead of `<`: a column of zeros gives NaN, which must go to Householder.
     if failed.any() or not factor.diagonal(dim1=-2, dim2=-1).min() >= 0.3:
-        basis: Tensor = torch.linalg.qr(columns).Q
-        return basis
+        return torch.linalg.qr(columns).Q  # type: ignore[no-any-return]
     identity = torch.eye(columns.shape[-1], dtype=factor.dtype, device=factor.device)
-    inverse = torch.linalg.solve_triangular(factor, identity, upper=False).mT.to(columns.dtype)
-    basis = scaled @ inverse
-    return basis
+    inverse = torch.linalg.solve_triangular(factor, identity, upper=False).mT
+    return scaled @ inverse.to(columns.dtype)  # type: ignore[no-any-return]
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -46,15 +47,10 @@ class TruncatedSVD(_Factors):
 
     @classmethod
     def _of(
-        cls,
-        factors: tuple[Tensor, Tensor, Tensor],
-        error_bound: Tensor,
-        residuals: Tensor,
-        passes: int,
-        converged: Tensor,
+        cls, factors: Iterable[Tensor], bound: Tensor, residuals: Tensor, passes: int, converged: Tensor
     ) -> TruncatedSVD:
         result = cls(*factors)
-        result.error_bound, result.residuals = error_bound, residuals
+        result.error_bound, result.residuals = bound, residuals
         result.passes, result.converged = passes, converged
         return result
 
@@ -115,18 +111,15 @@ def truncated_svd(
         return _of_one(matrix, rank, start, oversample, power_passes, tol, seed)
 
     def solve(i: int) -> TruncatedSVD:
-        return _of_one(
-            matrix[i], rank, None if start is None else start[i], oversample, power_passes, tol, seed
-        )
+        own_start = None if start is None else start[i]
+        return _of_one(matrix[i], rank, own_start, oversample, power_passes, tol, seed)
 
     batch = matrix.shape[0]
     threads = torch.get_num_threads()
     if matrix.is_cpu and min(batch, threads) > 1:
         # One thread a matrix: eigensolvers of the small core do not gain from more, small products hardly do.
         try:
-            with ThreadPoolExecutor(
-                min(batch, threads), initializer=torch.set_num_threads, initargs=(1,)
-            ) as pool:
+            with ThreadPoolExecutor(min(batch, threads), "", torch.set_num_threads, (1,)) as pool:
                 results = list(pool.map(solve, range(batch)))
         finally:
             # Threads started later would inherit the 1.
@@ -134,11 +127,7 @@ def truncated_svd(
     else:
         results = [solve(i) for i in range(batch)]
     return TruncatedSVD._of(
-        (
-            torch.stack([r.U for r in results]),
-            torch.stack([r.S for r in results]),
-            torch.stack([r.Vh for r in results]),
-        ),
+        [torch.stack(factors) for factors in zip(*results, strict=True)],
         torch.stack([r.error_bound for r in results]),
         torch.stack([r.residuals for r in results]),
         max(r.passes for r in results),
@@ -164,22 +153,12 @@ def _of_one(
         if peak and not 1e-12 < peak < 1e12:
             matrix, scale = matrix / peak, peak
             total = _squared_norm(matrix)
-    if rank == 0 or float(total) == 0:
-        factors = (
-            torch.eye(m, rank, dtype=matrix.dtype, device=matrix.device),
-            matrix.new_zeros(rank),
-            torch.eye(rank, n, dtype=matrix.dtype, device=matrix.device),
-        )
-        return TruncatedSVD._of(
-            factors,
-            _error_bound(matrix, total, *factors) * scale,
-            matrix.new_zeros(rank, dtype=torch.float64),
-            0,
-            torch.tensor(True, device=matrix.device),
-        )
     found: Triplets | None = None
     passes = 0
-    if power_passes is not None:
+    if rank == 0 or float(total) == 0:
+        u, vh = (torch.eye(*shape).to(matrix) for shape in ((m, rank), (rank, n)))
+        found = Triplets(u, matrix.new_zeros(rank), vh, matrix.new_zeros(rank, dtype=torch.float64))
+    elif power_passes is not None:
         passes = power_passes + 1
         found = subspace_iteration(matrix, rank, start, min(rank + oversample, m, n), passes, seed)
     elif 6 * (rank + oversample) < min(m, n) and min(m, n) > 8 * BLOCK:
@@ -189,7 +168,7 @@ def _of_one(
     u, s, vh, residuals = found
     error = _error_bound(matrix, total, u, s, vh)
     # The residuals are rounded, too.
-    residuals = residuals + 16 * torch.finfo(s.dtype).eps * s[0].double()
+    residuals = residuals + 16 * torch.finfo(s.dtype).eps * s[:1].double()
     converged = torch.tensor(Triplets(u, s, vh, residuals).within(tol), device=matrix.device)
     return TruncatedSVD._of((u, s * scale, vh), error * scale, residuals * scale, passes, converged)
 

@@ -15,10 +15,9 @@ from oats.compression.calibration import as_batches
 from oats.compression.statistics import means_and_variances
 from oats.config import PRUNING, OatsConfig
 from oats.decomposition.baselines import sparsegpt
+from oats.decomposition.baselines.by_score import prune_magnitude, prune_wanda
 from oats.decomposition.baselines.dsnot import CYCLES, THRESHOLD, prune_dsnot
-from oats.decomposition.baselines.magnitude import prune_magnitude
 from oats.decomposition.baselines.sparsegpt import prune_sparsegpt
-from oats.decomposition.baselines.wanda import prune_wanda
 from oats.decomposition.error_feedback import DAMPING
 from oats.errors import ConfigError, WeightError
 from oats.nn.sparse_low_rank_linear import SparseLowRankLinear

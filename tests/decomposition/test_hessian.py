@@ -5,9 +5,8 @@ import torch
 
 import oats
 from oats.decomposition.budget import nnz_per_row, rank_for
-from oats.decomposition.hessian import decompose_hessian
+from oats.decomposition.hessian import decompose_hessian, refit_values
 from oats.decomposition.metric import nearest_low_rank
-from oats.decomposition.refit import refit_values
 from oats.errors import ConfigError, WeightError
 from tests.decomposition.test_alternating import make_weight, normal, true_error
 

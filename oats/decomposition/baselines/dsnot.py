@@ -44,9 +44,7 @@ def prune_dsnot(
     Args:
         weight: (d_out, d_in), any floating dtype, finite.
         moments: (2, d_in): the mean and the variance of each input over the calibration tokens.
-        compression: share of the weights that is removed, in [0, 1).
-        pattern: as :func:`oats.decomposition.baselines.wanda.prune_wanda`.
-        name: the layer's name, for error messages.
+        compression: this, `pattern` and `name` are those of `prune_wanda`.
 
     Returns:
         A decomposition of rank 0. Kept weights are unchanged. Its relative_error is in Wanda's metric, in

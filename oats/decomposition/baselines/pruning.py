@@ -13,16 +13,7 @@ from oats.decomposition.selection import keep_largest
 
 
 def checked_count(weight: Tensor, compression: float, pattern: Pattern, layer: str) -> int:
-    """Check a weight and its budget, and count how many weights it keeps.
-
-    Args:
-        weight: (d_out, d_in).
-        compression: share of the weights that is removed, in [0, 1).
-        pattern: ``"row"``, ``"layer"``, or an ``"N:M"`` that keeps the same share.
-        layer: the layer's name, for error messages.
-
-    Returns:
-        The count that :func:`oats.decomposition.selection.keep_largest` takes.
+    """Check a weight and its budget, and return the count for `oats.decomposition.selection.keep_largest`.
 
     Raises:
         ConfigError: a setting is out of range, the pattern does not keep what the compression leaves, or d_in
@@ -45,12 +36,9 @@ def largest(scores: Tensor, count: int, pattern: Pattern) -> Tensor:
 
 
 def keep(weight: Tensor, mask: Tensor, root: Tensor) -> Decomposition:
-    """Keep the weights of a mask unchanged.
+    """Keep the weights of a mask unchanged; the error is ``‖(W − S) diag(root)‖_F``, relative.
 
-    Args:
-        weight: W, (d_out, d_in).
-        mask: (d_out, d_in), bool.
-        root: (d_in,), float32, proportional to ``‖x_j‖₂``. The error is ``‖(W − S) diag(root)‖_F``, relative.
+    `root`, (d_in,) float32, is proportional to ``‖x_j‖₂``.
     """
     scaled = weight.detach().float() * root
     error = frobenius_norm(scaled * ~mask) / (frobenius_norm(scaled) or 1.0)

@@ -36,10 +36,9 @@ def prune_sparsegpt(
     Args:
         weight: (d_out, d_in), any floating dtype, finite.
         hessian: (d_in, d_in), ``X Xᵀ`` summed over the calibration tokens; its scale does not matter.
-        compression: share of the weights that is removed, in [0, 1).
+        compression: this and `name` are those of `prune_magnitude`.
         pattern: ``"layer"``, the published one, compares all weights of a block, ``"row"`` those of a row
             of the block, ``"N:M"`` those of M contiguous inputs.
-        name: the layer's name, for error messages.
 
     Returns:
         A decomposition of rank 0. Here relative_error is ``‖(W − S) X‖_F / ‖W X‖_F``.
