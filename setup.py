@@ -22,7 +22,7 @@ class CMakeBuild(build_ext):  # type: ignore[misc]
         module = Path(self.get_ext_fullpath(ext.name)).resolve()
         build = source / "build" / f"cmake-{sys.implementation.cache_tag}"
         build.mkdir(parents=True, exist_ok=True)
-        # pip's isolated environment puts ninja at a new path each time, which a cached configure remembers.
+        # pip's isolated environment has ninja at a new path each time, and the cache remembers the old one.
         (build / "CMakeCache.txt").unlink(missing_ok=True)
         cmake = shutil.which("cmake")
         if cmake is None:
@@ -43,9 +43,9 @@ class CMakeBuild(build_ext):  # type: ignore[misc]
         subprocess.run(configure, check=True)
         subprocess.run([cmake, "--build", str(build)], check=True)
 
-        # An editable installation takes from where this is built only what it knows of: the extension.
+        # An editable installation copies only the extension that setuptools knows, not the CUDA module.
         package = source / "oats" if self.editable_mode else module.parent
-        # Left by an earlier build, it might not fit this one.
+        # A CUDA module that an earlier build left might not fit this one.
         for stale in package.glob("_cuda.*.so"):
             stale.unlink()
         built = subprocess.run([cmake, "--build", str(build), "--target", "cuda_module"])

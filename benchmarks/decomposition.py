@@ -7,14 +7,15 @@
     python benchmarks/decomposition.py --random 512x512 --batch 2 8
     python benchmarks/decomposition.py --accuracy [--weights DIRECTORY]
 
-The full alternation is timed with `torch.linalg.svd` in float32. Where 80 take longer than `--longest`
-seconds, fewer are timed and the time is extrapolated, which the table marks with "≈". The error after 80 is
-computed in full, from the eigenvectors of the Gram matrix in float64 (the same step), unless `--no-exact`.
+The published algorithm is timed with `torch.linalg.svd` in float32. If 80 alternations take longer than
+`--longest` seconds, fewer are timed, and the table marks the extrapolated time with "≈". The error after 80
+alternations is computed in full, in float64, from the eigenvectors of the Gram matrix (the same step);
+`--no-exact` leaves it out.
 
-`--model` times the layers of one block of a model in `oats.bench.shapes`, on random weights, and
-multiplies by the number of blocks; for `oats-hessian` with inputs that mix a few directions. `--batch` times
-random weights of one shape together against one after the other. `--accuracy` compares final errors, with
-products in float32 and in bfloat16, on layers of many kinds, and no times.
+`--model` times the layers of one block of a model in `oats.bench.shapes`, on random weights, and multiplies
+by the number of blocks. For `oats-hessian` the inputs mix a few directions. `--batch` times random weights of
+one shape together, and one after the other. `--accuracy` compares final errors, not times, on many kinds of
+layers, with products in float32 and in bfloat16.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ import torch
 from torch import Tensor
 
 import oats
-import oats.decomposition
+import oats.decomposition.subspace
 from oats.bench.shapes import shapes_of
 from oats.decomposition.alternating import decompose_batch
 from oats.decomposition.budget import nnz_per_row, rank_for
-from oats.decomposition.methods import collects_hessians, decompose_by_method
+from oats.decomposition.methods import decompose_by_method, statistic_for
 from oats.decomposition.selection import keep_largest
 
 PUBLISHED = 80
@@ -43,7 +44,7 @@ PUBLISHED = 80
 
 
 def full_svd(matrix: Tensor, rank: int) -> Tensor:
-    """The best approximation, as the published code takes it."""
+    """The best approximation, computed as in the published code."""
     u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
     return (u[:, :rank] * s[:rank]) @ vh[:rank]
 
@@ -68,7 +69,7 @@ def alternate(
 
 
 def timed_published(scaled: Tensor, rank: int, count: int, longest: float) -> tuple[float, int]:
-    """Seconds of 80 alternations and how many were timed for it."""
+    """Seconds of 80 alternations, and how many of them were timed."""
     start = time.perf_counter()
     alternate(scaled, rank, count, full_svd, 1)
     one = time.perf_counter() - start
@@ -81,7 +82,7 @@ def timed_published(scaled: Tensor, rank: int, count: int, longest: float) -> tu
 
 
 def moments(d_in: int) -> Tensor:
-    """Log-normal, one input in 97 a thousand times the rest: like the activations of transformers."""
+    """Log-normal, one input in 97 times a thousand: like the activations of transformers."""
     moment = torch.exp(torch.randn(d_in, generator=torch.Generator().manual_seed(1)))
     moment[::97] *= 1000
     return moment
@@ -99,14 +100,14 @@ def heavy_tailed(d_out: int, d_in: int) -> Tensor:
 
 
 def low_rank_plus(noise: float, d_out: int, d_in: int) -> Tensor:
-    """Of an eighth of the full rank, plus noise of that size."""
+    """An eighth of the full rank, plus Gaussian noise times `noise`."""
     inner = min(d_out, d_in) // 8
     product = normal(d_out, inner, seed=7) @ normal(inner, d_in, seed=8) / inner**0.5
     return product + noise * normal(d_out, d_in, seed=9)
 
 
 def power_law(exponent: float, d_out: int, d_in: int) -> Tensor:
-    """Singular values i^-exponent, random vectors."""
+    """Singular values ``i ** -exponent``, random singular vectors."""
     inner = min(d_out, d_in)
     u, v = (torch.linalg.qr(normal(d, inner, seed=seed)).Q for d, seed in ((d_out, 3), (d_in, 4)))
     return (u * torch.arange(1, inner + 1).float() ** -exponent) @ v.T
@@ -125,7 +126,7 @@ SHAPES = [(384, 384), (256, 640), (640, 384)]
 
 
 def decades(d_in: int, number: float) -> Tensor:
-    """Moments spread evenly over that many decades."""
+    """Moments spread evenly over `number` decades."""
     share = torch.rand(d_in, generator=torch.Generator().manual_seed(99))
     return torch.pow(10.0, number * (share - 0.5))
 
@@ -135,7 +136,7 @@ MOMENTS: dict[str, tuple[Callable[[int], Tensor], float]] = {
     "log-normal": (moments, 0.4),
     "6 decades": (partial(decades, number=6), 0.6),
 }
-"""Name → the second moments, and the compression they are tried at."""
+"""Name → how to make second moments, and the compression to test them at."""
 
 GEMMA = (
     "model.layers.2.self_attn.q_proj.weight",
@@ -149,7 +150,7 @@ GEMMA = (
 
 
 def weights(shapes: list[str], model: Path | None, layers: list[str]) -> Iterator[tuple[str, Tensor]]:
-    """What is asked for, one after the other."""
+    """The weights that the command line names."""
     for shape in shapes:
         d_out, d_in = map(int, shape.split("x"))
         yield "random", torch.randn(d_out, d_in, generator=torch.Generator().manual_seed(0))
@@ -163,7 +164,7 @@ def weights(shapes: list[str], model: Path | None, layers: list[str]) -> Iterato
 
 
 def many_layers(model: Path | None) -> Iterator[tuple[str, Tensor, str]]:
-    """Kind, weight and the name of its moments."""
+    """Kind, weight, and a key of `MOMENTS`."""
     for shape in SHAPES:
         for kind, make in KINDS.items():
             for moment in MOMENTS:
@@ -174,7 +175,7 @@ def many_layers(model: Path | None) -> Iterator[tuple[str, Tensor, str]]:
 
 
 def compare_errors(model: Path | None, momenta: list[float], exact: bool) -> None:
-    """Print one row a layer: the final errors relative to that of float32 products at the first momentum."""
+    """Print one row a layer: final errors, relative to float32 products at the first momentum."""
     headings = [f"{dtype}, momentum {m:g}" for m in momenta for dtype in ("float32", "bfloat16")]
     print(f"| layer | shape | moments | ρ | 80 exact | {' | '.join(headings)} |")
     print("|---" * (5 + len(headings)) + "|")
@@ -185,7 +186,7 @@ def compare_errors(model: Path | None, momenta: list[float], exact: bool) -> Non
         errors = []
         for momentum in momenta:
             for smallest in (weight.numel() + 1, 0):
-                oats.decomposition.alternating.BFLOAT16_FROM = smallest
+                oats.decomposition.subspace.BFLOAT16_FROM = smallest
                 result = oats.decompose(weight, moment, compression=compression, momentum=momentum)
                 errors.append(result.relative_error)
         published = math.nan
@@ -204,7 +205,7 @@ def compare_errors(model: Path | None, momenta: list[float], exact: bool) -> Non
 
 
 def correlated_hessian(d_in: int) -> Tensor:
-    """Of inputs that mix a few directions beside their own noise, of the sizes that `moments` has."""
+    """The Hessian of inputs that mix a few directions with noise, scaled to the sizes of `moments`."""
     hessian = torch.zeros(d_in, d_in)
     for seed in range(4):
         tokens = normal(d_in, d_in // 2, seed=seed) + normal(d_in, 8, seed=4) @ normal(
@@ -216,10 +217,10 @@ def correlated_hessian(d_in: int) -> Tensor:
 
 
 def time_model(model: str, compressions: list[float], method: str) -> None:
-    """Print one row a layer of a block, and what all blocks take."""
+    """Print one row for each layer of a block, and the time of all blocks."""
     layers = shapes_of(model)
     blocks = min(layer.count for layer in layers)
-    takes_hessian = collects_hessians(oats.OatsConfig(method=method))
+    takes_hessian = statistic_for(oats.OatsConfig(method=method)) == "hessians"
     print("| layer | shape | in a block | ρ | seconds each | error | alternations |")
     print("|---|---|---|---|---|---|---|")
     for compression in compressions:
@@ -245,7 +246,7 @@ def time_model(model: str, compressions: list[float], method: str) -> None:
 
 
 def time_batches(shapes: list[str], sizes: list[int], compressions: list[float], repeat: int) -> None:
-    """Print one row a batch: seconds of its matrices one after the other and together, and the ratio."""
+    """Print one row a batch: seconds one after the other, seconds together, and the ratio."""
     print("| shape | batch | ρ | one by one | together | |")
     print("|---|---|---|---|---|---|")
     for shape in shapes:

@@ -5,13 +5,13 @@
     benchmarks/install_peers.sh                              # for the next: builds llama.cpp
     python benchmarks/end_to_end.py phi-3-mini --forms oats oats-int8 oats-int4 llama-q8_0 llama-q4_k_m
 
-gemma-3-270m has its real weights, from ``.demo/``, where ``make demo`` leaves them, and in llama.cpp from the
-package that these are from. The others have the shapes of the published models and random weights: what they
-say is worth nothing, and takes as long. Each model has processes of its own. Its forms are timed in turn in
-one process where all fit into memory, else one after the other; llama.cpp has a process of its own for each,
-stopped while the others are timed. The read bandwidth is measured in between.
+gemma-3-270m has its real weights: those that ``make demo`` leaves in ``.demo/``, and in llama.cpp those of
+the same package. The other models have the published shapes and random weights: their text is nonsense, but
+takes as long. Each model runs in processes of its own. If all its forms fit into memory, they take turns in
+one process; otherwise they run one after the other. llama.cpp has a process for each form, which is stopped
+while others are timed. The read bandwidth is measured between the turns.
 
-Linux only: memory is what the kernel counts (VmHWM of /proc/self/status).
+Linux only: memory is the kernel's count (VmHWM of /proc/self/status).
 """
 
 from __future__ import annotations
@@ -29,21 +29,20 @@ from typing import Any
 import torch
 from llama_files import BENCH, LlamaModel, weight_bytes, write_random
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Phi3Config, PretrainedConfig
 from transformers.utils import logging
 
 from oats import OatsConfig
 from oats.bench.contenders import read_time
-from oats.bench.model_latency import bytes_per_token, decode_time, generation_speed
+from oats.bench.model_speed import bytes_per_token, decode_time, model_speeds
 from oats.bench.random_model import random_model
 from oats.bench.spread import Spread
 from oats.checkpoint.stored_model import directory_bytes
-from oats.cli.console import human_bytes
+from oats.cli.console import human_bytes, results
 from oats.compression.head import quantize_head_
 from oats.compression.quantize import quantize_
-from oats.kernels import ops
+from oats.kernels.isa import active_isa
 from oats.nn.sparse_low_rank_linear import SparseLowRankLinear
 
 DEMO = Path(__file__).parent.parent / ".demo"
@@ -61,9 +60,9 @@ SHAPES: dict[str, PretrainedConfig] = {
         rope_parameters={"rope_type": "default", "rope_theta": 500000.0}, rms_norm_eps=1e-5,
     ),
 }  # fmt: skip
-# Name → values of OatsConfig, and bits of a stored weight at a compression: the mask takes one.
+# Form → `values` of OatsConfig, and bits of a kept value; the mask takes one more bit of each element.
 OURS = {"oats": (None, 16), "dense": (None, 16), "oats-int8": ("int8", 8.25), "oats-int4": ("int4", 5.5)}
-# Name → file type of llama.cpp, and bits of a weight.
+# Form → file type of llama.cpp, and bits of a weight.
 LLAMA = {"llama-q8_0": ("Q8_0", 8.5), "llama-q4_k_m": ("Q4_K_M", 4.9)}
 FORMS = [*OURS, *LLAMA]
 
@@ -105,7 +104,7 @@ def main() -> None:
 
 
 def in_processes(model: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The rows of one model, from one process where its forms fit into memory, else from one for each."""
+    """The rows of one model: from one process if its forms fit into memory, else from one for each form."""
     free = memory("MemAvailable", "/proc/meminfo")
     needed = {form: expected_bytes(model, form, options) for form in options.forms}
     groups = [list(needed)] if sum(needed.values()) < 0.9 * free else [[form] for form in needed]
@@ -136,7 +135,7 @@ def in_processes(model: str, options: argparse.Namespace) -> list[dict[str, Any]
 
 
 def expected_bytes(model: str, form: str, options: argparse.Namespace) -> int:
-    """About what a process that holds the model takes."""
+    """About the memory of a process that holds the model, in bytes."""
     if model in REAL:
         return 2 * directory_bytes(options.demo / REAL[model][stored_as(form)])
     with torch.device("meta"):
@@ -155,7 +154,7 @@ def measure(model: str, forms: Sequence[str], options: argparse.Namespace) -> li
     logging.disable_progress_bar()
     networks: dict[str, Any] = {}
     made: dict[str, int] = {}
-    # Of llama.cpp's: bytes of weights that a token reads, and in the blocks.
+    # Forms in llama.cpp → bytes of weights that a token reads, and of those in the blocks.
     sizes: dict[str, tuple[int, int]] = {}
     for form in forms:
         before = memory("VmRSS")
@@ -165,13 +164,13 @@ def measure(model: str, forms: Sequence[str], options: argparse.Namespace) -> li
             networks[form] = make(model, form, options)
             if options.head and form != "dense":
                 quantize_head_(networks[form])
-        # Of a form that is made second the peak cannot be told.
+        # The peak is known only for the form that is made first.
         made[form] = memory("VmHWM") - before if len(networks) == 1 and form in OURS else 0
     vocabulary = architecture(model, options).vocab_size
     prompt = torch.randint(vocabulary, (options.prompt,), generator=torch.Generator().manual_seed(0))
     read = read_time()
     reads: list[float] = []
-    speeds = generation_speed(
+    speeds = model_speeds(
         networks,
         prompt,
         new_tokens=options.new_tokens,
@@ -213,7 +212,7 @@ def measure(model: str, forms: Sequence[str], options: argparse.Namespace) -> li
                 if form in OURS
                 else None,
                 "threads": torch.get_num_threads(),
-                "isa": ops.active_isa(),
+                "isa": active_isa(),
                 "torch": torch.__version__,
             }
         )
@@ -221,7 +220,7 @@ def measure(model: str, forms: Sequence[str], options: argparse.Namespace) -> li
 
 
 def compression_of(model: str, network: Any, options: argparse.Namespace) -> float | None:
-    """Of the blocks of a compressed model; None for a dense one."""
+    """Compression of the blocks of a compressed model; None for a dense one."""
     if not any(isinstance(module, SparseLowRankLinear) for module in network.modules()):
         return None
     return float(
@@ -242,7 +241,7 @@ def make(model: str, form: str, options: argparse.Namespace) -> Any:
 
 
 def make_llama(model: str, form: str, options: argparse.Namespace) -> tuple[LlamaModel, tuple[int, int]]:
-    """The model in llama.cpp, from a file that is gone again, and what `weight_bytes` says of it."""
+    """The model in llama.cpp, from a temporary file, and the `weight_bytes` of that file."""
     kind, _ = LLAMA[form]
     network = LlamaModel()
     with tempfile.TemporaryDirectory(dir=BENCH) as folder:
@@ -269,7 +268,7 @@ def architecture(model: str, options: argparse.Namespace) -> PretrainedConfig:
 
 
 def stored_as(form: str) -> str:
-    """The form on disk that a form is made from."""
+    """The form on disk from which a form is made."""
     return "dense" if form == "dense" else "oats"
 
 
@@ -280,7 +279,7 @@ def memory(field: str, file: str = "/proc/self/status") -> int:
 
 
 def named(form: str, compression: float | None) -> str:
-    """A form, for people."""
+    """The name of a form in the table."""
     if form in LLAMA:
         return f"llama.cpp {LLAMA[form][0]}"
     return "dense bf16" if form == "dense" else f"oats {compression:.0%} {OURS[form][0] or 'bf16'}"
@@ -312,7 +311,7 @@ def show(rows: Sequence[Mapping[str, Any]], options: argparse.Namespace) -> None
             row["model"], f"{form}, {row['weights']}", human_bytes(row["block_bytes"]), *speeds,
             f"{row['share_of_bandwidth']:.0%}", " + ".join(parts),
         )  # fmt: skip
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 130)
+    console = results()
     console.print(table)
     for row in rows:
         if row["peak_of_making_bytes"]:

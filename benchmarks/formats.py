@@ -1,15 +1,14 @@
-"""The formats of one model in one table and one picture: perplexity by bytes and by decoded tokens a second.
+"""The formats of one model in one table and one picture: perplexity against bytes, and against speed.
 
     oats compare MODEL --out DIR …                  # the cells; docs/quality.md has the command for Gemma
     python benchmarks/formats.py DIR
     python benchmarks/formats.py DIR --gguf FILE    # with llama.cpp, which benchmarks/install_peers.sh builds
 
-Each form is timed with random weights of its sizes, all in turn: no speed depends on what is in them. A dense
-format of GGUF is timed in llama.cpp, from FILE, which is any GGUF file of the model, with all linear layers
-in that format. Embedding and head have eight bits in all but the dense form of ours: codes, or Q8_0. A speed
-is of the whole model, and with it of what runs the model: transformers for ours, which takes its share of
-each token. formats.md, formats.png and formats.svg go to DIR, and speeds.json, from which a second run takes
-what it has.
+All formats are timed in turn, with random weights: the speed does not depend on the values. A dense format of
+GGUF is timed in llama.cpp, with all linear layers in that format; FILE is any GGUF file of the model.
+Embedding and head have eight bits (codes, or Q8_0), except in the dense model. The speed is that of the whole
+model, so it includes the software around the layers: transformers for ours. formats.md, formats.png,
+formats.svg and speeds.json are written to DIR; a second run reuses speeds.json.
 """
 
 from __future__ import annotations
@@ -27,16 +26,18 @@ from transformers import AutoConfig
 from transformers.utils import logging
 
 from oats import OatsConfig
-from oats.bench.model_latency import decode_time, generation_speed
+from oats.bench.model_speed import decode_time, model_speeds
 from oats.bench.random_model import random_model
-from oats.checkpoint.atomic_file import write_text
+from oats.checkpoint.atomic import write_text
 from oats.compression.head import quantize_head_
 from oats.config import PRUNING
-from oats.evaluate.comparison import DENSE, Cell, Cells, header, is_dense, rows, split_codes
+from oats.evaluate.cells import DENSE, Cell, Cells, is_dense
+from oats.evaluate.comparison import split_codes
 from oats.evaluate.comparison_plot import draw
-from oats.kernels import ops
+from oats.evaluate.comparison_table import header, rows
+from oats.kernels.isa import active_isa
 
-# Format of a dense cell → file type of llama.cpp in which the layers have it.
+# Format of a dense cell → file type of llama.cpp whose layers have this format.
 GGUF = {"q8_0": "Q8_0", "q4_0": "Q4_0", "q4_k": "Q4_K_S"}
 
 
@@ -69,7 +70,7 @@ def main() -> None:
 
 
 def form(cell: Cell) -> str:
-    """What the speed of a cell depends on, as text."""
+    """Name of what a cell is timed as. Cells with one name have one speed."""
     if is_dense(cell):
         return cell.method
     method, codes = split_codes(cell.method)
@@ -80,19 +81,19 @@ def form(cell: Cell) -> str:
 def measured(
     cells: Sequence[Cell], settings: dict[str, Any], options: argparse.Namespace
 ) -> dict[str, dict[str, float]]:
-    """Form → decoded tokens a second, and milliseconds a token in the linear layers where that is known."""
+    """Form → decoded tokens a second, and if known milliseconds of a token in the linear layers."""
     file = options.comparison / "speeds.json"
     speeds: dict[str, dict[str, float]] = json.loads(file.read_text()) if file.exists() else {}
     wanted = dict.fromkeys(form(cell) for cell in cells)
     if any(name not in speeds for name in wanted if runs(name, options)):
-        # All anew: only what is timed in one run can be compared.
+        # Time all of them again: only times of one run can be compared.
         with tempfile.TemporaryDirectory() as folder:
             networks = {
                 name: make(name, settings, options, Path(folder)) for name in wanted if runs(name, options)
             }
         prompt = torch.randint(1000, (options.prompt,), generator=torch.Generator().manual_seed(0))
         numbers = {"new_tokens": options.new_tokens, "repetitions": options.repetitions}
-        found = generation_speed(networks, prompt, **numbers)
+        found = model_speeds(networks, prompt, **numbers)
         speeds = {name: {"decode": speed.decode.median} for name, speed in found.items()}
         for name, network in networks.items():
             if isinstance(network, LlamaModel):
@@ -105,13 +106,13 @@ def measured(
 
 
 def runs(name: str, options: argparse.Namespace) -> bool:
-    """Whether there is something that generates in a form."""
+    """True if there is software here that runs the form."""
     dense, _, kind = name.partition("+")
     return dense != DENSE or not kind or (kind in GGUF and options.gguf is not None)
 
 
 def make(name: str, settings: dict[str, Any], options: argparse.Namespace, folder: Path) -> Any:
-    """What generates in a form."""
+    """The model in a form, ready to be timed."""
     architecture = AutoConfig.from_pretrained(settings["model"])
     if name == DENSE:
         return random_model(architecture, None)
@@ -153,7 +154,7 @@ def table(
     settings = {
         **settings,
         "speed": f"median of {options.repetitions} runs in turn, batch 1, prompt of {options.prompt} tokens, "
-        f"{options.new_tokens} new ones, {torch.get_num_threads()} threads, ISA {ops.active_isa()}; "
+        f"{options.new_tokens} new ones, {torch.get_num_threads()} threads, ISA {active_isa()}; "
         "embedding and head of eight bits but in the dense model",
     }
     text = "\n".join("| " + " | ".join(line) + " |" for line in lines)

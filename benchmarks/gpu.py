@@ -7,13 +7,13 @@
 MACKO (one row of x) and SpInfer (8, 16 and 32 rows, the fastest of its splits), from checkouts of their
 repositories, multiply by an unstructured weight of as many parameters, in float16.
 
-Each contender's calls are captured in a CUDA graph, which goes over so many copies of the weight that
-together they are four times the second-level cache. The contenders take turns; times are medians over the
-replays. Before it is timed, our output is compared with a product in float64, in units of √(Σ w² x²).
-Effective bandwidth is the packed bytes over the time; its share is of what torch's sum of 1 GB reads in a
-second, in the same run.
+The calls of each contender are captured in a CUDA graph. The calls use different copies of the weight, as
+many as fill four times the second-level cache. The contenders take turns; times are medians over the replays.
+Before anything is timed, our output is compared with a product in float64, in units of √(Σ w² x²). The
+effective bandwidth is the packed bytes over the time. Its share is relative to the bandwidth of torch's sum
+of 1 GB in the same run.
 
-Decomposition: `oats.decompose` against 80 full SVDs on the same GPU, of which one is timed.
+Decomposition: `oats.decompose` against 80 full SVDs on the same GPU; one SVD is timed, times 80.
 """
 
 from __future__ import annotations
@@ -38,14 +38,16 @@ from oats import decompose
 from oats.bench.shapes import shapes_of
 from oats.decomposition.budget import nnz_per_row, rank_for
 from oats.format.bitmask import encode
-from oats.kernels import cuda, ops
+from oats.kernels.cuda.availability import is_built
+from oats.kernels.cuda.sparse_low_rank_linear import linear
+from oats.kernels.keep_largest import keep_largest_in_rows
 from oats.nn.sparse_low_rank_linear import SparseLowRankLinear
 
 LLAMA_70B = [(8192, 8192), (1024, 8192), (28672, 8192), (8192, 28672)]
 QUICK = [(4096, 4096), (14336, 4096)]
 BATCHES = [1, 2, 4, 8, 16, 32, 64, 256, 2048]
 SPLITS = [1, 2, 4, 7]
-"""Of the inputs in SpInfer's kernel; its own benchmark takes 1 to 7, by the shape."""
+"""Parts into which SpInfer's kernel splits the inputs; its own benchmark uses 1 to 7, by the shape."""
 TOLERANCE = 2.0**-5
 
 Call = Callable[[], Any]
@@ -56,7 +58,7 @@ def random_layer(d_out: int, d_in: int, compression: float, device: str) -> Spar
     rank = rank_for(d_out, d_in, compression, 0.25, "row")
     generator = torch.Generator(device).manual_seed(0)
     sparse = torch.randn(d_out, d_in, generator=generator, device=device)
-    mask, values = encode(ops.keep_largest_in_rows(sparse, nnz_per_row(d_in, compression, 0.25)))
+    mask, values = encode(keep_largest_in_rows(sparse, nnz_per_row(d_in, compression, 0.25)))
     u = torch.randn(d_out, rank, generator=generator, device=device) / max(rank, 1) ** 0.5
     v = torch.randn(rank, d_in, generator=generator, device=device)
     tensors = {"mask": mask, "values": values, "low_rank_u": u, "low_rank_v": v}
@@ -65,32 +67,32 @@ def random_layer(d_out: int, d_in: int, compression: float, device: str) -> Spar
 
 
 def worst_error(layer: SparseLowRankLinear, x: Tensor) -> float:
-    """Of our product on at most 64 rows, in units of √(Σ w² x²)."""
+    """Largest error of our product on at most 64 rows, in units of √(Σ w² x²)."""
     return error_of(layer(x), x, layer.to_dense())
 
 
 def error_of(y: Tensor, x: Tensor, weight: Tensor) -> float:
-    """Of a product of `x` and a dense weight, as `worst_error`."""
+    """Largest error of `y`, the product of `x` and a dense weight, as in `worst_error`."""
     y, x, weight = y[:64].double(), x[:64].double(), weight.double()
     return float(((y - x @ weight.T) / (x.square() @ weight.square().T).sqrt()).abs().max())
 
 
 def copies_of(nbytes: int, cache: int) -> int:
-    """How many of a weight: four times the second-level cache together, at least 2 and at most 64."""
+    """Number of copies of a weight that fill four times the second-level cache; 2 to 64."""
     return max(2, min(64, -(-4 * cache // nbytes)))
 
 
 def sparse_peers(
     shape: tuple[int, int], compression: float, cache: int
 ) -> dict[str, tuple[list[int], list[gpu_sparse.Product], Tensor]]:
-    """Those whose checkouts the environment names: batches, products by copies of a weight, the weight."""
+    """Peers whose checkouts the environment names → batches, products by copies of a weight, the weight."""
     checkouts = {name: Path(os.environ[name]) for name in ("MACKO", "SPINFER") if os.environ.get(name)}
     if not checkouts:
         return {}
     generator = torch.Generator("cuda").manual_seed(0)
     weight = torch.randn(*shape, generator=generator, device="cuda")
     count = nnz_per_row(shape[1], compression, 0.0)
-    weight = ops.keep_largest_in_rows(weight, count).half()
+    weight = keep_largest_in_rows(weight, count).half()
     copies = copies_of(2 * count * shape[0], cache)
     made: dict[str, tuple[list[int], list[gpu_sparse.Product], Tensor]] = {}
     for name, checkout in checkouts.items():
@@ -106,7 +108,7 @@ def sparse_peers(
 
 
 def is_right(product: gpu_sparse.Product, x: Tensor, weight: Tensor) -> bool:
-    """Whether a peer computes its product at all, within `TOLERANCE`."""
+    """True if a peer computes its product within `TOLERANCE`."""
     try:
         return error_of(product(x), x, weight) < TOLERANCE
     except RuntimeError as reason:
@@ -115,7 +117,7 @@ def is_right(product: gpu_sparse.Product, x: Tensor, weight: Tensor) -> bool:
 
 
 def milliseconds(contenders: dict[str, Sequence[Call]], rounds: int = 20) -> dict[str, float]:
-    """Median time of a call of each contender, whose calls are made one after another."""
+    """Median time of a call of each contender; the contenders take turns."""
     graphs: dict[str, torch.cuda.CUDAGraph] = {}
     for name, calls in contenders.items():
         for call in calls[:3]:
@@ -139,7 +141,7 @@ def milliseconds(contenders: dict[str, Sequence[Call]], rounds: int = 20) -> dic
 
 
 def read_bandwidth() -> float:
-    """Bytes a second."""
+    """Bytes a second that torch's sum reads."""
     block = torch.ones(1 << 28, device="cuda")
     return block.nbytes / (milliseconds({"sum": [block.sum]})["sum"] / 1e3)
 
@@ -162,7 +164,7 @@ def product_rows(
             if not error < TOLERANCE:
                 raise SystemExit(f"{d_out} x {d_in}, batch {batch}: the product is wrong by {error:.3g}")
             contenders: dict[str, Sequence[Call]] = {
-                "oats": [functools.partial(cuda.linear, x, w, None, layer._sizes) for w in weights],
+                "oats": [functools.partial(linear, x, w, None, layer.spec) for w in weights],
                 "cublas": [functools.partial(nn.functional.linear, x, w) for w in dense],
             }
             half = x.half()
@@ -187,7 +189,7 @@ def product_rows(
 
 
 def row_text(row: dict[str, Any]) -> str:
-    """A row for people."""
+    """A row as a line of text."""
     ours, dense = row["oats_ms"], row["cublas_ms"]
     others = ""
     for peer in ("macko", "spinfer"):
@@ -202,7 +204,7 @@ def row_text(row: dict[str, Any]) -> str:
 
 
 def seconds(call: Call) -> float:
-    """Of one call, after another one, with the device idle before and after."""
+    """Time of a second call, with the device idle before and after it."""
     call()
     torch.cuda.synchronize()
     begin = time.perf_counter()
@@ -228,7 +230,7 @@ def decomposition_rows(shapes: Sequence[tuple[int, int]]) -> list[dict[str, Any]
 
 
 def main() -> None:
-    """Measure, print, and write what was measured."""
+    """Measure, print, and write the results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="two shapes")
     parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
@@ -236,8 +238,8 @@ def main() -> None:
     parser.add_argument("--no-decomposition", action="store_true")
     parser.add_argument("--json", type=Path, help="file to write")
     arguments = parser.parse_args()
-    if not (torch.cuda.is_available() and cuda.is_built()):
-        print("nothing was measured:", "no CUDA device" if cuda.is_built() else "oats._cuda is not built")
+    if not (torch.cuda.is_available() and is_built()):
+        print("nothing was measured:", "no CUDA device" if is_built() else "oats._cuda is not built")
         sys.exit(0)
     properties = torch.cuda.get_device_properties(0)
     bandwidth = read_bandwidth()

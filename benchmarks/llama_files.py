@@ -1,4 +1,4 @@
-"""Models for llama.cpp: GGUF files of given shapes, and the process that runs one."""
+"""Models for llama.cpp: GGUF files of given shapes, and a process that runs them."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from transformers import Phi3Config, PretrainedConfig
 BENCH = Path(__file__).parent.parent / ".bench/llama"
 PEER = Path(__file__).parent / "peers/llama_model.py"
 
-# Of the narrow model whose types and blocks a file of random weights has: what every block size divides.
+# Width of the narrow model whose quantised blocks fill a file of random weights. Every block size divides it.
 _NARROW = 256
 
 
 class LlamaModel(Worker):
-    """llama.cpp in a process of its own, for `oats.bench.model_latency`.
+    """llama.cpp in a process of its own, for `oats.bench.model_speed`.
 
     Raises:
         PeerError: it is not installed (`benchmarks/install_peers.sh`), or does not start.
@@ -42,29 +42,28 @@ class LlamaModel(Worker):
 
         Args:
             source: a GGUF file; it may be quantised already.
-            file: what is written.
+            file: the file to write.
             kind: a file type of llama.cpp.
-            embedding: the type of the token embedding and the head, where they are not to have what the
-                file type says.
-            pure: all other weights get the one type that the file type is named for.
+            embedding: type of the token embedding and the head; None leaves it to the file type.
+            pure: give all other weights the one type that the file type is named for.
         """
         paths = {"source": str(source), "file": str(file)}
         number = None if embedding is None else int(GGMLQuantizationType[embedding])
         self.ask(do="quantize", **paths, type=kind, embedding=number, pure=pure)
 
     def load(self, file: Path, context: int) -> None:
-        """Hold the model of a file, for prompts and new tokens of `context` together."""
+        """Load the model of a file; prompt and new tokens may have `context` tokens together."""
         self.ask(do="load", file=str(file), threads=torch.get_num_threads(), context=context)
 
     def timed_generate(self, prompt: Tensor, new_tokens: int) -> tuple[float, list[float]]:
-        """Generate greedily; see `oats.bench.model_latency.TimesItself`."""
+        """Generate greedily; see `oats.bench.model_speed.TimesItself`."""
         return 0.0, self.ask(do="generate", prompt=prompt.tolist(), new_tokens=new_tokens)["seconds"]
 
 
 def weight_bytes(file: Path) -> tuple[int, int]:
-    """Bytes of the weights that a token reads, and of those in the blocks among them.
+    """Bytes of the weights that a token reads, and the part of them in the blocks.
 
-    A file whose head is its embedding has no tensor called output.
+    A file whose head shares the weight of the embedding has no tensor called output.
     """
     tensors = {tensor.name: int(tensor.n_bytes) for tensor in GGUFReader(file).tensors}
     unread = tensors["token_embd.weight"] if "output.weight" in tensors else 0
@@ -73,14 +72,15 @@ def weight_bytes(file: Path) -> tuple[int, int]:
 
 
 def write_random(file: Path, architecture: PretrainedConfig, quantize: Callable[[Path, Path], None]) -> None:
-    """Write a model of given shapes with weights that are worth nothing.
+    """Write a model of given shapes with random weights.
 
-    A narrow model of as many layers is quantised; the file has its types, and its blocks over and over.
+    llama.cpp quantises a narrow model with as many layers. The file has the same types, and repeats its
+    blocks.
 
     Args:
-        file: what is written.
-        architecture: of Phi-3, or of Llama.
-        quantize: called with the narrow file and the one to write; it says which tensor becomes what.
+        file: the file to write.
+        architecture: a configuration of Phi-3 or of Llama.
+        quantize: called with the narrow file and the file to write; it chooses the type of each tensor.
     """
     narrow = copy.deepcopy(architecture)
     narrow.num_attention_heads = architecture.num_attention_heads // architecture.num_key_value_heads

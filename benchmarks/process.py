@@ -1,4 +1,4 @@
-"""A peer in a process of its own: the parent's side of the protocol in peers/worker.py."""
+"""Peers: other software in processes of their own. This is our end of the protocol in peers/worker.py."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from oats.errors import OatsError
 
 
 class PeerError(OatsError):
-    """A peer cannot be started, failed, or does not answer."""
+    """A peer does not start, fails, or does not answer."""
 
 
-# A peer compiles a layer for a batch in this time, or it is left out.
+# A peer that needs longer than this to compile a layer for a batch size is left out.
 _PATIENCE_SECONDS = 120.0
 
-# Of quantised weights: half a step of 8 or 4 bits in units of the weights' deviation, times the 6 deviations
-# of the largest of millions of outputs.
+# Tolerances of quantised weights: half a step of 8 or 4 bits in standard deviations of the weight, times 6:
+# the largest of millions of outputs is 6 standard deviations large.
 _QUANTISED = {"q8_0": 2.0**-4, "q4_k": 0.75}
 
 
 class Worker:
     """Another process, with its own Python, that answers requests.
 
-    Between requests the process is stopped (SIGSTOP), so that no thread of it spins while others are timed.
+    Between requests the process is stopped (SIGSTOP), so that its threads do not spin while others are timed.
     """
 
     def __init__(
@@ -60,14 +60,14 @@ class Worker:
 
     @property
     def running(self) -> bool:
-        """Whether the process is there."""
+        """True while the process exists."""
         return self._process is not None and self._process.poll() is None
 
     def ask(self, **request: Any) -> dict[str, Any]:
-        """The reply to a request.
+        """Send a request, and return the reply.
 
         Raises:
-            PeerError: it failed, the process has ended, or takes too long.
+            PeerError: the request failed, the process has ended, or it takes too long.
         """
         if not self.running:
             raise PeerError(f"{self.name} has ended before")
@@ -84,7 +84,7 @@ class Worker:
         return answer
 
     def close(self) -> None:
-        """End the process; it can be done again."""
+        """End the process. A second call does nothing."""
         self._end()
         self._folder.cleanup()
 
@@ -114,7 +114,7 @@ class Worker:
         return f"{self._folder.name}/{name}"
 
     def _answer(self) -> dict[str, Any]:
-        """The next line that the worker writes; it is stopped as soon as that is there."""
+        """The next line that the worker writes. It is stopped as soon as the line is there."""
         assert self._process is not None and self._process.stdout is not None
         descriptor = self._process.stdout.fileno()
         until = time.monotonic() + _PATIENCE_SECONDS
@@ -133,7 +133,7 @@ class Worker:
         return answer
 
     def _failure(self) -> PeerError:
-        """That the process has ended, with the line of its log that most likely says why."""
+        """An error that quotes the line of the log that most likely says why the process has ended."""
         self._end()
         printed = Path(self._path("log")).read_text(errors="replace").strip().splitlines()
         telling = [line for line in printed if "rror" in line or "ssertion" in line]
@@ -142,7 +142,7 @@ class Worker:
 
 
 class PeerProcess(Worker):
-    """A contender that lives in another process."""
+    """A contender (`oats.bench.contenders.Contender`) in another process."""
 
     def __init__(
         self,
@@ -167,7 +167,7 @@ class PeerProcess(Worker):
         super().__init__(name, command, environment=environment)
 
     def load(self, weight: RandomWeight) -> Loaded:
-        """See `Contender`; a process that a layer before has ended is started again."""
+        """See `Contender`. If the process has ended at an earlier layer, it is started again."""
         if not self.running:
             self._start()
         paths = [self._write("weight", weight.sparse)]

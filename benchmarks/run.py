@@ -1,10 +1,10 @@
-"""Ours, torch, and every peer that is installed, on the same layers: `make bench` and `make bench-peers`.
+"""Times ours, torch, and every installed peer on the same layers: `make bench` and `make bench-peers`.
 
     python benchmarks/run.py --out bench-results            # the shapes of docs/performance.md
     python benchmarks/run.py --out bench-results --quick    # 4096 × 4096 at four batches
     python benchmarks/run.py --out here --model phi-3-mini --no-peers
 
-Prints the tables as Markdown, and writes them, all rows as JSON, and the pictures to the directory.
+Prints the tables as Markdown. Writes the tables, all rows as JSON, and the pictures to the directory.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from oats.bench.random_layer import Form
 from oats.bench.shapes import LayerShape, shapes_of
 from oats.config import OatsConfig
 from oats.errors import OatsError, OutputExistsError
-from oats.kernels import ops
+from oats.kernels.isa import active_isa, available_isas
 
 HERE = Path(__file__).resolve().parent
 
@@ -39,12 +39,12 @@ HERE = Path(__file__).resolve().parent
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (14336, 4096), (1024, 4096))
 BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 32, 64, 128, 256, 512, 1024, 2048)
 QUICK_BATCHES = (1, 4, 16, 128)
-# Of the peers: those of decoding, and one of a prompt.
+# Batch sizes of the peers: several of decoding, and one of a prompt.
 PEER_BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 128)
-# Of the comparison with unstructured pruning, beside the one of the whole run.
+# More compressions for the comparison with unstructured pruning.
 OTHER_COMPRESSIONS = (0.3, 0.4, 0.6, 0.7)
 CODES: tuple[Literal["int8", "int4"], ...] = ("int8", "int4")
-# Lower instruction sets, and sparse plus low rank on DeepSparse, are shown on the first shape only.
+# Lower instruction sets, and sparse plus low rank on DeepSparse, run on the first shape only.
 ISA_BATCHES = (1, 16, 128)
 
 
@@ -53,9 +53,9 @@ class PeerKind:
     """How a peer is started.
 
     Attributes:
-        environment: folder under .bench/ whose Python runs it, "" for the one that runs this.
-        script: in peers/, and its arguments.
-        how: to get it, for the line that says that it is missing.
+        environment: folder under .bench/ whose Python runs it; "" is the Python of this process.
+        script: file in peers/, and its arguments.
+        how: how to install it, for the line that says that it is missing.
     """
 
     name: str
@@ -67,7 +67,7 @@ class PeerKind:
 
 
 def peer_kinds(bench: Path, sparamx: str | None) -> list[PeerKind]:
-    """All peers, installed or not; `bench` is the folder of their environments."""
+    """All peers, installed or not. `bench` is the folder of their environments."""
     ggml = str(bench / "llama/build")
     kinds = [
         PeerKind("torch CSR", "fp32", "unstructured", "", ("torch_csr.py",)),
@@ -89,7 +89,7 @@ def peer_kinds(bench: Path, sparamx: str | None) -> list[PeerKind]:
 def start_peers(
     kinds: Sequence[PeerKind], bench: Path, batches: Sequence[int], left_out: list[LeftOut]
 ) -> list[PeerProcess]:
-    """Those that start; for each other one `left_out` says why, and how to get it."""
+    """The peers that start. For the others, `left_out` gets the reason and how to install them."""
     peers = []
     for kind in kinds:
         python = bench / kind.environment / "bin/python" if kind.environment else Path(sys.executable)
@@ -111,7 +111,7 @@ def start_peers(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run; the exit status is 1 where a result of ours is wrong or nothing could be measured."""
+    """Run. The exit status is 1 if a result of ours is wrong, or nothing could be measured."""
     options = _parser().parse_args(arguments)
     if options.quick:
         options.shapes, options.batches = SHAPES[:1], QUICK_BATCHES
@@ -121,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows: list[Row] = []
     left_out: list[LeftOut] = []
     failure = None
-    # A run that is ended by its time limit writes what it has, like one that is interrupted.
+    # A run that SIGTERM ends writes its results so far, as one that is interrupted.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         _prepare(options)
@@ -131,7 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"\nbenchmarks: error: {failure}", file=sys.stderr)
     if not rows:
         return 1
-    # Also what was measured before a failure is kept.
+    # Results from before a failure are written too.
     table = summary.markdown(rows, left_out)
     (options.out / "table.md").write_text(table)
     seconds = round(time.monotonic() - started)
@@ -145,7 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _prepare(options: argparse.Namespace) -> None:
-    """Refuse at once what could not be written later."""
+    """Check now what would fail when the results are written."""
     for name in ("table.md", "rows.json"):
         if (options.out / name).exists():
             raise OutputExistsError(f"{options.out / name} exists; give another directory")
@@ -155,7 +155,7 @@ def _prepare(options: argparse.Namespace) -> None:
 
 
 def _measure(options: argparse.Namespace, rows: list[Row], left_out: list[LeftOut]) -> None:
-    """Everything; what was measured is in `rows` as soon as it is."""
+    """Measure everything. Each row is added to `rows` at once, so that a failure loses nothing."""
     bench = options.environments.resolve()
     shapes: Sequence[LayerShape]
     if options.model is not None:
@@ -198,7 +198,7 @@ def _measure(options: argparse.Namespace, rows: list[Row], left_out: list[LeftOu
         for number, shape in enumerate(shapes):
             ours = _ours(peer_batches if options.peers else [])
             if number == 0:
-                lower = [isa for isa in ops.available_isas() if isa not in (ops.active_isa(), "scalar")]
+                lower = [isa for isa in available_isas() if isa not in (active_isa(), "scalar")]
                 batches = [batch for batch in options.batches if batch in ISA_BATCHES]
                 ours += [_at(compressed(dtype, isa=isa), batches) for isa in lower for dtype in DTYPES]
             # DeepSparse takes half a minute to compile one form for a large batch.
@@ -235,9 +235,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batches", type=_whole_numbers, default=BATCHES, help="such as 1,4,16")
     parser.add_argument("--compression", type=float, default=0.5)
     parser.add_argument("--rank-ratio", type=float, default=0.25)
-    parser.add_argument("--threads", type=int, help="of all contenders; torch's default")
-    parser.add_argument("--repetitions", type=int, default=200, help="timed calls of each, at most")
-    parser.add_argument("--seconds", type=float, default=0.4, help="that the timed calls of each take, about")
+    parser.add_argument("--threads", type=int, help="of all contenders (default: torch's)")
+    parser.add_argument("--repetitions", type=int, default=200, help="most timed calls of each")
+    parser.add_argument("--seconds", type=float, default=0.4, help="seconds of timed calls of each, about")
     parser.add_argument("--quick", action="store_true", help="4096 x 4096 at batches 1, 4, 16, 128")
     parser.add_argument("--no-peers", dest="peers", action="store_false", help="ours and torch only")
     parser.add_argument("--only", type=lambda text: text.lower().split(","), help="peers with these names")
@@ -259,7 +259,7 @@ def _whole_numbers(text: str) -> list[int]:
 
 
 def _say(note: str) -> None:
-    """On one line of a terminal; nothing where stderr goes to a file."""
+    """Show a note on one line of a terminal; nothing if stderr is a file."""
     if sys.stderr.isatty():
         width = shutil.get_terminal_size().columns - 1
         print(f"\r{note[:width]:<{width}}", end="", file=sys.stderr, flush=True)

@@ -3,12 +3,12 @@
     python benchmarks/svd.py --size 1024 --rank 64 256 --spectrum flat power low-rank
     python benchmarks/svd.py --size 512 --batch 8 64 --rank 64
 
-Accuracy is the excess ``‖A − U S Vh‖_F / ‖A − A_r‖_F − 1`` over the best approximation of that rank (for a
-matrix of exactly that rank: ``‖A − U S Vh‖_F / ‖A‖_F``), and the residual
-``max(‖A v_i − s_i u_i‖, ‖Aᵀ u_i − s_i v_i‖) / s_1``. Each peer runs at its own defaults. Beside it: the
-fastest of our settings whose excess and residual are no larger, where an excess below 1e-6 and a residual
-below 1e-5 count as equal, being the rounding of float32. Times are medians of alternating runs. SciPy and
-scikit-learn are left out where they are not installed.
+Accuracy is two numbers: the excess ``‖A − U S Vh‖_F / ‖A − A_r‖_F − 1`` over the best approximation of that
+rank (``‖A − U S Vh‖_F / ‖A‖_F`` if A has exactly that rank), and the residual
+``max(‖A v_i − s_i u_i‖, ‖Aᵀ u_i − s_i v_i‖) / s_1``. Each peer runs at its defaults. It is compared with the
+fastest of our settings whose excess and residual are no larger. An excess below 1e-6 and a residual below
+1e-5 are rounding of float32 and count as equal. Times are medians of alternating runs. SciPy and scikit-learn
+are left out if they are not installed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Method = Callable[[Tensor, int], Factors]
 
 EQUAL_EXCESS, EQUAL_RESIDUAL = 1e-6, 1e-5
 SPARSITY = 0.375
-"""Share of a row that the sparse part of a "flat" matrix takes away: OATS at half of the parameters."""
+"""Share of each row that a "flat" matrix has set to zero, as in OATS at half of the parameters."""
 
 OURS: dict[str, Method] = {
     f"power_passes={passes}, oversample={extra}": functools.partial(
@@ -40,14 +40,14 @@ OURS: dict[str, Method] = {
 
 
 def peers() -> dict[str, Method]:
-    """Those that are installed, at their defaults."""
+    """The peers that are installed, at their defaults."""
 
     def full(matrix: Tensor, rank: int) -> Factors:
         u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
         return u[..., :rank], s[..., :rank], vh[..., :rank, :]
 
     def svd_lowrank(matrix: Tensor, rank: int) -> Factors:
-        torch.manual_seed(0)  # of its random start
+        torch.manual_seed(0)  # for its random start
         u, s, v = torch.svd_lowrank(matrix, q=rank)
         return u, s, v.mT
 
@@ -74,7 +74,7 @@ def peers() -> dict[str, Method]:
 
 
 def each(method: Method) -> Method:
-    """Over a batch, one by one."""
+    """The method for a batch, one matrix at a time."""
 
     def apply(matrix: Tensor, rank: int) -> Factors:
         if matrix.ndim == 2:
@@ -86,7 +86,7 @@ def each(method: Method) -> Method:
 
 
 def rotate(matrix: Tensor, generator: torch.Generator) -> Tensor:
-    """Between two orthogonal matrices that take O(n²) to apply: reflections and permutations."""
+    """``Q₁ A Q₂`` with orthogonal matrices that take O(n²) to apply: reflections and permutations."""
     for _ in range(3):
         for _ in range(2):
             mirror = torch.randn(len(matrix), 1, generator=generator)
@@ -97,7 +97,7 @@ def rotate(matrix: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def make(spectrum: str, size: int, rank: int, seed: int) -> tuple[Tensor, float]:
-    """A matrix and the least Frobenius error of that rank, or nan where it is not known."""
+    """A matrix, and the least Frobenius error of that rank, or nan if it is not known."""
     generator = torch.Generator().manual_seed(seed)
     if spectrum == "flat":
         weight = torch.randn(size, size, generator=generator)
@@ -112,7 +112,7 @@ def make(spectrum: str, size: int, rank: int, seed: int) -> tuple[Tensor, float]
 
 
 def best_error(matrix: Tensor, rank: int) -> float:
-    """From the eigenvalues of the Gram matrix in float64; for large ones from ours, converged."""
+    """The least Frobenius error: from the Gram matrix in float64; of large matrices, from ours, converged."""
     if len(matrix) <= 2048:
         wide = matrix.double()
         values = torch.linalg.eigvalsh(wide @ wide.mT)
@@ -169,7 +169,7 @@ def compare(spectrum: str, size: int, rank: int, batch: int, chosen: dict[str, M
         fit = []
         for setting, method in OURS.items():
             if setting not in ours:
-                # Twice, so that a disturbed run does not decide which setting is compared.
+                # Twice, so that one disturbed run does not decide which setting is compared.
                 ours[setting] = min(measure(method), measure(method))
             if ours[setting][1] <= max(excess, EQUAL_EXCESS) and ours[setting][2] <= max(
                 residual, EQUAL_RESIDUAL

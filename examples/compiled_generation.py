@@ -1,8 +1,8 @@
-"""Time ``generate``, eagerly and with a static cache and ``torch.compile``, alternating.
+"""Time ``generate`` eagerly, and with ``torch.compile`` and a static cache, in turn.
 
     python examples/compiled_generation.py .demo/oats-50 .demo/dense-bf16
 
-It needs a C++ compiler, as torch's default backend does.
+torch's default backend needs a C++ compiler.
 """
 
 from __future__ import annotations
@@ -14,21 +14,20 @@ from typing import Any
 
 import torch
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from oats.bench.model_latency import generation_speed
+from oats.bench.model_speed import model_speeds
 from oats.bench.spread import Spread
-from oats.cli.console import progress_bar, status
+from oats.cli.console import progress_bar, results, status
 from oats.compression.calibration_text import builtin_text
-from oats.kernels import ops
+from oats.kernels.isa import active_isa
 
 PROMPT_TOKENS, NEW_TOKENS = 64, 32
 
 
 def load(directory: str, compiled: bool) -> Any:
-    """A model, as it is or ready to be compiled by its first ``generate``."""
+    """A model; if `compiled`, its first ``generate`` compiles it."""
     model = AutoModelForCausalLM.from_pretrained(directory)
     if compiled:
         model.generation_config.cache_implementation = "static"
@@ -37,7 +36,7 @@ def load(directory: str, compiled: bool) -> Any:
 
 
 def shown(speed: Spread) -> str:
-    """A rate with its spread."""
+    """Median, 10th and 90th percentile as text."""
     return f"{speed.median:.1f} ({speed.p10:.1f}–{speed.p90:.1f})"
 
 
@@ -59,7 +58,7 @@ def main() -> None:
                 model.generate(ids[None], max_new_tokens=NEW_TOKENS, do_sample=False)
                 seconds[directory, way] = time.perf_counter() - started
     with progress_bar("Timing generation") as bar:
-        speeds = generation_speed(
+        speeds = model_speeds(
             models, ids, new_tokens=NEW_TOKENS, repetitions=options.repetitions,
             progress=lambda done, total, name: bar.update(done, total, " ".join(name)),
         )  # fmt: skip
@@ -74,12 +73,12 @@ def main() -> None:
         table.add_row(
             Path(directory).name, way, shown(speed.decode), shown(speed.prefill), f"{seconds[name]:.1f}"
         )
-    console = Console(highlight=False)
+    console = results()
     console.print(table)
     console.print(
         f"Median (p10–p90) of {options.repetitions} alternating runs, batch 1, greedy, prompt "
         f"{PROMPT_TOKENS} tokens, {NEW_TOKENS} new ones; {torch.get_num_threads()} threads, "
-        f"ISA {ops.active_isa()}."
+        f"ISA {active_isa()}."
     )
 
 

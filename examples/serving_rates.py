@@ -1,8 +1,8 @@
-"""Ask ``oats serve`` for texts, from several clients at once, and print the rates.
+"""Ask ``oats serve`` for texts from several clients at once, and print tokens a second.
 
     python examples/serving_rates.py .demo/oats-50 --clients 1,2,4,8 --max-batch 1,8
 
-A server is started for each ``--max-batch``, and all of them take their turns.
+Each ``--max-batch`` gets a server of its own; the servers take turns.
 """
 
 from __future__ import annotations
@@ -19,17 +19,16 @@ from concurrent.futures import ThreadPoolExecutor
 
 import openai
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
-from oats.cli.console import progress_bar, status
+from oats.cli.console import progress_bar, results, status
 
 PROMPT = "In Python, a dictionary is a collection of"
 
 
 @contextlib.contextmanager
 def serving(directory: str, max_batch: int) -> Iterator[openai.OpenAI]:
-    """A client of a server that runs meanwhile."""
+    """A client of a server that runs inside this context."""
     command = [sys.executable, "-m", "oats", "serve", directory, "--port", "0", "--max-batch", str(max_batch)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
@@ -47,7 +46,7 @@ def serving(directory: str, max_batch: int) -> Iterator[openai.OpenAI]:
 
 
 def ask(client: openai.OpenAI, model: str, tokens: int, number: int) -> tuple[float, int]:
-    """Seconds until the first text of an answer, and tokens of the whole."""
+    """Seconds to the first text of an answer, and tokens of the whole answer."""
     started, first, received = time.perf_counter(), 0.0, 0
     stream = client.completions.create(
         model=model, prompt=f"{number}. {PROMPT}", max_tokens=tokens, temperature=0, stream=True,
@@ -61,7 +60,7 @@ def ask(client: openai.OpenAI, model: str, tokens: int, number: int) -> tuple[fl
 
 
 def turn(client: openai.OpenAI, model: str, clients: int, tokens: int) -> tuple[float, float]:
-    """Tokens a second of all clients together, and the slowest first text, s."""
+    """Tokens a second of all clients together, and seconds to the slowest first text."""
     started = time.perf_counter()
     with ThreadPoolExecutor(clients) as pool:
         answers = list(pool.map(lambda number: ask(client, model, tokens, number), range(clients)))
@@ -70,7 +69,7 @@ def turn(client: openai.OpenAI, model: str, clients: int, tokens: int) -> tuple[
 
 
 def numbers(text: str) -> list[int]:
-    """Of an option with commas."""
+    """The numbers of an option, with commas between them."""
     return [int(part) for part in text.split(",")]
 
 
@@ -107,7 +106,7 @@ def main() -> None:
         spread = f"({min(rates):.1f} to {max(rates):.1f})"
         rate = f"{statistics.median(rates):.1f} {spread}"
         table.add_row(str(clients), str(most), rate, f"{statistics.median(firsts):.2f}")
-    console = Console(highlight=False)
+    console = results()
     console.print(table)
     console.print(
         f"Medians of {options.repetitions} turns (least to most), {options.tokens} tokens an answer, greedy, "

@@ -1,11 +1,11 @@
-"""Train a small vision transformer on Fashion-MNIST, compress it by every method, and compare accuracies.
+"""Train a small vision transformer on Fashion-MNIST, compress it with several methods, compare accuracies.
 
     python examples/vision.py                 # a ViT
-    python examples/vision.py --model dinov2  # DINOv2's structure, with SwiGLU as in its largest model
+    python examples/vision.py --model dinov2  # the structure of DINOv2, with SwiGLU as in its largest model
 
-The images come from Debian's package dataset-fashion-mnist, or from four idx files in ``--data``. What is
-made stays in ``.demo/``: the images, the trained model, the finished cells of the table, a compressed model,
-and the pictures. A second run goes on where the first one stopped.
+The images come from Debian's package dataset-fashion-mnist, or from four idx files in ``--data``. The images,
+the trained model, the finished cells of the table, a compressed model and the pictures stay in ``.demo/``. A
+second run continues one that was stopped.
 """
 
 from __future__ import annotations
@@ -22,20 +22,21 @@ from typing import Any
 
 import torch
 from PIL import Image
-from rich.console import Console
 from torch import Tensor, nn
 from transformers import Dinov2Config, Dinov2ForImageClassification, ViTConfig, ViTForImageClassification
 from transformers.utils import logging
 
 import oats
-from oats.checkpoint.atomic_file import write_text
+from oats.checkpoint.atomic import write_text
 from oats.checkpoint.saving import save_model
-from oats.cli.comparison_table import print_table
-from oats.cli.console import progress_bar
+from oats.cli.compare import print_table
+from oats.cli.console import progress_bar, results
 from oats.evaluate import comparison, comparison_plot
+from oats.evaluate.cells import Cell, Cells
+from oats.evaluate.comparison_table import format_score, markdown
 from oats.inspection import rollout
 from oats.integrations.vision import load_vision_model
-from oats.kernels import ops
+from oats.kernels.isa import active_isa
 
 DEMO = Path(__file__).parent.parent / ".demo"
 FILES = {
@@ -63,7 +64,7 @@ CALIBRATION_IMAGES = 2048  # the paper's number
 METHODS = ("magnitude", "wanda", "dsnot", "sparsegpt", "oats", "oats-hessian")
 COMPRESSIONS = (0.3, 0.4, 0.5, 0.6)
 
-console = Console(highlight=False)
+console = results()
 
 
 def fashion_mnist(directory: Path) -> dict[str, tuple[Tensor, Tensor]]:
@@ -78,7 +79,7 @@ def fashion_mnist(directory: Path) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def unpack(directory: Path) -> None:
-    """Download Debian's package, without installing it, and take the files out."""
+    """Download Debian's package and extract the files; the package is not installed."""
     if shutil.which("apt-get") is None or shutil.which("dpkg") is None:
         sys.exit(f"put {', '.join(FILES.values())} (Fashion-MNIST) into {directory}, or run this on Debian")
     package = directory / "package"
@@ -99,7 +100,7 @@ def read_idx(file: Path) -> Tensor:
 
 
 def train(kind: Any, config: Any, images: Tensor, labels: Tensor, epochs: int, seed: int) -> nn.Module:
-    """Cross-entropy with AdamW, a one-cycle rate, and images flipped left to right at random."""
+    """Train with AdamW and a one-cycle learning rate on cross-entropy; images are mirrored at random."""
     torch.manual_seed(seed)
     model = kind(config)
     model.config.label2id = {name: i for i, name in enumerate(CLASSES)}
@@ -126,7 +127,7 @@ def train(kind: Any, config: Any, images: Tensor, labels: Tensor, epochs: int, s
 
 @torch.inference_mode()
 def accuracy(model: Any, images: Tensor, labels: Tensor) -> float:
-    """Share of the images that are put into the right class."""
+    """Share of the images whose class is predicted right."""
     right = 0
     for batch, wanted in zip(images.to(model.dtype).split(500), labels.split(500), strict=True):
         right += int((model(batch).logits.argmax(-1) == wanted).sum())
@@ -176,24 +177,24 @@ def main() -> None:
         "rank ratio": arguments.rank_ratio,
         "pattern": arguments.pattern,
         "iterations": common.resolved_iterations,
-        "versions": f"oats {oats.__version__}, torch {torch.__version__}, instruction set {ops.active_isa()}",
+        "versions": f"oats {oats.__version__}, torch {torch.__version__}, instruction set {active_isa()}",
     }
 
-    def measure(what: comparison.Planned | None) -> tuple[dict[str, float], int, int, float]:
-        model = load_vision_model(dense)
-        started = time.perf_counter()
-        sizes = comparison.apply_(model, what, {"pixel_values": calibration}, common)
-        seconds = time.perf_counter() - started
-        return {"accuracy, test": accuracy(model, *data["test"])}, *sizes, seconds
+    def score(model: Any) -> dict[str, float]:
+        return {"accuracy, test": accuracy(model, *data["test"])}
 
-    def progress(done: int, total: int, name: str, cell: comparison.Cell | None) -> None:
+    def measure(what: comparison.Planned | None) -> comparison.Measured:
+        model = load_vision_model(dense)
+        return comparison.measure_(model, what, {"pixel_values": calibration}, common, score)
+
+    def progress(done: int, total: int, name: str, cell: Cell | None) -> None:
         if cell is not None:
-            scores = (comparison.format_score(*score) for score in cell.scores.items())
+            scores = (format_score(*score) for score in cell.scores.items())
             console.print(f"{done}/{total}  {name}: {', '.join(scores)}")
 
-    cells = comparison.Cells(out / f"cells-{dense.name}-{arguments.pattern.replace(':', '-')}", settings)
+    cells = Cells(out / f"cells-{dense.name}-{arguments.pattern.replace(':', '-')}", settings)
     finished = comparison.complete(cells, planned, measure, progress)
-    write_text(out / "table.md", comparison.markdown(finished, settings))
+    write_text(out / "table.md", markdown(finished, settings))
     comparison_plot.draw(finished, [out / "accuracy.png", out / "accuracy.svg"])
     print_table(console, finished)
 

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from oats.compression.compress import compress_ as compress_
     from oats.compression.quantize import quantize_ as quantize_
     from oats.config import OatsConfig as OatsConfig
-    from oats.decomposition.alternating import Decomposition as Decomposition
     from oats.decomposition.alternating import decompose as decompose
     from oats.decomposition.hessian import decompose_hessian as decompose_hessian
+    from oats.decomposition.result import Decomposition as Decomposition
     from oats.decomposition.truncated_svd import TruncatedSVD as TruncatedSVD
     from oats.decomposition.truncated_svd import truncated_svd as truncated_svd
     from oats.errors import CalibrationError as CalibrationError
@@ -40,7 +40,7 @@ _HOME = {
     "__version__": "oats._version",
     "compress_": "oats.compression.compress",
     "OatsConfig": "oats.config",
-    "Decomposition": "oats.decomposition.alternating",
+    "Decomposition": "oats.decomposition.result",
     "decompose": "oats.decomposition.alternating",
     "decompose_hessian": "oats.decomposition.hessian",
     "OatsError": "oats.errors",

@@ -1,4 +1,5 @@
-"""``python -m oats``: the command line, for launchers that start a module, such as ``torchrun -m oats``."""
+"""``python -m oats`` is the command line, for launchers that start a module: ``torchrun -m oats compress
+…``."""
 
 from oats.cli import main
 

@@ -1,12 +1,11 @@
-"""Makes transformers and PEFT know OATS layers in every process of an environment that has this package.
+"""Makes transformers and PEFT know OATS layers in each process, without ``import oats``.
 
 torch calls :func:`register` at the end of ``import torch`` (entry point group ``torch.backends``). It
-imports neither torch nor transformers: it only arranges that once ``transformers.quantizers.auto`` has
-been imported, :mod:`oats.integrations.transformers` is imported too, which registers the format. So
-``AutoModelForCausalLM.from_pretrained`` loads an OATS checkpoint without ``import oats``. PEFT gets
-:mod:`oats.integrations.peft` in the same way.
+imports neither torch nor transformers. It installs an import hook: after
+``transformers.quantizers.auto`` the hook imports :mod:`oats.integrations.transformers`, which registers the
+format; after PEFT's LoRA it imports :mod:`oats.integrations.peft`.
 
-``TORCH_DEVICE_BACKEND_AUTOLOAD=0`` turns torch's entry points off; then ``import
+``TORCH_DEVICE_BACKEND_AUTOLOAD=0`` turns torch's entry points off. Then ``import oats`` or ``import
 oats.integrations.transformers`` before loading does the same.
 """
 
@@ -20,24 +19,22 @@ from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-_AUTO = "transformers.quantizers.auto"
-
-# Module that must have been executed → a name that it defines, and what of oats is then imported.
+# Hooked module → the last name that it defines, and the module of oats that is imported after it.
 _INTEGRATIONS = {
-    _AUTO: ("register_quantizer", "oats.integrations.transformers"),
+    "transformers.quantizers.auto": ("register_quantizer", "oats.integrations.transformers"),
     "peft.tuners.lora.model": ("LoraModel", "oats.integrations.peft"),
 }
 
-# `from_pretrained` lives in modeling_utils, which imports auto. auto alone would not do: where it is the
-# first module to import torch, it is half executed when `register` runs and is not imported a second time.
+# auto alone is not enough: if it is the first module to import torch, it is half executed when `register`
+# runs, and the hook misses it. modeling_utils, which has `from_pretrained`, is executed after auto.
 _HOOKED = frozenset({*_INTEGRATIONS, "transformers.modeling_utils"})
 
 
 def register() -> None:
-    """Arrange the registration; called by torch.
+    """Install the hook; called by torch.
 
-    Costs well under a millisecond, may be called any number of times, and never raises: an exception
-    here would break ``import torch``, and one in the hook ``import transformers``.
+    Takes much less than a millisecond and may be called again. It never raises: an exception here would
+    break ``import torch``, and one in the hook would break ``import transformers``.
     """
     if not any(isinstance(finder, _Hook) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Hook())
@@ -45,7 +42,7 @@ def register() -> None:
 
 
 class _Hook(importlib.abc.MetaPathFinder):
-    """Lets the other finders find a hooked module, and acts after the module has been executed."""
+    """Finds hooked modules with the other finders, and registers after they have been executed."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -72,7 +69,7 @@ def _run_after_exec(spec: ModuleSpec) -> None:
         original(module)
         _register_if_ready()
 
-    # On the instance, so that the loader keeps its type and whatever else it can do (get_source, …).
+    # Set on the instance, so that the loader keeps its type and its other methods (get_source, …).
     try:
         loader.exec_module = exec_module  # type: ignore[method-assign]
     except AttributeError:
@@ -81,7 +78,7 @@ def _run_after_exec(spec: ModuleSpec) -> None:
 
 def _register_if_ready() -> None:
     for name, (last, integration) in _INTEGRATIONS.items():
-        # Defined after what the integration fills in: absent while the module is being executed.
+        # Without its last name, the module is not imported or still being executed.
         if not hasattr(sys.modules.get(name), last):
             continue
         try:

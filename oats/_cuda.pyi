@@ -1,7 +1,7 @@
 max_columns: int
 max_group: int
-tile_rows: int
-tile_columns: int
+cell_rows: int
+cell_columns: int
 
 def layout(d_out: int, d_in: int, rank: int, nnz: int, value_bytes: int) -> tuple[int, ...]: ...
 def plan(d_out: int, d_in: int, rank: int, batch: int, multiprocessors: int, /) -> tuple[int, int]: ...

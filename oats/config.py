@@ -1,10 +1,10 @@
-"""`OatsConfig`: every knob of the compression, validated once, here."""
+"""`OatsConfig`: the settings of a compression. `Storage`: which of a layer's numbers are integer codes."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
 
@@ -14,163 +14,85 @@ Pattern = str
 """``"row"``, ``"layer"``, or ``"N:M"`` such as ``"2:4"``."""
 
 PRUNING = ("magnitude", "wanda", "sparsegpt", "dsnot")
-"""The methods without a low-rank part: their rank ratio is 0 (:mod:`oats.decomposition.baselines`)."""
+"""The methods without a low-rank part (:mod:`oats.decomposition.baselines`); their rank ratio is 0."""
 
 METHODS = ("oats", "oats-hessian", *PRUNING)
-BUDGETS = ("uniform", "owl", "error")
-MOMENTS = ("sequential", "dense")
+
 OPTIONAL = frozenset(
     (
         *("method", "moments", "block_matching", "budget", "rank_ratios"),
         *("values", "low_rank", "scale_columns", "head"),
     )
 )
-"""Settings beyond the published method: a checkpoint made without them does not name them."""
-
-SCALE_COLUMNS = (64, 128)
-"""How many columns of a row may share a scale."""
+"""Settings beyond the published method. A checkpoint names one only if it is not the default."""
 
 DEFAULT_ITERATIONS = {"fast": 40, "exact": 80}
 DEFAULT_MOMENTUM = {"fast": 0.9, "exact": 0.0}
-
-
-def parse_n_m(pattern: Pattern) -> tuple[int, int] | None:
-    """Read an N:M pattern.
-
-    >>> parse_n_m("2:4")
-    (2, 4)
-    >>> parse_n_m("row") is None
-    True
-    """
-    match = re.fullmatch(r"(\d+):(\d+)", pattern)
-    return (int(match[1]), int(match[2])) if match else None
-
 
 Values = Literal["exact", "int8", "int4"]
 LowRank = Literal["exact", "int8"]
 
 VALUES: tuple[Values, ...] = ("exact", "int8", "int4")
-"""Storages of the kept values, in the order of the core's numbers."""
+"""How kept values can be stored; the core knows each by its index here."""
 
 LOW_RANK: tuple[LowRank, ...] = ("exact", "int8")
-"""Storages of the low-rank factors, in the same order."""
+"""The same for the low-rank factors."""
 
-
-@dataclass(frozen=True)
-class Storage:
-    """Which of a layer's numbers are stored as integer codes (docs/format.md).
-
-    A code stands for itself times the scale of its row and its `scale_columns` columns; an int4 code for an
-    int8 of the layer's codebook times that scale. S and V are then those for inputs that are multiplied by 2
-    to the `input_exponent` of each: inputs differ in size by orders of magnitude, so do the weights for them.
-
-    Args:
-        values: of the kept values: ``"exact"`` (the layer's dtype), ``"int8"``, or ``"int4"``.
-        low_rank: of U and V: ``"exact"`` or ``"int8"``.
-        scale_columns: columns that share a scale, 64 or 128; 0 where nothing is a code.
-
-    Raises:
-        ConfigError: there is no such storage.
-    """
-
-    values: Values = "exact"
-    low_rank: LowRank = "exact"
-    scale_columns: int = 0
-
-    def __post_init__(self) -> None:
-        for name, allowed in (("values", VALUES), ("low_rank", LOW_RANK)):
-            if getattr(self, name) not in allowed:
-                raise ConfigError(f"{name} are {getattr(self, name)!r}, expected one of {', '.join(allowed)}")
-        if self.scale_columns not in (SCALE_COLUMNS if self.has_codes else (0,)):
-            raise ConfigError(
-                f"scale_columns is {self.scale_columns!r}, expected "
-                + ("64 or 128" if self.has_codes else "0, because nothing has a scale")
-            )
-
-    @classmethod
-    def of(cls, values: Values, low_rank: LowRank, scale_columns: int) -> Storage:
-        """The storage of both, with scales where one of them has codes.
-
-        Raises:
-            ConfigError: there is no such storage.
-
-        >>> Storage.of("exact", "exact", 128) == EXACT
-        True
-        """
-        return cls(values, low_rank, 0 if values == low_rank == "exact" else scale_columns)
-
-    @property
-    def has_codes(self) -> bool:
-        """Whether any number is stored as a code."""
-        return self.values != "exact" or self.low_rank != "exact"
-
-    def scales(self, columns: int) -> int:
-        """Number of scales in a row of so many columns."""
-        return -(-columns // self.scale_columns)
-
-    def to_dict(self) -> dict[str, Any]:
-        """What ``config.json`` says of a layer beyond its rank and non-zeros; nothing where all is exact."""
-        if not self.has_codes:
-            return {}
-        return {"values": self.values, "low_rank": self.low_rank, "scale_columns": self.scale_columns}
-
-    @classmethod
-    def from_dict(cls, sizes: Mapping[str, Any]) -> Storage:
-        """The inverse of :meth:`to_dict`; other keys are not looked at."""
-        given = {name: sizes[name] for name in ("values", "low_rank", "scale_columns") if name in sizes}
-        return cls(**given)
-
-
-EXACT = Storage()
-"""All in the layer's dtype."""
+SCALE_COLUMNS = (64, 128)
+"""How many neighbours in a row may share a scale."""
 
 
 @dataclass(frozen=True)
 class OatsConfig:
     """Settings of one compression run.
 
-    The names and the default budget are the paper's (arXiv 2409.13652, section 3). The default low-rank
-    step is not: ``svd="exact"`` is the published algorithm to the letter, ``svd="fast"``
-    reaches an error at least as low in a fraction of the time (docs/decomposition.md).
+    Names and the default budget are the paper's (arXiv 2409.13652, section 3). The default ``svd="fast"`` is
+    not: the paper computes a full SVD in each step, ``svd="exact"``. ``"fast"`` reaches an error at least as
+    low in a fraction of the time (docs/decomposition.md).
 
     Args:
-        method: ``"oats"``, the published one; ``"oats-hessian"``, which weighs a layer's error by the
-            whole Hessian of its inputs instead of its diagonal (:func:`oats.decompose_hessian`); or, to
-            compare with, ``"magnitude"``, ``"wanda"``, ``"sparsegpt"``, ``"dsnot"``
-            (:mod:`oats.decomposition.baselines`).
-        compression: share of a layer's parameters that is removed, in [0, 1).
-        rank_ratio: share of the parameters kept that goes to the low-rank part, in [0, 1]; 0 for the methods
-            in `PRUNING`, which have none, without being asked for.
-        pattern: where non-zeros may sit: ``"row"`` keeps the same number in each row, ``"layer"``
-            the largest of the whole matrix, ``"N:M"`` the N largest of every M contiguous inputs.
-        svd: the low-rank step, ``"fast"`` or ``"exact"``.
-        iterations: alternations at most; None means 40 for ``fast``, 80 for ``exact``.
-        momentum: extrapolation of the sparse part before the low-rank step, in [0, 1); None
-            means 0.9 for ``fast``, 0 for ``exact``.
-        dtype: of the layers, ``"bf16"`` or ``"fp32"``: of what goes in and out, and of what is stored
-            exactly; None means the weight's own dtype (bf16 for an fp16 weight).
-        skip: glob patterns of layer names that stay dense, e.g. ``("*.down_proj",)``; one may be a str.
-        seed: of the random start of the fast low-rank step.
-        moments: the inputs that a layer is fitted to: ``"sequential"``, what the compressed blocks before its
-            own make of the calibration data, as published; or ``"dense"``, those of the dense model.
-        block_matching: passes over the calibration data in which the kept values and the factors of each
-            block are tuned for the block's output (:mod:`oats.compression.matching`); 0 is the published one.
-        budget: how `compression` is spread over the layers (:mod:`oats.compression.allocation`):
-            ``"uniform"``, the published way; ``"owl"``, less of it in blocks with more outliers; ``"error"``,
-            less of it where the measured error grows faster with the parameters removed. Not with N:M
-            patterns.
-        rank_ratios: for each layer the one of these with the lowest error replaces `rank_ratio`; none of them
-            leaves it.
-        values: how the kept values are stored: ``"int8"`` or ``"int4"`` codes, or None for `dtype`, which
-            ``"bf16"`` and ``"fp32"`` set too.
-        low_rank: how the factors are stored: ``"int8"``, ``"bf16"`` or ``"fp32"``; None means as the values,
-            int8 beside int4.
-        scale_columns: columns of a row whose codes share a scale, 64 or 128.
-        head: ``"int8"`` stores the output head as codes, and with it an input embedding that is tied to it;
-            nothing of it is removed. None leaves both as they are, as published.
+        method: how a weight is decomposed. ``"oats"`` (default) is the published method. ``"oats-hessian"``
+            measures a layer's error with the whole Hessian of its inputs, not only its diagonal
+            (:func:`oats.decompose_hessian`). ``"magnitude"``, ``"wanda"``, ``"sparsegpt"`` and ``"dsnot"``
+            only prune; they are here for comparison (:mod:`oats.decomposition.baselines`).
+        compression: share of each layer's parameters to remove, in [0, 1). Default 0.5.
+        rank_ratio: share of the remaining parameters that goes to the low-rank part, in [0, 1]. Default 0.25;
+            always 0 for the methods that only prune. Not used with an N:M pattern: N:M fixes the sparse part,
+            and the low-rank part gets what `compression` leaves.
+        pattern: where non-zeros may sit. ``"row"`` (default) keeps the same number in every row, ``"layer"``
+            the largest of the whole matrix, ``"N:M"`` (such as ``"2:4"``) N of every M neighbours in a row.
+        svd: the low-rank step. ``"fast"`` (default) updates the last subspace, ``"exact"`` computes a full
+            SVD, as published.
+        iterations: most alternations between the sparse and the low-rank part. Default None: 40 for ``fast``,
+            80 for ``exact``.
+        momentum: extrapolation of the sparse part before the low-rank step, in [0, 1). Default None: 0.9 for
+            ``fast``, 0 for ``exact``, as published.
+        dtype: dtype of the compressed layers, ``"bf16"`` or ``"fp32"``: of their inputs and outputs, and of
+            every stored number that is not a code. Default None: the weight's own, and bf16 for fp16.
+        skip: glob patterns of the names of layers to leave dense, such as ``("*.down_proj",)``; or one
+            pattern as a str. Default: none.
+        seed: seed of the random start of the fast low-rank step. Default 0.
+        moments: the inputs that a layer is fitted to. ``"sequential"`` (default) takes those that the blocks
+            compressed before produce, as published. ``"dense"`` takes those of the dense model.
+        block_matching: number of passes over the calibration data that tune the values and factors of each
+            block towards the dense block's output (:mod:`oats.compression.matching`). Default 0: none, as
+            published.
+        budget: how `compression` is spread over the layers (:mod:`oats.compression.allocation`).
+            ``"uniform"`` (default) gives all layers the same, as published. ``"owl"`` removes less from
+            blocks with more outliers (arXiv 2310.05175). ``"error"`` removes less where the measured error
+            rises faster. An N:M pattern allows ``"uniform"`` only.
+        rank_ratios: rank ratios to try instead of `rank_ratio`; each layer takes the one with the lowest
+            error. Default: none, `rank_ratio` is used.
+        values: how kept values are stored: ``"int8"`` or ``"int4"`` codes, ``"bf16"`` or ``"fp32"``. Default
+            None: in `dtype`. ``"bf16"`` and ``"fp32"`` also set `dtype`.
+        low_rank: how the low-rank factors are stored: ``"int8"`` codes, ``"bf16"`` or ``"fp32"``. Default
+            None: int8 if the values are codes, else in `dtype`.
+        scale_columns: number of neighbouring codes in a row that share a scale, 64 or 128. Default 128.
+        head: ``"int8"`` stores the output head, and an input embedding tied to it, as codes; no weight of it
+            is removed. Default None: both stay as they are, as published.
 
     Raises:
-        ConfigError: a setting is out of its range.
+        ConfigError: a setting is out of its range, or two contradict each other.
 
     >>> OatsConfig(compression=0.5).resolved_iterations
     40
@@ -202,112 +124,51 @@ class OatsConfig:
     quant_method: ClassVar[str] = "oats"
 
     def __post_init__(self) -> None:
-        _require(self.method in METHODS, f"method must be one of {', '.join(METHODS)}", self.method)
-        _require(
-            _is_number(self.compression) and 0 <= self.compression < 1,
-            "compression must be in [0, 1)",
-            self.compression,
-        )
-        _require(
-            _is_number(self.rank_ratio) and 0 <= self.rank_ratio <= 1,
-            "rank_ratio must be in [0, 1]",
-            self.rank_ratio,
-        )
-        _require(self.svd in DEFAULT_ITERATIONS, 'svd must be "fast" or "exact"', self.svd)
-        _require(
-            self.iterations is None or _is_whole(self.iterations, 1),
-            "iterations must be a whole number of at least 1",
-            self.iterations,
-        )
-        _require(
-            self.momentum is None or (_is_number(self.momentum) and 0 <= self.momentum < 1),
-            "momentum must be in [0, 1)",
-            self.momentum,
-        )
-        _require(self.dtype in (None, "bf16", "fp32"), 'dtype must be "bf16", "fp32" or None', self.dtype)
-        _require(
-            isinstance(self.pattern, str) and (self.pattern in ("row", "layer") or _is_n_m(self.pattern)),
-            'pattern must be "row", "layer" or "N:M" with 0 < N <= M (such as "2:4")',
-            self.pattern,
-        )
-        _require(_is_whole(self.seed, 0), "seed must be a whole number of at least 0", self.seed)
-        _require(self.moments in MOMENTS, 'moments must be "sequential" or "dense"', self.moments)
-        _require(
-            _is_whole(self.block_matching, 0),
-            "block_matching must be a whole number of passes, at least 0",
-            self.block_matching,
-        )
-        _require(self.budget in BUDGETS, 'budget must be "uniform", "owl" or "error"', self.budget)
+        for name, (accepts, expected) in _RULES.items():
+            value = getattr(self, name)
+            _require(accepts(value), f"{name} must be {expected}", value)
+        self._set("skip", (self.skip,) if isinstance(self.skip, str) else tuple(self.skip))
+        self._set("rank_ratios", tuple(self.rank_ratios))
         _require(
             self.budget == "uniform" or parse_n_m(self.pattern) is None,
             f'an N:M pattern fixes what each layer keeps, so budget must be "uniform" with {self.pattern}',
             self.budget,
         )
-        ratios = self.rank_ratios
-        _require(
-            isinstance(ratios, (tuple, list)) and all(_is_number(r) and 0 <= r <= 1 for r in ratios),
-            "rank_ratios must be a list of numbers in [0, 1]",
-            ratios,
-        )
-        object.__setattr__(self, "rank_ratios", tuple(ratios))
-        self._check_storage()
-        patterns = (self.skip,) if isinstance(self.skip, str) else self.skip
-        _require(
-            isinstance(patterns, (tuple, list)) and all(isinstance(p, str) for p in patterns),
-            "skip must be a glob pattern or a list of them",
-            self.skip,
-        )
-        object.__setattr__(self, "skip", tuple(patterns))
-        if self.method in PRUNING:
-            self._prune()
-
-    def _prune(self) -> None:
-        """Settle what a method without a low-rank part leaves no choice of."""
-        _require(
-            self.rank_ratio in (0, OatsConfig.rank_ratio),
-            f"{self.method} has no low-rank part, so that rank_ratio must be 0",
-            self.rank_ratio,
-        )
-        object.__setattr__(self, "rank_ratio", 0.0)
-        n_m = parse_n_m(self.pattern)
-        _require(
-            n_m is None or abs(n_m[0] / n_m[1] - (1 - self.compression)) < 1e-9,
-            f"{self.method} has no low-rank part, so that compression must be what pattern {self.pattern} "
-            f"removes{'' if n_m is None else f', {1 - n_m[0] / n_m[1]:g}'}",
-            self.compression,
-        )
-
-    def _check_storage(self) -> None:
-        exact = (None, "bf16", "fp32")
-        _require(
-            self.values in (*exact, "int8", "int4"),
-            'values must be "int8", "int4", "bf16", "fp32" or None',
-            self.values,
-        )
-        _require(
-            self.low_rank in (*exact, "int8"),
-            'low_rank must be "int8", "bf16", "fp32" or None',
-            self.low_rank,
-        )
-        _require(
-            isinstance(self.scale_columns, int) and self.scale_columns in SCALE_COLUMNS,
-            "scale_columns must be 64 or 128",
-            self.scale_columns,
-        )
-        _require(self.head in (None, "int8"), 'head must be "int8" or None', self.head)
         named = {d for d in (self.dtype, self.values, self.low_rank) if d in ("bf16", "fp32")}
         _require(
             len(named) < 2,
             "what is stored exactly has one dtype; dtype, values and low_rank must not name two",
             tuple(sorted(named)),
         )
-        object.__setattr__(self, "dtype", next(iter(named), None))
-        if self.values in exact:
-            object.__setattr__(self, "values", None)
+        self._set("dtype", next(iter(named), None))
+        if self.values not in ("int8", "int4"):
+            self._set("values", None)
+        if self.method in PRUNING:
+            _require(
+                self.rank_ratio in (0, OatsConfig.rank_ratio),
+                f"{self.method} has no low-rank part, so that rank_ratio must be 0",
+                self.rank_ratio,
+            )
+            self._set("rank_ratio", 0.0)
+            self._check_pattern_is_the_budget()
+
+    def _check_pattern_is_the_budget(self) -> None:
+        n_m = parse_n_m(self.pattern)
+        if n_m is not None:
+            removed = 1 - n_m[0] / n_m[1]
+            _require(
+                abs(removed - self.compression) < 1e-9,
+                f"{self.method} has no low-rank part, so that compression must be what pattern "
+                f"{self.pattern} removes, {removed:g}",
+                self.compression,
+            )
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
 
     @property
     def storage(self) -> Storage:
-        """How the tensors of a layer are stored."""
+        """Which numbers of a layer become codes."""
         values: Values = self.values if self.values in ("int8", "int4") else "exact"
         low_rank: LowRank = (
             "int8" if self.low_rank == "int8" or (self.values and self.low_rank is None) else "exact"
@@ -316,12 +177,12 @@ class OatsConfig:
 
     @property
     def resolved_iterations(self) -> int:
-        """The number of alternations, with the default filled in."""
+        """`iterations`, or its default."""
         return DEFAULT_ITERATIONS[self.svd] if self.iterations is None else self.iterations
 
     @property
     def resolved_momentum(self) -> float:
-        """The momentum, with the default filled in."""
+        """`momentum`, or its default."""
         return DEFAULT_MOMENTUM[self.svd] if self.momentum is None else self.momentum
 
     def decompose_options(self) -> dict[str, Any]:
@@ -332,23 +193,148 @@ class OatsConfig:
         return {name: getattr(self, name) for name in names}
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as plain JSON values; those of `OPTIONAL` only where they are not the default."""
+        """The settings as JSON values. Those of `OPTIONAL` are left out if they have their default."""
         settings = {**asdict(self), "skip": list(self.skip), "rank_ratios": list(self.rank_ratios)}
         settings = {k: v for k, v in settings.items() if k != "rank_ratios" or v}
         return {k: v for k, v in settings.items() if k not in OPTIONAL or v != getattr(OatsConfig, k)}
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Which of a layer's numbers are stored as integer codes (docs/format.md).
+
+    An int8 code stands for itself times a scale, which `scale_columns` neighbours in a row share. An int4
+    code stands for an int8 of the layer's codebook times that scale. A layer with codes first multiplies each
+    input by 2 to its `input_exponent`, because inputs, and so the weights for them, differ in size by orders
+    of magnitude.
+
+    Args:
+        values: how kept values are stored: ``"exact"`` (in the layer's dtype), ``"int8"`` or ``"int4"``.
+        low_rank: how U and V are stored: ``"exact"`` or ``"int8"``.
+        scale_columns: number of neighbours in a row that share a scale, 64 or 128; 0 without codes.
+
+    Raises:
+        ConfigError: there is no such storage.
+    """
+
+    values: Values = "exact"
+    low_rank: LowRank = "exact"
+    scale_columns: int = 0
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("values", VALUES), ("low_rank", LOW_RANK)):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"{name} are {getattr(self, name)!r}, expected one of {', '.join(allowed)}")
+        if self.scale_columns not in (SCALE_COLUMNS if self.has_codes else (0,)):
+            raise ConfigError(
+                f"scale_columns is {self.scale_columns!r}, expected "
+                + ("64 or 128" if self.has_codes else "0, because nothing has a scale")
+            )
+
+    @classmethod
+    def of(cls, values: Values, low_rank: LowRank, scale_columns: int) -> Storage:
+        """Like the constructor; `scale_columns` is ignored if there are no codes.
+
+        Raises:
+            ConfigError: there is no such storage.
+
+        >>> Storage.of("exact", "exact", 128) == EXACT
+        True
+        """
+        return cls(values, low_rank, 0 if values == low_rank == "exact" else scale_columns)
+
+    @property
+    def has_codes(self) -> bool:
+        """True if any number is stored as a code."""
+        return self.values != "exact" or self.low_rank != "exact"
+
+    def scales(self, columns: int) -> int:
+        """Number of scales in a row of this many columns."""
+        return -(-columns // self.scale_columns)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The entries for ``config.json``; none if nothing is a code."""
+        if not self.has_codes:
+            return {}
+        return {"values": self.values, "low_rank": self.low_rank, "scale_columns": self.scale_columns}
+
+    @classmethod
+    def from_dict(cls, sizes: Mapping[str, Any]) -> Storage:
+        """The inverse of :meth:`to_dict`. Other keys are ignored."""
+        given = {name: sizes[name] for name in ("values", "low_rank", "scale_columns") if name in sizes}
+        return cls(**given)
+
+
+EXACT = Storage()
+"""No codes: every number is in the layer's dtype."""
+
+
+def parse_n_m(pattern: Pattern) -> tuple[int, int] | None:
+    """N and M of an N:M pattern, None of another one.
+
+    >>> parse_n_m("2:4")
+    (2, 4)
+    >>> parse_n_m("row") is None
+    True
+    """
+    match = re.fullmatch(r"(\d+):(\d+)", pattern)
+    return (int(match[1]), int(match[2])) if match else None
 
 
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def _is_share(value: Any) -> bool:
+    return _is_number(value) and 0 <= value <= 1
+
+
+def _is_share_below_1(value: Any) -> bool:
+    return _is_share(value) and value < 1
+
+
 def _is_whole(value: object, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
-def _is_n_m(pattern: str) -> bool:
-    parsed = parse_n_m(pattern)
-    return parsed is not None and 0 < parsed[0] <= parsed[1]
+def _is_pattern(value: object) -> bool:
+    n_m = parse_n_m(value) if isinstance(value, str) else None
+    return value in ("row", "layer") or (n_m is not None and 0 < n_m[0] <= n_m[1])
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_list(value: object, accepts: Callable[[Any], bool]) -> bool:
+    return isinstance(value, (tuple, list)) and all(accepts(item) for item in value)
+
+
+def _one_of(*allowed: object) -> Callable[[Any], bool]:
+    return lambda value: value in allowed
+
+
+# Setting → which values it accepts, and the words for them.
+_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "method": (_one_of(*METHODS), f"one of {', '.join(METHODS)}"),
+    "compression": (_is_share_below_1, "in [0, 1)"),
+    "rank_ratio": (_is_share, "in [0, 1]"),
+    "pattern": (_is_pattern, '"row", "layer" or "N:M" with 0 < N <= M (such as "2:4")'),
+    "svd": (_one_of("fast", "exact"), '"fast" or "exact"'),
+    "iterations": (lambda v: v is None or _is_whole(v, 1), "a whole number of at least 1"),
+    "momentum": (lambda v: v is None or _is_share_below_1(v), "in [0, 1)"),
+    "dtype": (_one_of("bf16", "fp32", None), '"bf16", "fp32" or None'),
+    "skip": (lambda v: _is_text(v) or _is_list(v, _is_text), "a glob pattern or a list of them"),
+    "seed": (lambda v: _is_whole(v, 0), "a whole number of at least 0"),
+    "moments": (_one_of("sequential", "dense"), '"sequential" or "dense"'),
+    "block_matching": (lambda v: _is_whole(v, 0), "a whole number of passes, at least 0"),
+    "budget": (_one_of("uniform", "owl", "error"), '"uniform", "owl" or "error"'),
+    "rank_ratios": (lambda v: _is_list(v, _is_share), "a list of numbers in [0, 1]"),
+    "values": (_one_of("int8", "int4", "bf16", "fp32", None), '"int8", "int4", "bf16", "fp32" or None'),
+    "low_rank": (_one_of("int8", "bf16", "fp32", None), '"int8", "bf16", "fp32" or None'),
+    "scale_columns": (lambda v: isinstance(v, int) and v in SCALE_COLUMNS, "64 or 128"),
+    "head": (_one_of("int8", None), '"int8" or None'),
+}
 
 
 def _require(condition: bool, message: str, got: object) -> None:

@@ -1,7 +1,7 @@
-"""Every exception that the package raises on purpose.
+"""The exceptions that oats raises on purpose.
 
-All derive from :class:`OatsError`, and from the built-in exception that fits, so that
-``except ValueError`` keeps working for callers who do not know this package.
+Each derives from :class:`OatsError` and from the built-in exception that fits, so ``except ValueError`` works
+for callers who do not know this package.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class CalibrationError(OatsError, ValueError):
 
 
 class WeightError(OatsError, ValueError):
-    """A weight cannot be decomposed: wrong shape, wrong dtype, NaN or infinity."""
+    """A weight or a statistic of its inputs cannot be used: wrong shape or dtype, NaN or infinity."""
 
 
 class FormatError(OatsError, ValueError):
@@ -28,7 +28,7 @@ class FormatError(OatsError, ValueError):
 
 
 class UnsupportedModelError(OatsError, ValueError):
-    """The blocks of a model were not found, or nothing inside them can be compressed."""
+    """The blocks of the model were not found, or nothing in them can be compressed."""
 
 
 class CheckpointError(OatsError, ValueError):
@@ -36,16 +36,26 @@ class CheckpointError(OatsError, ValueError):
 
 
 class OutputExistsError(OatsError, FileExistsError):
-    """The output directory is not empty, and overwriting was not asked for."""
+    """The output directory is not empty, and the caller did not ask to overwrite it."""
 
 
 class QueueFullError(OatsError, RuntimeError):
-    """As many requests are waiting for a model as may wait, or it takes no more."""
+    """The queue of a model is full, or the model takes no more requests."""
 
 
 class DistributedError(OatsError, RuntimeError):
-    """A process of a run of several is gone, or cannot be reached."""
+    """Another process of a distributed run has stopped or cannot be reached."""
 
 
 class DeviceError(OatsError, RuntimeError):
-    """There are no kernels for the device that a tensor is on."""
+    """No kernel supports the device that a tensor is on."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text that is not empty; its class where there is no text.
+
+    >>> first_line(ValueError("\\n  too short\\nby far")), first_line(KeyboardInterrupt())
+    ('too short', 'KeyboardInterrupt')
+    """
+    lines = (line.strip() for line in str(error).splitlines())
+    return next(filter(None, lines), type(error).__name__)

@@ -4,10 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from oats.config import EXACT, Storage
 from oats.format.bitmask import encode
-from oats.kernels import ops
+from oats.format.layer_spec import LayerSpec
+from oats.kernels.isa import available_isas
 
-ISAS = ops.available_isas()
+ISAS = available_isas()
 DTYPES = [torch.float32, torch.bfloat16]
 
 
@@ -27,6 +29,12 @@ def random_layer(
         "low_rank_u": torch.randn(d_out, rank, generator=g).to(dtype),
         "low_rank_v": (torch.randn(rank, d_in, generator=g) / max(d_in, 1) ** 0.5).to(dtype),
     }
+
+
+def spec_of(
+    tensors: dict[str, Tensor], storage: Storage = EXACT, dtype: torch.dtype | None = None
+) -> LayerSpec:
+    return LayerSpec.of(tensors, tensors["low_rank_v"].shape[1], storage, dtype)
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,6 @@
-"""The published algorithm written from the paper alone (arXiv 2409.13652), in the plainest float64.
+"""The published algorithm in plain float64, written from the paper alone (arXiv 2409.13652).
 
-Nothing here imports oats: a mistake shared with the package would hide itself.
+Nothing here imports oats, because a mistake shared with the package would stay hidden.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Reference(NamedTuple):
 
 
 def budget(d_out: int, d_in: int, compression: str, rank_ratio: str) -> tuple[int, int, int]:
-    """Rank, non-zeros in each row and non-zeros in the layer; the decimals come as text, to be exact."""
+    """Rank, non-zeros in each row, non-zeros in the layer. Decimals are text, so they are exact."""
     rho, kappa = Fraction(compression), Fraction(rank_ratio)
     rank = math.floor(kappa * (1 - rho) * d_out * d_in / (d_out + d_in))
     row = d_in - math.floor(d_in * (1 - (1 - rho) * (1 - kappa)))
@@ -34,13 +34,13 @@ def budget(d_out: int, d_in: int, compression: str, rank_ratio: str) -> tuple[in
 
 
 def truncated_svd(matrix: Array, rank: int) -> Array:
-    # torch's SVD, because the threads of numpy's cannot be set from here.
+    # torch's SVD, because the threads of numpy's cannot be set here.
     u, s, vt = (part.numpy() for part in torch.linalg.svd(torch.from_numpy(matrix), full_matrices=False))
     return np.asarray((u[:, :rank] * s[:rank]) @ vt[:rank])
 
 
 def hard_threshold(matrix: Array, per_row: int) -> Array:
-    """Keep the `per_row` largest magnitudes of each row, the lowest column first where they are equal."""
+    """Keep the `per_row` largest magnitudes of each row; of equal ones, the lowest column."""
     kept = np.zeros_like(matrix)
     for i, row in enumerate(matrix):
         order = np.argsort(-np.abs(row), kind="stable")[:per_row]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +20,7 @@ FLOORS = [
     {"decomposition"},
     {"nn"},
     {"models"},
-    {"compression"},
+    {"compression", "engine"},
     {"checkpoint"},
     {"integrations", "bench"},
     {"evaluate", "inspection"},
@@ -30,7 +31,7 @@ FLOORS = [
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 # The compiled modules, and who may touch them.
-CORE = {"_core": {"format", "kernels"}, "_cuda": {"kernels"}}
+CORE = {"_core": {"format", "kernels", "engine"}, "_cuda": {"kernels"}}
 
 # They name every room, and import one only when a name of it is asked for: from `oats`, or by a library.
 LAZY = {"__init__", "_autoload"}
@@ -99,3 +100,21 @@ def test_every_room_says_what_it_is() -> None:
     rooms = [path for path in PACKAGE.rglob("__init__.py") if path.parent != PACKAGE]
     for room in rooms:
         assert ast.get_docstring(ast.parse(room.read_text(encoding="utf-8"))), f"{room} has no docstring"
+
+
+NAMED = re.compile(r"\b(?:oats|csrc|tests|benchmarks|examples|tools|docs)/[\w./-]+\.(?:py|cpp|h|cu|md|sh)\b")
+
+
+def test_files_that_are_named_exist() -> None:
+    """In comments and docs: a file that moved takes its name along."""
+    root = PACKAGE.parent
+    texts = [root / "CMakeLists.txt", root / "Makefile", root / "CONTRIBUTING.md"]
+    for folder, endings in (("docs", "md"), ("oats", "py"), ("csrc", "md cpp h cu"), ("tests", "py cpp h")):
+        texts += [file for ending in endings.split() for file in (root / folder).rglob(f"*.{ending}")]
+    missing = []
+    for text in texts:
+        for name in NAMED.findall(text.read_text(encoding="utf-8")):
+            # The core's public headers are included as oats/<name>.h.
+            if not (root / name).exists() and not (root / "csrc/include" / name).exists():
+                missing.append(f"{text.relative_to(root)}: {name}")
+    assert missing == []

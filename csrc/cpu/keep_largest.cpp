@@ -1,41 +1,29 @@
-// Radix select on the magnitude bits, which order like the magnitudes themselves: one histogram from the
-// largest magnitude down finds the bin of the threshold, and only the few entries of that bin are sorted.
-#include "oats/keep_largest.h"
-
+// Radix selection on the magnitude bits, which order like the magnitudes. A row is passed over four times:
+// for its largest magnitude, for a histogram from that downwards, for the entries of the bin that holds the
+// threshold (only those are sorted), and to write what stays.
 #include <omp.h>
 
 #include <algorithm>
 #include <cstring>
 #include <functional>
+#include <limits>
+#include <type_traits>
 #include <vector>
+
+#include "oats/operations.h"
 
 namespace oats {
 
 namespace {
 
-// 64 bins an octave, 32 octaves below the largest magnitude; what is smaller shares the last bin.
+// 64 bins for each of the 32 octaves below the largest magnitude. All that is smaller shares the last bin.
 constexpr uint32_t kBins = 2048;
 
-// Rows this short (the groups of an N:M pattern) are sorted whole.
+// Rows up to this length, such as the groups of an N:M pattern, need no histogram.
 constexpr int64_t kShortRow = 64;
 
 template <class Float>
-struct Format;
-
-template <>
-struct Format<float> {
-  using Bits = uint32_t;
-  static constexpr int kFractionBits = 23;
-};
-
-template <>
-struct Format<double> {
-  using Bits = uint64_t;
-  static constexpr int kFractionBits = 52;
-};
-
-template <class Float>
-using BitsOf = typename Format<Float>::Bits;
+using BitsOf = std::conditional_t<sizeof(Float) == 4, uint32_t, uint64_t>;
 
 template <class Float>
 BitsOf<Float> magnitude(Float value) {
@@ -46,26 +34,19 @@ BitsOf<Float> magnitude(Float value) {
 
 template <class Float>
 uint32_t bin_of(BitsOf<Float> largest, BitsOf<Float> magnitude) {
+  constexpr int kFractionBits = std::numeric_limits<Float>::digits - 1;
   return static_cast<uint32_t>(
-      std::min<BitsOf<Float>>((largest - magnitude) >> (Format<Float>::kFractionBits - 6), kBins - 1));
+      std::min<BitsOf<Float>>((largest - magnitude) >> (kFractionBits - 6), kBins - 1));
 }
 
 template <class Float>
 struct Threshold {
   BitsOf<Float> magnitude;
-  int64_t ties;  // entries of exactly this magnitude that are kept
-  bool all_ties;
+  int64_t ties;   // how many entries of exactly this magnitude stay
+  bool all_ties;  // whether all of them do
 };
 
-template <class Float>
-struct Scratch {
-  std::vector<uint32_t> histogram;
-  std::vector<BitsOf<Float>> candidates;
-
-  explicit Scratch(int64_t columns) : histogram(2 * kBins), candidates(columns) {}
-};
-
-// The entry that `wanted` (at least 1) of the candidates reach.
+// The threshold that `wanted` of the candidates reach; at least 1.
 template <class Float>
 Threshold<Float> threshold_among(std::vector<BitsOf<Float>>& candidates, int64_t wanted) {
   using Bits = BitsOf<Float>;
@@ -81,9 +62,9 @@ Threshold<Float> threshold_among(std::vector<BitsOf<Float>>& candidates, int64_t
 }
 
 template <class Float>
-Threshold<Float> find_threshold(const Float* row, int64_t columns, int64_t count, Scratch<Float>& scratch) {
+Threshold<Float> find_threshold(const Float* row, int64_t columns, int64_t count,
+                                std::vector<BitsOf<Float>>& candidates) {
   using Bits = BitsOf<Float>;
-  auto& [histogram, candidates] = scratch;
   if (columns <= kShortRow) {
     candidates.resize(columns);
     for (int64_t i = 0; i < columns; ++i) candidates[i] = magnitude(row[i]);
@@ -92,10 +73,8 @@ Threshold<Float> find_threshold(const Float* row, int64_t columns, int64_t count
   Bits largest = 0;
   for (int64_t i = 0; i < columns; ++i) largest = std::max(largest, magnitude(row[i]));
 
-  // Two histograms in turn: an increment of a bin need not wait for the one just before it.
-  std::fill(histogram.begin(), histogram.end(), 0u);
-  uint32_t* even = histogram.data();
-  uint32_t* odd = even + kBins;
+  // Two histograms in turn, so that the increment of a bin does not wait for the one just before it.
+  uint32_t even[kBins] = {}, odd[kBins] = {};
   int64_t i = 0;
   for (; i + 2 <= columns; i += 2) {
     ++even[bin_of<Float>(largest, magnitude(row[i]))];
@@ -147,11 +126,11 @@ void keep_largest_in_rows(const Float* in, int64_t rows, int64_t columns, int64_
     return;
   }
   const int team = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, rows)));
-  // Before the region, in which a failed allocation could not be reported.
-  std::vector<Scratch<Float>> scratch(team, Scratch<Float>(columns));
+  // Allocated before the region: inside, a failure could not be reported.
+  std::vector<std::vector<BitsOf<Float>>> candidates(team, std::vector<BitsOf<Float>>(columns));
 #pragma omp parallel num_threads(team)
   {
-    Scratch<Float>& mine = scratch[omp_get_thread_num()];
+    std::vector<BitsOf<Float>>& mine = candidates[omp_get_thread_num()];
 #pragma omp for schedule(static)
     for (int64_t r = 0; r < rows; ++r) {
       const Threshold<Float> threshold = find_threshold(in + r * columns, columns, count, mine);

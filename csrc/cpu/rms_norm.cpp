@@ -1,43 +1,33 @@
-#include "oats/rms_norm.h"
-
+// A thread normalises whole rows. It reads a row twice, once for the mean of the squares and once to scale
+// it; the second read comes from the cache.
 #include <algorithm>
 #include <cmath>
 
-#include "bf16.h"
+#include "elements.h"
+#include "oats/operations.h"
 
 namespace oats {
 
 namespace {
 
-// Fewer elements than this take less time than it takes to wake threads.
+// It takes longer to wake threads than to normalise fewer elements than this.
 constexpr int64_t kElementsForThreads = 1 << 16;
 
-// Partial sums: as many as fill vectors, which the compiler makes of them.
+// Independent partial sums, so that the compiler can keep them in vectors.
 constexpr int kSums = 16;
 
-struct Bf16 {
-  using Element = uint16_t;
-  static float load(uint16_t value) { return float_from_bf16(value); }
-  static uint16_t round(float value) { return bf16_from_float(value); }
-};
-struct Fp32 {
-  using Element = float;
-  static float load(float value) { return value; }
-  static float round(float value) { return value; }
-};
-
-template <class Number>
-float mean_square(const typename Number::Element* x, int64_t columns) {
+template <class Io>
+float mean_square(const typename Io::Element* x, int64_t columns) {
   float sums[kSums] = {};
   int64_t i = 0;
   for (; i + kSums <= columns; i += kSums) {
     for (int j = 0; j < kSums; ++j) {
-      const float value = Number::load(x[i + j]);
+      const float value = Io::to_float(x[i + j]);
       sums[j] += value * value;
     }
   }
   for (; i < columns; ++i) {
-    const float value = Number::load(x[i]);
+    const float value = Io::to_float(x[i]);
     sums[0] += value * value;
   }
   float total = 0;
@@ -45,23 +35,22 @@ float mean_square(const typename Number::Element* x, int64_t columns) {
   return total / static_cast<float>(columns);
 }
 
-template <class Number>
-void rows_of(const typename Number::Element* x, int64_t rows, int64_t columns,
-             const typename Number::Element* weight, float eps, RmsNorm kind, typename Number::Element* y,
-             int threads) {
+template <class Io>
+void rows_of(const typename Io::Element* x, int64_t rows, int64_t columns, const typename Io::Element* weight,
+             float eps, RmsNorm kind, typename Io::Element* y, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (rows * columns >= kElementsForThreads)
   for (int64_t row = 0; row < rows; ++row) {
     const auto* in = x + row * columns;
     auto* out = y + row * columns;
-    const float scale = 1.f / std::sqrt(mean_square<Number>(in, columns) + eps);
+    const float scale = 1.f / std::sqrt(mean_square<Io>(in, columns) + eps);
     if (kind == RmsNorm::round_then_scale) {
       for (int64_t i = 0; i < columns; ++i) {
-        const float rounded = Number::load(Number::round(Number::load(in[i]) * scale));
-        out[i] = Number::round(Number::load(weight[i]) * rounded);
+        const float rounded = Io::to_float(Io::from_float(Io::to_float(in[i]) * scale));
+        out[i] = Io::from_float(Io::to_float(weight[i]) * rounded);
       }
     } else {
       for (int64_t i = 0; i < columns; ++i) {
-        out[i] = Number::round(Number::load(in[i]) * scale * (1.f + Number::load(weight[i])));
+        out[i] = Io::from_float(Io::to_float(in[i]) * scale * (1.f + Io::to_float(weight[i])));
       }
     }
   }
@@ -71,13 +60,13 @@ void rows_of(const typename Number::Element* x, int64_t rows, int64_t columns,
 
 void rms_norm(const void* x, int64_t rows, int64_t columns, const void* weight, float eps, RmsNorm kind,
               Dtype dtype, void* y, int threads) {
-  if (dtype == Dtype::bf16) {
-    rows_of<Bf16>(static_cast<const uint16_t*>(x), rows, columns, static_cast<const uint16_t*>(weight), eps,
-                  kind, static_cast<uint16_t*>(y), threads);
-  } else {
-    rows_of<Fp32>(static_cast<const float*>(x), rows, columns, static_cast<const float*>(weight), eps, kind,
-                  static_cast<float*>(y), threads);
-  }
+  const auto run = [&](auto io) {
+    using Io = decltype(io);
+    using T = typename Io::Element;
+    rows_of<Io>(static_cast<const T*>(x), rows, columns, static_cast<const T*>(weight), eps, kind,
+                static_cast<T*>(y), threads);
+  };
+  dtype == Dtype::fp32 ? run(Fp32Element{}) : run(Bf16Element{});
 }
 
 }  // namespace oats

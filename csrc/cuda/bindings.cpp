@@ -1,10 +1,11 @@
-// pybind11: addresses and sizes in, nothing else. oats/cuda.py owns the tensors and checks them.
+// The Python module oats._cuda. It takes addresses and sizes and checks nothing: its callers own the tensors
+// and check them.
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
 
+#include "cells.h"
 #include "kernels.h"
-#include "tiles.h"
 
 namespace py = pybind11;
 
@@ -28,10 +29,11 @@ PackedWeight weight_from(uintptr_t packed, int64_t d_out, int64_t d_in, int64_t 
 PYBIND11_MODULE(_cuda, m) {
   m.attr("max_columns") = oats::cuda::kMaxColumns;
   m.attr("max_group") = oats::cuda::kMaxGroup;
-  m.attr("tile_rows") = oats::cuda::kTileRows;
-  m.attr("tile_columns") = oats::cuda::kTileColumns;
+  m.attr("cell_rows") = oats::cuda::kCellRows;
+  m.attr("cell_columns") = oats::cuda::kCellColumns;
 
-  // Offsets of starts, masks, values, u and v, bytes in all, and the row strides of u and v in elements.
+  // Returns the offsets of starts, masks, values, u and v, the bytes in all, and the row strides of u and v
+  // in elements.
   m.def(
       "layout",
       [](int64_t d_out, int64_t d_in, int64_t rank, int64_t nnz, int value_bytes) {
@@ -40,11 +42,11 @@ PYBIND11_MODULE(_cuda, m) {
       },
       py::arg("d_out"), py::arg("d_in"), py::arg("rank"), py::arg("nnz"), py::arg("value_bytes"));
 
-  // Splits, and bytes of the workspace.
+  // Returns the splits, and the bytes of the workspace.
   m.def("plan", [](int64_t d_out, int64_t d_in, int64_t rank, int64_t batch, int64_t multiprocessors) {
-    const int64_t strips = oats::cuda::divide_up(d_out, oats::cuda::kTileRows);
-    const int64_t tiles = oats::cuda::divide_up(d_in, oats::cuda::kTileColumns);
-    const int64_t splits = oats::cuda::splits_for(strips, tiles, multiprocessors);
+    const int64_t strips = oats::cuda::divide_up(d_out, oats::cuda::kCellRows);
+    const int64_t cells = oats::cuda::divide_up(d_in, oats::cuda::kCellColumns);
+    const int64_t splits = oats::cuda::splits_for(strips, cells, multiprocessors);
     return py::make_tuple(splits, oats::cuda::workspace_of(d_out, rank, batch, splits).bytes);
   });
 

@@ -1,8 +1,8 @@
-// S, dense: what a product with many columns multiplies with torch's own dense one.
+// Expands S to a dense matrix: for many columns, torch's dense product is faster. A warp expands one cell.
+#include "cells.h"
 #include "device.h"
 #include "kernels.h"
 #include "scan_inl.h"
-#include "tiles.h"
 
 namespace oats::cuda {
 namespace {
@@ -13,12 +13,12 @@ struct Expansion {
   const uint32_t* masks;
   const Number* values;
   unsigned strip_blocks;
-  int64_t tiles, first_strip, rows;  // rows of the output
+  int64_t cells, first_strip, rows;  // rows of the output
   Number* out;
   int64_t out_stride, columns;
 };
 
-// Eight numbers of a row, as 16-byte words where they are all inside and aligned.
+// Stores eight numbers of a row, as 16-byte words if all are inside and aligned.
 template <class Number>
 __device__ __forceinline__ void store_8(const Expansion<Number>& e, int64_t row, int64_t column,
                                         const Number* numbers) {
@@ -39,15 +39,14 @@ __device__ __forceinline__ void store_8(const Expansion<Number>& e, int64_t row,
     if (column + i < e.columns) to[i] = numbers[i];
 }
 
-// A warp expands a tile.
 template <class Number>
 __global__ void __launch_bounds__(kThreads) expand_kernel(const Expansion<Number> e) {
   const unsigned warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
   const int64_t strip = blockIdx.x / e.strip_blocks,
-                tile = static_cast<int64_t>(blockIdx.x % e.strip_blocks) * kWarps + warp;
-  if (tile >= e.tiles) return;
-  const int64_t at = (e.first_strip + strip) * e.tiles + tile;
-  const Quarters q = scan_tile(__ldcs(e.masks + at * kLanes + lane), lane);
+                cell = static_cast<int64_t>(blockIdx.x % e.strip_blocks) * kWarps + warp;
+  if (cell >= e.cells) return;
+  const int64_t at = (e.first_strip + strip) * e.cells + cell;
+  const Quarters q = scan_cell(__ldcs(e.masks + at * kLanes + lane), lane);
   const Number* values = e.values + e.starts[at];
   const unsigned t = lane % 4;
 #pragma unroll
@@ -61,7 +60,7 @@ __global__ void __launch_bounds__(kThreads) expand_kernel(const Expansion<Number
 #pragma unroll
       for (int i = 0; i < 4; ++i) numbers[4 * s + i] = nibble >> i & 1 ? *next++ : Number{0};
     }
-    const int64_t row = kTileRows * strip + 8 * h + lane / 4, column = kTileColumns * tile + 16 * t;
+    const int64_t row = kCellRows * strip + 8 * h + lane / 4, column = kCellColumns * cell + 16 * t;
     store_8(e, row, column, numbers);
     store_8(e, row, column + 8, numbers + 8);
   }
@@ -75,14 +74,14 @@ void run(const PackedWeight& weight, int64_t first, int64_t rows, void* out, int
   e.starts = reinterpret_cast<const int64_t*>(weight.at + l.starts);
   e.masks = reinterpret_cast<const uint32_t*>(weight.at + l.masks);
   e.values = reinterpret_cast<const Number*>(weight.at + l.values);
-  e.tiles = l.tiles;
-  e.strip_blocks = static_cast<unsigned>(divide_up(l.tiles, kWarps));
-  e.first_strip = first / kTileRows;
+  e.cells = l.cells;
+  e.strip_blocks = static_cast<unsigned>(divide_up(l.cells, kWarps));
+  e.first_strip = first / kCellRows;
   e.rows = rows;
   e.out = static_cast<Number*>(out);
   e.out_stride = out_stride;
   e.columns = columns;
-  const dim3 grid(static_cast<unsigned>(divide_up(rows, kTileRows) * e.strip_blocks));
+  const dim3 grid(static_cast<unsigned>(divide_up(rows, kCellRows) * e.strip_blocks));
   launch(expand_kernel<Number>, grid, dim3(kThreads), queue, false, e);
 }
 

@@ -1,9 +1,11 @@
-// Thresholding of the sparse part. A block finds the threshold of its row by radix selection on the magnitude
-// bits, eleven at a time from the top; those order like the magnitudes themselves. A row is read from memory
-// once, then from the caches.
+// The threshold of the sparse part. A thread block finds the threshold of one row by radix selection on the
+// magnitude bits, which order like the magnitudes: eleven bits at a time, from the top. It reads the row from
+// memory once, then from the caches.
+#include <type_traits>
+
+#include "cells.h"
 #include "device.h"
 #include "kernels.h"
-#include "tiles.h"
 
 namespace oats::cuda {
 namespace {
@@ -13,19 +15,11 @@ constexpr int kDigits = 1 << kDigitBits;
 constexpr int kDigitsOfThread = kDigits / kThreads;
 
 template <class Float>
-struct BitsOf;
-template <>
-struct BitsOf<float> {
-  using Type = uint32_t;
-};
-template <>
-struct BitsOf<double> {
-  using Type = unsigned long long;
-};
+using BitsOf = std::conditional_t<sizeof(Float) == 4, uint32_t, unsigned long long>;
 
 template <class Float>
-__device__ __forceinline__ typename BitsOf<Float>::Type magnitude(Float value) {
-  typename BitsOf<Float>::Type bits;
+__device__ __forceinline__ BitsOf<Float> magnitude(Float value) {
+  BitsOf<Float> bits;
   memcpy(&bits, &value, sizeof bits);
   return bits << 1 >> 1;
 }
@@ -43,11 +37,11 @@ struct RowShared {
   int64_t before_warp[kWarps];
   double squares[kWarps];
   uint32_t digit;
-  int64_t wanted;  // of the entries with this digit
-  int64_t with_digit;
+  int64_t wanted;      // how many entries with this digit stay
+  int64_t with_digit;  // how many there are
 };
 
-// The digit in which the `wanted`-th entry from the top lies. All threads of the block take part.
+// Finds the digit of the `wanted`-th entry from the top. All threads of the block take part.
 __device__ __forceinline__ void find_digit(RowShared& shared, int64_t wanted) {
   const unsigned thread = threadIdx.x, warp = thread / kLanes, lane = thread % kLanes;
   // Thread 0 has the largest digits.
@@ -80,15 +74,15 @@ __device__ __forceinline__ void find_digit(RowShared& shared, int64_t wanted) {
 template <class Float>
 __global__ void __launch_bounds__(kThreads)
     keep_largest_kernel(Float* in, int64_t columns, int64_t count, Float* out, double* squares) {
-  using Bits = typename BitsOf<Float>::Type;
+  using Bits = BitsOf<Float>;
   constexpr int kMagnitudeBits = 8 * sizeof(Bits) - 1;
   __shared__ RowShared shared;
   const unsigned thread = threadIdx.x, warp = thread / kLanes, lane = thread % kLanes;
   in += blockIdx.x * columns;
   out += blockIdx.x * columns;
 
-  // Entries whose bits from `shift` up are above those of the threshold stay, those with equal bits are still
-  // to be told apart, and `wanted` of them stay.
+  // An entry stays if its bits from `shift` up are above those of the threshold. `equal` entries have the
+  // same bits; `wanted` of them stay, and lower bits decide which.
   Bits threshold = 0;
   int shift = kMagnitudeBits;
   int64_t wanted = count, equal = columns;
@@ -125,8 +119,7 @@ __global__ void __launch_bounds__(kThreads)
       put(i, value, magnitude(value) >> shift >= threshold >> shift);
     }
   } else {
-    // Of equal magnitudes the first ones: their places are counted, as many columns at a time as the block
-    // has threads.
+    // Of equal magnitudes the first ones stay. Count them, one column for each thread at a time.
     int64_t left = wanted;
     for (int64_t first = 0; first < columns; first += kThreads) {
       const int64_t i = first + thread;
@@ -157,7 +150,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// A thread decides over the few columns of a group: entry i stays if fewer than `count` come before it.
+// One thread decides over the few columns of a group: entry i stays if fewer than `count` come before it.
 template <class Float>
 __global__ void __launch_bounds__(kThreads)
     keep_largest_of_group_kernel(const Float* in, int64_t groups, int columns, int count, Float* out) {

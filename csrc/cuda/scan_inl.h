@@ -1,20 +1,20 @@
-// How a warp finds the values of a tile.
+// How a warp finds the values of a cell.
 #pragma once
 
+#include "cells.h"
 #include "device.h"
-#include "tiles.h"
 
 namespace oats::cuda {
 
-// The two quarters of a mask word, each with the number of values before it in the upper half.
+// The two quarters of a mask word. The upper half of each is the number of values before it in the cell.
 struct Quarters {
   uint32_t lower, upper;
-  uint32_t count;  // of values in the tile, the same in every lane
+  uint32_t count;  // values in the cell, the same in every lane
 };
 
-// `mask` is word `lane` of the tile. All lanes of the warp take part.
-__device__ __forceinline__ Quarters scan_tile(uint32_t mask, unsigned lane) {
-  // Both halves at once: neither sum exceeds 512.
+// `mask` is word `lane` of the cell. All lanes of the warp take part.
+__device__ __forceinline__ Quarters scan_cell(uint32_t mask, unsigned lane) {
+  // Sums both halves at once: neither exceeds 512.
   const uint32_t counts =
       static_cast<uint32_t>(population(mask & 0xffff)) | static_cast<uint32_t>(population(mask >> 16)) << 16;
   uint32_t sums = counts;

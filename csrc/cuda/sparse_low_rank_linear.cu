@@ -1,26 +1,25 @@
-// y = S x + U (V x) + b for few columns, which is bound by reading the weight.
+// y = S x + U (V x) + b for few columns. Reading the weight bounds this.
 //
-// A block has one strip of 16 outputs, and its eight warps (and the blocks of a split) share the inputs. A
-// warp goes through its tiles of S: it scans the mask of a tile, expands the values into the operands of the
-// tensor cores, and multiplies. Even for one column that is cheaper than multiplying and adding, because what
-// costs is to expand; and with up to 32 columns one expansion serves all. Values arrive in a ring in shared
-// memory, by asynchronous copies that run up to eight chunks ahead; the next mask is loaded while a tile is
-// multiplied.
+// A block computes one strip of 16 outputs; its eight warps, and the blocks of a split, share the inputs. A
+// warp goes through its cells of S: it scans the mask, expands the values into the operands of the tensor
+// cores, and multiplies. Even for one column that beats multiplying and adding, because the expansion is what
+// costs; and with up to 32 columns one expansion serves all. Values arrive in a ring in shared memory, by
+// asynchronous copies that run up to eight chunks ahead. The next mask is loaded while a cell is multiplied.
 //
-// V x is a launch of its own, so that U (V x) may follow in any block. The second launch does not wait for
-// its end (compute capability 9): it begins with S x, and waits before U (V x).
+// V x is a launch of its own, because each block of U needs all of it. On compute capability 9 the second
+// launch does not wait for the end of the first: it begins with S x, and waits before U (V x).
 //
-// Sums over warps, and over the blocks of a split, have one order: the last block of a strip adds what the
-// others left in the workspace.
+// Sums over warps, and over the blocks of a split, always have one order: the last block of a strip adds what
+// the others left in the workspace.
+#include "cells.h"
 #include "device.h"
 #include "kernels.h"
 #include "scan_inl.h"
-#include "tiles.h"
 
 namespace oats::cuda {
 namespace {
 
-// 16-bit numbers, row after row. Each row is filled up with zeros to whole tiles, at multiples of 16 bytes.
+// 16-bit numbers, row after row. Each row is aligned to 16 bytes and filled up with zeros to whole cells.
 struct Rows {
   const uint16_t* at;
   int64_t stride, rows;
@@ -34,14 +33,14 @@ struct Product {
   const uint16_t* bias;
   uint16_t* y;
   int64_t y_stride;
-  int64_t d_out, strips, tiles;
-  Shares of_v, of_s, of_u;  // tiles of a strip, for each warp
+  int64_t d_out, strips, cells;
+  Shares of_v, of_s, of_u;  // cells of a strip, for each warp
   uint16_t* t_out;
   float* partials;
   uint32_t* counters;
 };
 
-// Sums of a warp: of 16 outputs and 8 columns a group.
+// Sums of a warp, for 16 outputs and kGroups groups of 8 columns.
 template <int kGroups>
 struct Sums {
   float c[kGroups][4] = {};
@@ -49,7 +48,7 @@ struct Sums {
 
 // The sums of all warps of a block.
 template <int kGroups>
-using BlockSums = float[kWarps][8 * kGroups * kTileRows];
+using BlockSums = float[kWarps][8 * kGroups * kCellRows];
 
 using Rings = uint32_t[kWarps][kRingWords + kMirrorWords];
 
@@ -59,21 +58,21 @@ union alignas(16) Shared {
   BlockSums<kGroups> sums;
 };
 
-// Where a lane reads in one row, tile after tile. A row that does not exist is replaced by the first one,
-// because its sums go nowhere: no load has a condition.
+// Where a lane reads in one row, cell after cell. Instead of a row that does not exist it reads the first
+// one: so no load has a condition, and the sums go nowhere.
 class LaneRow {
  public:
-  __device__ __forceinline__ void start(const Rows& m, int64_t row, int64_t tile, unsigned lane) {
-    at_ = reinterpret_cast<const uint4*>(m.at + (row < m.rows ? row : 0) * m.stride + kTileColumns * tile +
+  __device__ __forceinline__ void start(const Rows& m, int64_t row, int64_t cell, unsigned lane) {
+    at_ = reinterpret_cast<const uint4*>(m.at + (row < m.rows ? row : 0) * m.stride + kCellColumns * cell +
                                          16 * (lane % 4));
   }
 
-  // The sixteen numbers of the next tile: words 2 s and 2 s + 1 for step s. What is read `kOnce` need not
-  // stay in the cache.
+  // Reads the sixteen numbers of the next cell: words 2 s and 2 s + 1 are for step s. `kOnce` says that they
+  // need not stay in the cache.
   template <bool kOnce>
   __device__ __forceinline__ void read(uint32_t (&out)[8]) {
     const uint4 a = kOnce ? __ldcs(at_) : at_[0], b = kOnce ? __ldcs(at_ + 1) : at_[1];
-    at_ += kTileColumns / 8;
+    at_ += kCellColumns / 8;
     out[0] = a.x, out[1] = a.y, out[2] = a.z, out[3] = a.w;
     out[4] = b.x, out[5] = b.y, out[6] = b.z, out[7] = b.w;
   }
@@ -86,9 +85,9 @@ template <int kGroups>
 struct LaneColumns {
   LaneRow rows[kGroups];
 
-  __device__ __forceinline__ LaneColumns(const Rows& x, int64_t tile, unsigned lane) {
+  __device__ __forceinline__ LaneColumns(const Rows& x, int64_t cell, unsigned lane) {
 #pragma unroll
-    for (int j = 0; j < kGroups; ++j) rows[j].start(x, 8 * j + lane / 4, tile, lane);
+    for (int j = 0; j < kGroups; ++j) rows[j].start(x, 8 * j + lane / 4, cell, lane);
   }
 
   __device__ __forceinline__ void read(uint32_t (&out)[kGroups][8]) {
@@ -97,20 +96,20 @@ struct LaneColumns {
   }
 };
 
-// The values of consecutive tiles of one warp, through its ring. Values are counted from the start of the
+// The values of consecutive cells of one warp, through its ring. Values are counted from the start of the
 // chunk that holds the first one.
 class ValueStream {
  public:
   __device__ __forceinline__ ValueStream(uint32_t* ring, const uint16_t* values, uint32_t end, unsigned lane)
       : to_(ring + 4 * lane), from_(values + 8 * lane), chunks_(chunks_of(end)), lane_(lane) {}
 
-  // After this, values [begin, end) are in the ring, where those before `begin` need not be any more. Each
-  // call goes on where the last one ended.
+  // Puts values [begin, end) into the ring. Values before `begin` may be overwritten. Each call continues
+  // where the last one ended.
   __device__ __forceinline__ void advance(uint32_t begin, uint32_t end) {
     const uint32_t before_3 = before_2_;
     before_2_ = before_1_;
     before_1_ = asked_;
-    __syncwarp();  // the others may still read what is overwritten now
+    __syncwarp();  // other lanes may still read what is overwritten now
     const uint32_t room = begin / kChunkValues + kRingChunks, limit = room < chunks_ ? room : chunks_;
 #pragma unroll 1
     for (; asked_ < limit; ++asked_) {
@@ -121,7 +120,7 @@ class ValueStream {
     }
     commit_copies();
     const uint32_t wanted = chunks_read(end), needed = wanted < chunks_ ? wanted : chunks_;
-    // One group of copies a call, most of them asked for several calls ago.
+    // Each call commits one group of copies. Most values were asked for several calls ago.
     if (needed <= before_3)
       wait_for_copies<3>();
     else if (needed <= before_2_)
@@ -143,13 +142,13 @@ class ValueStream {
 
 template <class T, int kGroups>
 __device__ __forceinline__ void add_sparse(Sums<kGroups>& sums, const Product& p, int64_t strip,
-                                           const Range& tiles, uint32_t* ring, unsigned lane) {
-  if (tiles.first >= tiles.last) return;
-  const int64_t first = strip * p.tiles + tiles.first, last = strip * p.tiles + tiles.last;
+                                           const Range& cells, uint32_t* ring, unsigned lane) {
+  if (cells.first >= cells.last) return;
+  const int64_t first = strip * p.cells + cells.first, last = strip * p.cells + cells.last;
   const int64_t chunk = p.starts[first] / kChunkValues * kChunkValues;
   uint32_t begin = static_cast<uint32_t>(p.starts[first] - chunk);
   ValueStream stream(ring, p.values + chunk, static_cast<uint32_t>(p.starts[last] - chunk), lane);
-  LaneColumns<kGroups> columns(p.x, tiles.first, lane);
+  LaneColumns<kGroups> columns(p.x, cells.first, lane);
   const uint32_t* masks = p.masks + first * kLanes + lane;
   uint32_t mask = __ldcs(masks);
 #pragma unroll 1
@@ -158,7 +157,7 @@ __device__ __forceinline__ void add_sparse(Sums<kGroups>& sums, const Product& p
     const uint32_t next = __ldcs(masks);  // behind the last mask there are values
     uint32_t x[kGroups][8];
     columns.read(x);
-    const Quarters q = scan_tile(mask, lane);
+    const Quarters q = scan_cell(mask, lane);
     stream.advance(begin, begin + q.count);
 #pragma unroll
     for (int s = 0; s < kSteps; ++s) {
@@ -178,26 +177,26 @@ __device__ __forceinline__ void add_sparse(Sums<kGroups>& sums, const Product& p
     begin += q.count;
     mask = next;
   }
-  wait_for_copies<0>();  // the ring becomes something else
+  wait_for_copies<0>();  // the memory of the ring is used for sums next
 }
 
 template <class T, int kGroups>
 __device__ __forceinline__ void add_dense(Sums<kGroups>& sums, const Rows& weight, const Rows& x,
-                                          int64_t strip, const Range& tiles, unsigned lane) {
+                                          int64_t strip, const Range& cells, unsigned lane) {
   LaneRow lower_row, upper_row;
-  lower_row.start(weight, kTileRows * strip + lane / 4, tiles.first, lane);
-  upper_row.start(weight, kTileRows * strip + lane / 4 + 8, tiles.first, lane);
-  LaneColumns<kGroups> columns(x, tiles.first, lane);
-  for (int left = static_cast<int>(tiles.last - tiles.first); left > 0; --left) {
-    uint32_t x_tile[kGroups][8], lower[8], upper[8];
+  lower_row.start(weight, kCellRows * strip + lane / 4, cells.first, lane);
+  upper_row.start(weight, kCellRows * strip + lane / 4 + 8, cells.first, lane);
+  LaneColumns<kGroups> columns(x, cells.first, lane);
+  for (int left = static_cast<int>(cells.last - cells.first); left > 0; --left) {
+    uint32_t x_part[kGroups][8], lower[8], upper[8];
     lower_row.read<true>(lower);
     upper_row.read<true>(upper);
-    columns.read(x_tile);
+    columns.read(x_part);
 #pragma unroll
     for (int s = 0; s < kSteps; ++s) {
       const uint32_t a[4] = {lower[2 * s], upper[2 * s], lower[2 * s + 1], upper[2 * s + 1]};
 #pragma unroll
-      for (int j = 0; j < kGroups; ++j) T::mma(sums.c[j], a, x_tile[j][2 * s], x_tile[j][2 * s + 1]);
+      for (int j = 0; j < kGroups; ++j) T::mma(sums.c[j], a, x_part[j][2 * s], x_part[j][2 * s + 1]);
     }
   }
 }
@@ -212,7 +211,7 @@ __device__ __forceinline__ void gather(BlockSums<kGroups>& all, const Sums<kGrou
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const unsigned column = 8 * j + 2 * (lane % 4) + i % 2, output = lane / 4 + 8 * (i / 2);
-      all[warp][column * kTileRows + output] = sums.c[j][i];
+      all[warp][column * kCellRows + output] = sums.c[j][i];
     }
   }
   __syncthreads();
@@ -236,14 +235,14 @@ __global__ void __launch_bounds__(kThreads) rank_kernel(const Product p) {
     for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < p.strips; i += threads)
       p.counters[i] = 0;
   }
-  // As many strips as fill whole tiles of t: what is behind the last row of V is zero.
-  const int64_t strip = blockIdx.x, first = kTileRows * strip;
+  // There are as many strips as fill whole cells of t. Behind the last row of V, t is zero.
+  const int64_t strip = blockIdx.x, first = kCellRows * strip;
   if (first >= p.t.stride) return;
   Sums<kGroups> sums;
   if (first < p.v.rows) add_dense<T>(sums, p.v, p.x, strip, p.of_v.of(warp), lane);
   gather<kGroups>(all, sums, warp, lane);
-  for (int i = static_cast<int>(threadIdx.x); i < 8 * kGroups * kTileRows; i += kThreads) {
-    const int64_t column = i / kTileRows, output = first + i % kTileRows;
+  for (int i = static_cast<int>(threadIdx.x); i < 8 * kGroups * kCellRows; i += kThreads) {
+    const int64_t column = i / kCellRows, output = first + i % kCellRows;
     if (column < p.x.rows)
       p.t_out[column * p.t.stride + output] =
           output < p.v.rows ? T::round(over_warps<kGroups>(all, i)) : uint16_t{0};
@@ -252,7 +251,7 @@ __global__ void __launch_bounds__(kThreads) rank_kernel(const Product p) {
 
 template <class T>
 __device__ __forceinline__ void write(const Product& p, int64_t strip, int i, float sum) {
-  const int64_t column = i / kTileRows, output = kTileRows * strip + i % kTileRows;
+  const int64_t column = i / kCellRows, output = kCellRows * strip + i % kCellRows;
   if (column >= p.x.rows || output >= p.d_out) return;
   if (p.bias != nullptr) sum += T::widen(p.bias[output]);
   p.y[column * p.y_stride + output] = T::round(sum);
@@ -262,7 +261,7 @@ template <class T, int kGroups>
 __global__ void __launch_bounds__(kThreads) product_kernel(const Product p) {
   __shared__ Shared<kGroups> shared;
   __shared__ uint32_t arrived;
-  constexpr int kOutputs = 8 * kGroups * kTileRows;
+  constexpr int kOutputs = 8 * kGroups * kCellRows;
   const unsigned warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
   const int64_t strip = blockIdx.x, split = blockIdx.y, splits = gridDim.y;
   const int64_t part = split * kWarps + warp;
@@ -294,7 +293,7 @@ __global__ void __launch_bounds__(kThreads) product_kernel(const Product p) {
 
 template <class T, int kGroups>
 void run(const Product& p, int64_t splits, const Queue& queue) {
-  const int64_t t_strips = p.t.stride / kTileRows;
+  const int64_t t_strips = p.t.stride / kCellRows;
   const bool first = t_strips > 0 || splits > 1;
   if (first) {
     const dim3 grid(static_cast<unsigned>(t_strips > 0 ? t_strips : 1));
@@ -324,7 +323,7 @@ void sparse_low_rank_linear(const PackedWeight& weight, const void* x, int64_t b
   if (batch == 0 || weight.d_out == 0) return;
   if (batch > kMaxColumns || weight.dtype == Dtype::fp32)
     throw std::invalid_argument("this product takes up to 32 rows of 16-bit numbers");
-  // A warp counts the values of its tiles in 32 bits.
+  // A warp counts the values of its cells in 32 bits.
   if (weight.d_in >= int64_t{1} << 27) throw std::invalid_argument("a layer of 2^27 inputs or more");
   const Layout l = layout_of(weight.d_out, weight.d_in, weight.rank, weight.nnz, 2);
   const Workspace w = workspace_of(weight.d_out, weight.rank, batch, splits);
@@ -336,9 +335,9 @@ void sparse_low_rank_linear(const PackedWeight& weight, const void* x, int64_t b
   p.v = {part(l.v), l.v_stride, weight.rank};
   p.t_out = reinterpret_cast<uint16_t*>(work + w.t);
   p.t = {p.t_out, w.t_stride, batch};
-  p.of_v = shares_of(l.tiles, kWarps);
-  p.of_s = shares_of(l.tiles, kWarps * splits);
-  p.of_u = shares_of(l.u_stride / kTileColumns, kWarps * splits);
+  p.of_v = shares_of(l.cells, kWarps);
+  p.of_s = shares_of(l.cells, kWarps * splits);
+  p.of_u = shares_of(l.u_stride / kCellColumns, kWarps * splits);
   p.starts = reinterpret_cast<const int64_t*>(weight.at + l.starts);
   p.masks = reinterpret_cast<const uint32_t*>(weight.at + l.masks);
   p.values = part(l.values);
@@ -347,7 +346,7 @@ void sparse_low_rank_linear(const PackedWeight& weight, const void* x, int64_t b
   p.y_stride = y_stride;
   p.d_out = weight.d_out;
   p.strips = l.strips;
-  p.tiles = l.tiles;
+  p.cells = l.cells;
   if (splits > 1) {
     p.counters = reinterpret_cast<uint32_t*>(work + w.counters);
     p.partials = reinterpret_cast<float*>(work + w.partials);

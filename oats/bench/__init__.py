@@ -1,1 +1,1 @@
-"""How long layers and whole models take."""
+"""How fast layers and whole models are."""

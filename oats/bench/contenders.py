@@ -1,4 +1,7 @@
-"""What is timed against what: one way to multiply by a weight each, all driven alike."""
+"""Contenders: implementations of a linear layer that a benchmark times against each other.
+
+A contender is ours, torch's, or a peer: other software, in a process of its own (`benchmarks/`).
+"""
 
 from __future__ import annotations
 
@@ -20,14 +23,14 @@ from oats.bench.random_layer import Form, RandomWeight
 from oats.config import EXACT, Storage
 from oats.decomposition.codes import quantize_tensors
 from oats.format.layer_spec import DTYPES as FORMAT_DTYPES
-from oats.kernels import ops
+from oats.kernels.isa import active_isa
 from oats.nn.sparse_low_rank_linear import SparseLowRankLinear
 
-# Weights are cycled through this much memory at least, and through 4 times the last-level cache, so that
-# no cache holds them: a model's layers do not find theirs in a cache either.
+# Calls cycle through copies of the weight that fill at least this much memory, and 4 times the last-level
+# cache. So no cache holds the weight, as in a model, where the other layers have displaced it.
 _CYCLED_BYTES = 200_000_000
 
-# Of one weight: a copy is a module, and small weights would need millions.
+# Each copy is a module; small weights would need millions of them.
 _MOST_COPIES = 1000
 
 Dtype = Literal["bf16", "fp32"]
@@ -36,11 +39,12 @@ DTYPES: tuple[Dtype, ...] = ("bf16", "fp32")
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a contender holds.
+    """What a contender has loaded.
 
     Attributes:
-        weight_bytes: of one weight as it is read by a product; None where that is not known.
-        copies: of the weight, cycled through call by call. So small layers (200 kB and less) stay in a cache.
+        weight_bytes: bytes of one weight that a product reads; None if that is not known.
+        copies: number of copies of the weight; each call takes the next one. There are not enough copies of a
+            layer of 200 kB or less: it stays in a cache.
     """
 
     weight_bytes: int | None
@@ -48,18 +52,17 @@ class Loaded:
 
 
 class Contender(Protocol):
-    """One way to compute a layer.
+    """One implementation of a linear layer, which is timed against others.
 
     Attributes:
-        name: for people, such as "torch".
-        version: of the software.
-        dtype: of the weight and input that it is given.
-        stored_dtype: what it makes of the weight, as in "q8_0".
-        isa: that it was told to use, "" where it chooses by itself.
-        form: the weight that it takes.
-        compression: of that weight, None for the one of the run.
-        tolerance: largest error accepted, in units of `Reference.scale`.
-        batches: at which it is to be timed, None for all.
+        name: name of the software, such as "torch".
+        dtype: dtype of the weight and the input that it gets.
+        stored_dtype: dtype in which it stores the weight, such as "q8_0".
+        isa: instruction set that it must use; "" if it chooses.
+        form: form of the weight that it takes.
+        compression: compression of that weight; None means that of the run.
+        tolerance: largest error that is accepted, in units of `Reference.scale`.
+        batches: batch sizes to time it at; None means all.
     """
 
     name: str
@@ -73,55 +76,49 @@ class Contender(Protocol):
     batches: Collection[int] | None
 
     def load(self, weight: RandomWeight) -> Loaded:
-        """Take a weight, in as many copies as no cache holds; what was loaded before is dropped."""
+        """Load a weight, in more copies than a cache holds, and drop the one before."""
 
     def output(self, x: Tensor) -> Tensor:
-        """The product with `x` (batch, d_in), which is also the input of the calls timed from then on."""
+        """The product with `x` (batch, d_in). The calls of :meth:`time` take the same input."""
 
     def time(self, calls: int, warm_up: int) -> list[float]:
-        """Milliseconds of each of `calls` calls, which come after `warm_up` that are not timed."""
+        """Milliseconds of each of `calls` calls, after `warm_up` calls that are not timed."""
 
     def close(self) -> None:
-        """Give everything back."""
+        """Free all memory."""
 
 
-# Largest error that is accepted, in units of Reference.scale. An output of a random layer is normal with
-# that deviation, and the largest of millions is 6 of them: bf16 rounds the output and V x to 2^-9 of it;
-# fp32 sums up to 16384 products, each partial sum to 2^-24.
-# Codes round a weight to some hundredths of it (int8), or to an eighth of its range (int4).
+# Largest error that is accepted, in units of Reference.scale. An output of a random layer is normally
+# distributed with that standard deviation, so the largest of millions is 6 times as large. bf16 rounds the
+# output and V x with a relative error of 2^-9. fp32 adds up to 16384 products, and rounds each partial sum
+# with 2^-24. Codes round a weight with an error of some hundredths (int8), or of an eighth of its range
+# (int4).
 TOLERANCES = {"bf16": 2.0**-5, "fp32": 2.0**-14, "int8": 2.0**-4, "int4": 0.75}
 
 
 class InProcess:
     """A contender that is a module of this process."""
 
+    batches: Collection[int] | None = None
+
     def __init__(
-        self,
-        name: str,
-        dtype: Dtype,
-        form: Form,
-        make: Callable[[RandomWeight], Iterator[nn.Module]],
-        weight_bytes: Callable[[nn.Module], int],
-        *,
-        version: str,
-        isa: str = "",
-    ) -> None:
+        self, name: str, version: str, dtype: Dtype, form: Form,
+        make: Callable[[RandomWeight], Iterator[nn.Module]], *,
+        isa: str = "", stored_dtype: str | None = None, compression: float | None = None,
+    ) -> None:  # fmt: skip
         self.name, self.version, self.dtype, self.form, self.isa = name, version, dtype, form, isa
-        self.stored_dtype: str = dtype
-        self.compression: float | None = None
-        self.tolerance = TOLERANCES[dtype]
-        self.batches: Collection[int] | None = None
-        self._make, self._weight_bytes = make, weight_bytes
+        self.stored_dtype = stored_dtype or dtype
+        self.compression, self.tolerance = compression, TOLERANCES[self.stored_dtype]
+        self._make = make
         self._layers: list[nn.Module] = []
-        self._x = torch.empty(0)
-        self._next = 0
+        self._x, self._next = torch.empty(0), 0
 
     def load(self, weight: RandomWeight) -> Loaded:
         """See `Contender`."""
         self._layers = []
         supply = self._make(weight)
         first = next(supply)
-        size = self._weight_bytes(first)
+        size = _weight_bytes(first)
         copies = min(math.ceil(cycled_bytes() / size), _MOST_COPIES)
         self._layers = [first, *(next(supply) for _ in range(copies - 1))]
         return Loaded(size, copies)
@@ -153,21 +150,17 @@ class InProcess:
 
 
 def compressed(
-    dtype: Dtype,
-    *,
-    isa: str | None = None,
-    form: Form = "oats",
-    storage: Storage = EXACT,
+    dtype: Dtype, *, isa: str | None = None, form: Form = "oats", storage: Storage = EXACT,
     compression: float | None = None,
-) -> Contender:
+) -> Contender:  # fmt: skip
     """`SparseLowRankLinear`, packed for `isa` (None: the best one), its numbers stored as `storage` says.
 
-    `compression` is of a weight other than the run's: several of them are timed in turn.
+    `compression` gives it a weight of another compression than that of the run.
 
     >>> compressed("bf16", form="unstructured").form
     'unstructured'
     """
-    isa = ops.active_isa() if isa is None else isa
+    isa = active_isa() if isa is None else isa
 
     def make(weight: RandomWeight) -> Iterator[nn.Module]:
         tensors, d_in = weight.canonical(), weight.sparse.shape[1]
@@ -180,12 +173,10 @@ def compressed(
                 )
             yield layer
 
-    contender = InProcess("oats", dtype, form, make, _packed_bytes, version=__version__, isa=isa)
-    contender.compression = compression
-    if storage.values != "exact":
-        contender.stored_dtype = storage.values
-        contender.tolerance = TOLERANCES[storage.values]
-    return contender
+    stored_dtype = None if storage.values == "exact" else storage.values
+    return InProcess(
+        "oats", __version__, dtype, form, make, isa=isa, stored_dtype=stored_dtype, compression=compression
+    )
 
 
 def torch_dense(dtype: Dtype) -> Contender:
@@ -202,19 +193,18 @@ def torch_dense(dtype: Dtype) -> Contender:
             layer.weight = nn.Parameter(weight.sparse.clone(), requires_grad=False)
             yield layer
 
-    return InProcess("torch", dtype, "dense", make, _dense_bytes, version=torch.__version__)
+    return InProcess("torch", torch.__version__, dtype, "dense", make)
 
 
 def read_time(megabytes: int = 32) -> Callable[[], float]:
-    """A function that reads memory which no cache holds, and returns GB/s: torch's sum, all threads.
+    """A function that reads memory which no cache holds, by torch's sum with all threads, and returns GB/s.
 
     >>> read_time()() > 0
     True
     """
-    # In one piece: far more than what starting the threads costs.
+    # A piece is so large that the time to start the threads does not count.
     piece = megabytes * 1_000_000
-    pieces = torch.ones(cycled_bytes() // 4).split(piece // 4)[:-1]
-    supply = itertools.cycle(pieces)
+    supply = itertools.cycle(torch.ones(cycled_bytes() // 4).split(piece // 4)[:-1])
 
     def read() -> float:
         part = next(supply)
@@ -226,7 +216,7 @@ def read_time(megabytes: int = 32) -> Callable[[], float]:
 
 
 def peak_gflops(dtype: Dtype, size: int = 2048, repetitions: int = 5) -> float:
-    """GFLOP/s of torch's dense product of two square matrices, the best of some: the roof of a roofline.
+    """GFLOP/s of torch's dense product of two square matrices, best of `repetitions`: the roof of a roofline.
 
     >>> peak_gflops("fp32", size=64) > 0
     True
@@ -241,13 +231,13 @@ def peak_gflops(dtype: Dtype, size: int = 2048, repetitions: int = 5) -> float:
 
 
 def cycled_bytes() -> int:
-    """How much memory is cycled through."""
+    """Bytes that the copies of a weight fill together, at least."""
     return max(_CYCLED_BYTES, 4 * _last_level_cache_bytes())
 
 
 @contextlib.contextmanager
 def _packing_for(isa: str) -> Iterator[None]:
-    """Weights packed meanwhile are laid out for `isa`."""
+    """Weights packed in this context are laid out for `isa`."""
     before = os.environ.get("OATS_ISA")
     os.environ["OATS_ISA"] = isa
     try:
@@ -259,18 +249,14 @@ def _packing_for(isa: str) -> Iterator[None]:
             os.environ["OATS_ISA"] = before
 
 
-def _packed_bytes(layer: nn.Module) -> int:
-    assert isinstance(layer, SparseLowRankLinear) and layer.packed is not None
-    return layer.packed.numel()
-
-
-def _dense_bytes(layer: nn.Module) -> int:
-    assert isinstance(layer, nn.Linear)
-    return layer.weight.nbytes
+def _weight_bytes(layer: nn.Module) -> int:
+    weight = layer.packed if isinstance(layer, SparseLowRankLinear) else layer.weight
+    assert isinstance(weight, Tensor)
+    return weight.nbytes
 
 
 def _last_level_cache_bytes() -> int:
-    """Size of the largest cache that Linux reports, 0 where it reports none."""
+    """Size of the largest cache that Linux reports; 0 if it reports none."""
     sizes = [0]
     for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         text = path.read_text().strip()

@@ -1,4 +1,7 @@
-"""Latency of layers: every contender on the same weights and inputs, in turn, checked before it is timed."""
+"""Latency of layers: all contenders get the same weight and input, and take turns.
+
+Each output is compared with float64 before anything is timed.
+"""
 
 from __future__ import annotations
 
@@ -19,35 +22,31 @@ from oats.bench.spread import Spread
 from oats.config import OatsConfig
 from oats.errors import ConfigError, OatsError
 
-# A turn starts with calls that are not timed for this long, and two at least: caches settle, threads of the
-# one before that still spin go to sleep, and threads that woke up on one core are spread.
+# A turn starts with calls that are not timed, for this long and at least two. Meanwhile caches fill, spinning
+# threads of the contender before go to sleep, and threads that woke up on one core spread over the cores.
 _WARM_UP_MS = 20.0
 
 _ROUNDS = 10
 
-# Between rounds nobody works for this long, and what the CPUs do then is the work of other processes.
+# Between rounds no contender works for this long: what the CPUs do then is the work of other processes.
 _REST_SECONDS = 0.05
 _BANDWIDTH_READS = 4
 
-# A contender whose single call takes longer than this is left out at that batch.
+# A contender is left out at a batch where a single call takes longer than this.
 _LONGEST_CALL_MS = 5000.0
 
 
 @dataclass(frozen=True)
 class Timing:
-    """One contender on one layer and batch.
+    """The times of one contender on one layer at one batch size.
 
     Attributes:
-        name: of the contender.
-        dtype: that it stores the weight in.
-        isa: that it was told to use, "" where it chooses by itself.
-        form: of the weight: sparse plus low-rank, sparse alone (unstructured), or dense.
-        compression: of the weight, None for the one of the run.
-        weight_bytes: of the weight as a call reads it, None where that is not known.
-        copies: of the weight, cycled through.
-        calls: that were timed.
-        ms: of one call.
-        error: the largest against float64, in units of √(Σ w² x²).
+        name: name of the contender; `version`, `isa`, `form` and `compression` as in `Contender`.
+        dtype: dtype in which it stores the weight.
+        weight_bytes: bytes of the weight that a call reads; None if that is not known.
+        copies: number of copies of the weight that the calls cycle through.
+        ms: milliseconds of one call.
+        error: largest error against float64, in units of √(Σ w² x²).
     """
 
     name: str
@@ -66,29 +65,30 @@ class Timing:
 
     @property
     def label(self) -> str:
-        """Everything that tells one contender from another."""
+        """Name, dtype, form and instruction set, which tell the contenders apart."""
         return contender_label(self.name, self.dtype, self.form, self.isa)
 
     @property
     def input_dtype(self) -> Dtype:
-        """Of inputs and outputs; codes and quantised dtypes take bf16."""
+        """Dtype of inputs and outputs; codes and quantised dtypes take bf16."""
         return "fp32" if self.dtype == "fp32" else "bf16"
 
     @property
     def gb_per_s(self) -> float | None:
-        """Bytes of the weight read a second, where they are known."""
+        """Gigabytes of the weight read a second; None if its bytes are not known."""
         return None if self.weight_bytes is None else self.weight_bytes / self.ms.median / 1e6
 
 
 @dataclass(frozen=True)
 class Row:
-    """Ours and one peer on one layer and batch, timed in turn.
+    """Ours and one peer on one layer at one batch size, timed in turn.
 
     Attributes:
         layer: name of the layer in its model, or its shape.
-        model: the model's name, "" for a shape given by hand.
-        read_gb_per_s: of torch's sum of 32 MB of fp32 with the same threads, timed in between.
-        others: share of all CPUs that other processes took in between, NaN where the system does not say.
+        model: name of the model; "" for a shape that was given directly.
+        read_gb_per_s: read bandwidth between the rounds: torch's sum of 32 MB of fp32, with the same threads.
+        others: share of all CPUs that other processes took between the rounds; NaN if the system does not
+            say.
     """
 
     model: str
@@ -107,19 +107,19 @@ class Row:
 
     @property
     def ratio(self) -> float:
-        """How many times as fast as the peer ours is, by medians; below 1 it is slower."""
+        """How many times as fast as the peer ours is, by medians; below 1 ours is slower."""
         return self.peer.ms.median / self.ours.ms.median
 
     def gflops(self, timing: Timing) -> float:
-        """Effective GFLOP/s: what the dense product would have, 2 d_out d_in batch, over the time."""
+        """Effective GFLOP/s: the operations of the dense product, 2 d_out d_in batch, over the time."""
         return 2 * self.d_out * self.d_in * self.batch / timing.ms.median / 1e6
 
     def share_of_bandwidth(self, timing: Timing) -> float | None:
-        """Bytes of the weight read a second over `read_gb_per_s`, where they are known."""
+        """Share of `read_gb_per_s` at which the weight is read; None if its bytes are not known."""
         return None if timing.gb_per_s is None else timing.gb_per_s / self.read_gb_per_s
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields and what follows from them, as plain JSON values."""
+        """The fields and the numbers that follow from them, as plain JSON values."""
         row = asdict(self) | {"ratio": self.ratio}
         for side, timing in (("ours", self.ours), ("peer", self.peer)):
             row[side] |= {
@@ -131,7 +131,7 @@ class Row:
 
 
 def contender_label(name: str, dtype: str, form: Form, isa: str = "") -> str:
-    """Name, dtype, form and instruction set in one.
+    """Name, dtype, form and instruction set in one text.
 
     >>> contender_label("oats", "bf16", "oats", "avx2"), contender_label("torch", "fp32", "dense")
     ('oats bf16 avx2', 'torch fp32 dense')
@@ -149,43 +149,32 @@ class LeftOut:
     reason: str
 
 
-Progress = Callable[[str], None]
-
-
 def layer_rows(
-    shape: LayerShape,
-    batches: Sequence[int],
-    config: OatsConfig,
-    ours: Sequence[Contender],
-    peers: Sequence[Contender],
-    *,
-    model: str = "",
-    repetitions: int = 200,
-    seconds: float = 0.5,
-    seed: int = 0,
-    left_out: list[LeftOut] | None = None,
-    progress: Progress | None = None,
-) -> Iterator[Row]:
-    """Time one layer at several batches: each of `ours` against each peer.
+    shape: LayerShape, batches: Sequence[int], config: OatsConfig, ours: Sequence[Contender],
+    peers: Sequence[Contender], *, model: str = "", repetitions: int = 200, seconds: float = 0.5,
+    seed: int = 0, left_out: list[LeftOut] | None = None,
+    progress: Callable[[str], None] = lambda note: None,
+) -> Iterator[Row]:  # fmt: skip
+    """Time one layer at several batch sizes: each of `ours` against each of `peers`.
 
-    The weights are random (`RandomWeight`), the same for all contenders of one form and dtype. Each output
-    is compared with float64 first. Then all take turns, in rounds.
+    The weights are random (`RandomWeight`), and the same for all contenders with one form, dtype and
+    compression. Each output is compared with float64 first. Then all contenders take turns, in rounds.
 
     Args:
-        config: the budget; its dtype is not used: each contender has its own, and may have its
-            own compression.
+        config: compression, rank ratio and pattern of the weight. A contender has its own dtype, and may have
+            its own compression.
         ours: a wrong result of one of these is an error.
-        peers: one of these that fails, or is wrong, is left out, and `left_out` says why.
-        repetitions: timed calls of each contender at a batch, at most.
-        seconds: that a contender's timed calls take at a batch, about; at least 3 are made.
-        progress: called with what comes next.
+        peers: one of these that fails, or is wrong, is left out; `left_out` gets the reason.
+        repetitions: most timed calls of each contender at a batch size.
+        seconds: time that these calls take together, about; there are at least 3.
+        progress: called with a note about the next step.
 
     Yields:
-        Rows, batch by batch. Ours in bf16 meets the peers in bf16 or a quantised dtype, and those in fp32
-        where there is no bf16 version of them; ours in fp32 meets those in fp32.
+        Rows, one batch size after another. Ours in bf16 is compared with the peers in bf16 or a quantised
+        dtype, and with peers that have only fp32; ours in fp32 with the peers in fp32.
 
     Raises:
-        ConfigError: a setting is out of range, or cannot be met for this shape.
+        ConfigError: a setting is out of range, or impossible for this shape.
         OatsError: a result of ours is wrong.
     """
     if min([shape.d_out, shape.d_in, repetitions, *batches], default=0) < 1 or not batches:
@@ -193,11 +182,10 @@ def layer_rows(
             "d_out, d_in, batches and repetitions must be at least 1, got "
             f"{shape.d_out}, {shape.d_in}, {list(batches)} and {repetitions}"
         )
-    say = progress or (lambda note: None)
     label = f"{shape.d_out} x {shape.d_in}"
 
     def leave_out(contender: Contender, where: str, error: OatsError) -> None:
-        """Note why a contender is not timed; a fault of ours ends the run."""
+        """Record why a contender is not timed. A wrong result of ours ends the run."""
         if contender in ours and not isinstance(error, _TooSlowError):
             raise error
         if left_out is not None:
@@ -208,10 +196,10 @@ def layer_rows(
     for contender in (*ours, *peers):
         key = _key(contender)
         if key not in weights:
-            say(f"{label}: a random {contender.form} weight, {contender.dtype}")
+            progress(f"{label}: a random {contender.form} weight, {contender.dtype}")
             budget = replace(config, dtype=contender.dtype, compression=_compression(contender, config))
             weights[key] = RandomWeight.make(contender.form, shape.d_out, shape.d_in, budget, seed)
-        say(f"{label}: loading {_label(contender)}")
+        progress(f"{label}: loading {_label(contender)}")
         try:
             loaded.append((contender, contender.load(weights[key])))
         except OatsError as error:
@@ -226,16 +214,16 @@ def layer_rows(
                 continue
             key = _key(contender)
             if key not in inputs:
-                say(f"{where}: float64 reference")
+                progress(f"{where}: float64 reference")
                 x = random_input(weights[key], batch)
                 inputs[key] = x, Reference.of(weights[key], x)
-            say(f"{where}: {_label(contender)}")
+            progress(f"{where}: {_label(contender)}")
             try:
                 off_by = _checked(contender, *inputs[key])
                 ready.append(_Turns(contender, weights[key], held, off_by, repetitions, seconds))
             except OatsError as error:
                 leave_out(contender, where, error)
-        say(f"{where}: timing {len(ready)} in turn")
+        progress(f"{where}: timing {len(ready)} in turn")
         bandwidth, others_share = _take_turns(ready, read)
         mine = [turns.timing() for turns in ready if turns.contender in ours]
         others = [turns.timing() for turns in ready if turns.contender not in ours]
@@ -250,22 +238,24 @@ def layer_rows(
 _Key = tuple[Form, str, float | None]
 
 
+def _label(contender: Contender) -> str:
+    return contender_label(contender.name, contender.stored_dtype, contender.form, contender.isa)
+
+
 def _key(contender: Contender) -> _Key:
-    """What contenders of one weight and input have in common."""
+    """Contenders with the same key share weight and input."""
     return contender.form, contender.dtype, contender.compression
 
 
 def _compression(one: Contender | Timing, config: OatsConfig) -> float:
-    """Of its weight."""
     return config.compression if one.compression is None else one.compression
 
 
 class _TooSlowError(OatsError):
-    """A contender takes too long to be timed at this batch."""
+    """A contender takes too long to be timed at this batch size."""
 
 
 def _checked(contender: Contender, x: Tensor, reference: Reference) -> float:
-    """The error of a contender's output."""
     error = reference.error(contender.output(x))
     if not error <= contender.tolerance:
         d_out = reference.output.shape[1]
@@ -278,17 +268,12 @@ def _checked(contender: Contender, x: Tensor, reference: Reference) -> float:
 
 
 class _Turns:
-    """The timed calls of one contender at one batch."""
+    """The timed calls of one contender at one batch size."""
 
     def __init__(
-        self,
-        contender: Contender,
-        weight: RandomWeight,
-        loaded: Loaded,
-        error: float,
-        repetitions: int,
+        self, contender: Contender, weight: RandomWeight, loaded: Loaded, error: float, repetitions: int,
         seconds: float,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.contender = contender
         self._weight, self._loaded, self._error = weight, loaded, error
         self._taken: list[float] = []
@@ -316,16 +301,16 @@ class _Turns:
 
 
 def _take_turns(ready: Sequence[_Turns], read: Callable[[], float]) -> tuple[float, float]:
-    """Time all of them; return the read bandwidth in GB/s, and the share of the CPUs that others took."""
+    """Time all of them; return the read bandwidth in GB/s, and the share of the CPUs of other processes."""
     bandwidths, busy, passed = [], 0, 0
     for round_ in range(max((turns.rounds for turns in ready), default=1)):
-        # Each round starts with another one: nobody always follows the same neighbour.
+        # Each round starts with another one, so that no contender always comes after the same one.
         start = round_ % max(len(ready), 1)
         for turns in (*ready[start:], *ready[:start]):
             if round_ < turns.rounds:
                 turns.take()
         bandwidths += [read() for _ in range(_BANDWIDTH_READS)][1:]
-        # Threads that wait in a spin get the time to go to sleep.
+        # Give spinning threads the time to go to sleep.
         time.sleep(_WARM_UP_MS / 1e3)
         before = _cpu_ticks()
         time.sleep(_REST_SECONDS)
@@ -335,7 +320,7 @@ def _take_turns(ready: Sequence[_Turns], read: Callable[[], float]) -> tuple[flo
 
 
 def _cpu_ticks() -> tuple[int, int]:
-    """Busy and all ticks of all CPUs since the start, zeros where Linux does not say."""
+    """Busy ticks and all ticks of all CPUs since the start; zeros on a system without /proc/stat."""
     try:
         fields = [int(field) for field in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
     except OSError:
@@ -348,13 +333,6 @@ def _pairs(ours: Sequence[Timing], peers: Sequence[Timing]) -> Iterator[tuple[Ti
     in_bf16 = {peer.name for peer in peers if peer.input_dtype == "bf16"}
     for our in ours:
         for peer in peers:
-            if our.input_dtype == "fp32":
-                fits = peer.input_dtype == "fp32"
-            else:
-                fits = peer.input_dtype == "bf16" or peer.name not in in_bf16
-            if fits:
+            only_fp32 = our.input_dtype == "bf16" and peer.name not in in_bf16
+            if our.input_dtype == peer.input_dtype or only_fp32:
                 yield our, peer
-
-
-def _label(contender: Contender) -> str:
-    return contender_label(contender.name, contender.stored_dtype, contender.form, contender.isa)

@@ -1,4 +1,4 @@
-"""Pictures of measured rows: latency by batch, and the roofline."""
+"""Pictures of measured rows: latency against batch size, and the roofline."""
 
 from __future__ import annotations
 
@@ -14,43 +14,30 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 STYLE = {
-    "font.family": "DejaVu Sans",
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 10,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.grid": True,
-    "grid.color": "#e6e6e6",
-    "grid.linewidth": 0.6,
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-    "svg.fonttype": "none",
-    "savefig.bbox": "tight",
-}
-"""Of every picture."""
+    "font.family": "DejaVu Sans", "font.size": 9, "svg.fonttype": "none", "savefig.bbox": "tight",
+    "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
+    "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left",
+    "axes.grid": True, "axes.axisbelow": True, "grid.color": "#e6e6e6", "grid.linewidth": 0.6,
+}  # fmt: skip
+"""matplotlib settings of every picture."""
 
 FILES = ("latency.png", "latency.svg", "roofline.png", "roofline.svg")
 
-# Ours in greens, the best instruction set first; others in colours that differ also without colour vision
+# Ours in greens, the best instruction set first. Peers in colours that stay distinct for colour-blind readers
 # (Okabe and Ito), then in greys and browns.
 _OURS = ("#0b6e4f", "#7cb518", "#2a9d8f", "#8fbc8f", "#4f772d", "#74c69d")
 _PEERS = (
     "#d55e00", "#0072b2", "#e69f00", "#cc79a7", "#56b4e9", "#000000", "#7f7f7f", "#8c6d31", "#5b3a8c",
     "#e63946", "#bcbd22",
 )  # fmt: skip
-# In the roofline, the least batch of each group; the intensity says the rest.
+# Markers of the roofline: least batch of each group → marker, label. The horizontal axis shows the rest.
 _MARKERS = {
-    1: ("o", "batch 1"),
-    2: ("s", "batch 2 to 8"),
-    9: ("^", "batch 9 to 64"),
-    65: ("D", "batch over 64"),
-}
+    1: ("o", "batch 1"), 2: ("s", "batch 2 to 8"), 9: ("^", "batch 9 to 64"), 65: ("D", "batch over 64"),
+}  # fmt: skip
 
 
 def require_matplotlib() -> None:
-    """Say what to install, before anything is measured.
+    """Check that matplotlib is installed, before anything is measured.
 
     Raises:
         ConfigError: matplotlib is missing.
@@ -79,24 +66,19 @@ def prepare(directory: Path) -> None:
 
 
 def draw(rows: Sequence[Row], directory: Path) -> list[Path]:
-    """Write both pictures as PNG and SVG.
-
-    Returns:
-        The files.
-    """
+    """Write both pictures as PNG and SVG, and return the files."""
     import matplotlib
 
-    files = []
+    files = [directory / name for name in FILES]
     with matplotlib.rc_context(STYLE):
-        for name, figure in (("latency", latency(rows)), ("roofline", roofline(rows))):
-            for kind in ("png", "svg"):
-                files.append(directory / f"{name}.{kind}")
-                figure.savefig(files[-1], dpi=160)
+        figures = {"latency": latency(rows), "roofline": roofline(rows)}
+        for file in files:
+            figures[file.stem].savefig(file, dpi=160)
     return files
 
 
 def latency(rows: Sequence[Row]) -> Figure:
-    """Milliseconds by batch, a panel for each layer, compression and input dtype; bands are p10 to p90."""
+    """Milliseconds against batch, a panel for each layer, compression and input dtype; bands: p10 to p90."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
@@ -135,26 +117,25 @@ def latency(rows: Sequence[Row]) -> Figure:
         axes.set(xscale="log", yscale="log", ylim=(min(medians) / 1.4, max(medians) * 1.4))
         shown = sorted({row.batch for row in panel})
         if len(shown) > 6:
-            # Labels that do not run into each other.
+            # So few that the labels do not overlap.
             shown = [batch for batch in shown if batch in (1, 4, 16, 64, 256, 1024, 4096)] or shown
         axes.set_xticks(shown, [str(batch) for batch in shown])
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.grid(which="minor", axis="y", linewidth=0.3)
+        axes.set(xlabel="batch (rows of the input)", ylabel="milliseconds")
         axes.set_title(f"{d_out} × {d_in}, {compression:.0%} removed, {dtype}")
-        axes.set_xlabel("batch (rows of the input)")
-        axes.set_ylabel("milliseconds")
     figure.legend(list(handles.values()), list(handles), loc="outside right upper")
     return figure
 
 
 def roofline(rows: Sequence[Row]) -> Figure:
-    """Effective GFLOP/s by arithmetic intensity, every timing a point, a panel for each input dtype.
+    """Effective GFLOP/s against arithmetic intensity: a point for each timing, a panel for each input dtype.
 
-    The roofs are the read bandwidth of the rows' own run (median) and torch's dense product, measured here.
-    Work is that of the dense product, so a kernel that skips zeros can be above the second roof; bytes are
-    those of the weight as stored, the input and the output.
+    The roofs are the median read bandwidth of the same run, and torch's dense product, which is measured
+    here. The operations are those of the dense product, so a kernel that skips zeros can be above the second
+    roof. The bytes are those of the stored weight, the input and the output.
     """
     import numpy as np
     from matplotlib.figure import Figure
@@ -181,11 +162,10 @@ def roofline(rows: Sequence[Row]) -> Figure:
         left = min(min(point[2] for point in points.values()), ridge) / 1.6
         right = max(max(point[2] for point in points.values()), ridge) * 1.6
         axes.plot([left, ridge, right], [left * bandwidth, peak, peak], color="#333333", zorder=2)
-        axes.set(xscale="log", yscale="log", xlim=(left, right))
+        axes.set(xscale="log", yscale="log", xlim=(left, right), ylabel="effective GFLOP/s")
         axes.margins(y=0.08)
         axes.set_title(f"Roofline, {dtype}")
         axes.set_xlabel("dense operations a byte of weight, input and output")
-        axes.set_ylabel("effective GFLOP/s")
         axes.annotate(
             f"torch dense {dtype}, 2048³: {peak:.0f} GFLOP/s", (right, peak), xytext=(-2, 4),
             textcoords="offset points", ha="right", color="#333333",
@@ -196,7 +176,7 @@ def roofline(rows: Sequence[Row]) -> Figure:
         for marker, label in dict.fromkeys(_marker(batch) for batch in sorted({row.batch for row in rows}))
     ]
     figure.legend(handles=[*kinds, *shapes], loc="outside right upper")
-    # The angle of the memory roof is known once the axes have their place.
+    # The angle of the memory roof depends on the layout of the axes.
     figure.draw_without_rendering()
     for axes in figure.axes:
         left = axes.get_xlim()[0]
@@ -214,21 +194,21 @@ def _marker(batch: int) -> tuple[str, str]:
 
 
 def _intensity(row: Row, timing: Timing) -> float:
-    """Dense operations a byte that one call has to move."""
+    """Operations of the dense product, per byte that one call must move."""
     width = 4 if timing.dtype == "fp32" else 2
-    # Where the format is not public, what it must hold at least: its non-zeros.
+    # If the format is not public: the least that it must hold, its non-zeros.
     weight = timing.weight_bytes if timing.weight_bytes is not None else width * timing.nnz
     return 2 * row.d_out * row.d_in * row.batch / (weight + width * row.batch * (row.d_out + row.d_in))
 
 
 def _names(rows: Sequence[Row]) -> dict[str, str]:
-    """Label → name in a legend: without what is the same for all of one contender."""
+    """Label → name in the legend, without the parts that do not tell contenders apart."""
     timings = {timing.label: timing for row in rows for timing in (row.ours, row.peer)}
     best = rows[0].ours.isa
     names = {}
     for label, timing in timings.items():
         plain = {t.dtype for t in timings.values() if (t.name, t.form) == (timing.name, timing.form)}
-        # The panel says bf16 or fp32, except of a contender that has only one of all.
+        # The title of the panel says bf16 or fp32; a contender with only one dtype needs it in its name.
         dtype = "" if plain == {"bf16", "fp32"} else timing.dtype
         isa = "" if timing.isa == best else timing.isa
         names[label] = contender_label(timing.name, dtype, timing.form, isa)
@@ -236,7 +216,7 @@ def _names(rows: Sequence[Row]) -> dict[str, str]:
 
 
 def _colours(rows: Sequence[Row]) -> dict[str, str]:
-    """Name in a legend → colour, ours first."""
+    """Name in the legend → colour, ours first."""
     names = _names(rows)
     ours = dict.fromkeys(names[row.ours.label] for row in rows)
     peers = dict.fromkeys(names[row.peer.label] for row in rows)

@@ -1,8 +1,7 @@
-"""Random layers to measure, and the float64 reference that a result is checked against."""
+"""Random layers to measure, and the float64 reference that their results are checked against."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -11,20 +10,20 @@ import torch
 from torch import Tensor
 
 from oats.config import OatsConfig, parse_n_m
-from oats.decomposition.budget import check_inputs, nnz_per_layer, nnz_per_row, rank_for
+from oats.decomposition.budget import check_pattern_divides, nnz_per_layer, nnz_per_row, rank_for
 from oats.format.bitmask import encode
 from oats.format.layer_spec import DTYPES
 
 Form = Literal["oats", "unstructured", "dense"]
-"""What a weight is: sparse plus low-rank, sparse alone at the same compression, or dense."""
+"""The form of a weight: sparse plus low-rank ("oats"), sparse alone at the same compression, or dense."""
 
-# Rows of a batch that are compared with float64, evenly spread; the reference of 2048 rows takes minutes.
+# Most rows of a batch that are compared with float64, evenly spaced: 2048 rows would take minutes.
 _CHECKED_ROWS = 64
 
 
 @dataclass(frozen=True)
 class RandomWeight:
-    """``S + U V`` with normal values at random places, as many as a compression run leaves.
+    """``S + U V`` with normal values at random places, with as many as a compression leaves.
 
     Attributes:
         sparse: (d_out, d_in), zeros where nothing is kept.
@@ -65,7 +64,7 @@ class RandomWeight:
 
     @property
     def rank(self) -> int:
-        """Of the low-rank part."""
+        """Rank of the low-rank part."""
         return self.low_rank_u.shape[1]
 
     @cached_property
@@ -76,12 +75,7 @@ class RandomWeight:
     def canonical(self) -> dict[str, Tensor]:
         """The tensors of :mod:`oats.format.layer_spec`."""
         mask, values = encode(self.sparse)
-        return {
-            "mask": mask,
-            "values": values,
-            "low_rank_u": self.low_rank_u,
-            "low_rank_v": self.low_rank_v,
-        }
+        return {"mask": mask, "values": values, "low_rank_u": self.low_rank_u, "low_rank_v": self.low_rank_v}
 
 
 @dataclass(frozen=True)
@@ -89,11 +83,10 @@ class Reference:
     """The product of a weight with some rows of a batch, in float64.
 
     Attributes:
-        rows: (n,) which rows of the batch.
+        rows: (n,), numbers of the rows of the batch.
         output: (n, d_out).
-        scale: (n, d_out), the standard deviation of each output over random signs of its terms,
-            √(Σ w² x²); rounding errors and the outputs of a random layer are in proportion to it, also
-            where terms cancel.
+        scale: (n, d_out), √(Σ w² x²): the standard deviation of each output if the signs of its terms were
+            random. Rounding errors are in proportion to it, even if the terms cancel.
     """
 
     rows: Tensor
@@ -126,8 +119,8 @@ class Reference:
 def _random_support(
     d_out: int, d_in: int, compression: float, rank_ratio: float, pattern: str, generator: torch.Generator
 ) -> Tensor:
-    """Which elements are kept, (d_out, d_in) bool."""
-    check_inputs(d_in, pattern, "the layer")
+    """True where an element is kept, (d_out, d_in) bool."""
+    check_pattern_divides(d_in, pattern, "the layer")
     n_m = parse_n_m(pattern)
     if n_m is not None:
         (k, m), rows = n_m, d_out
@@ -146,6 +139,3 @@ def random_input(weight: RandomWeight, batch: int, seed: int = 1) -> Tensor:
     """(batch, d_in), normal, in the dtype of the weight."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(batch, weight.sparse.shape[1], generator=generator).to(weight.sparse.dtype)
-
-
-Weights = Mapping[Form, RandomWeight]

@@ -1,7 +1,7 @@
-"""Models with random weights: the speed and memory of a shape without its checkpoint.
+"""Models with random weights, to measure the speed and memory of an architecture without its checkpoint.
 
-A compressed layer is made in its packed form, one at a time. No dense one is built, so that the process never
-holds more than the compressed model and one unpacked layer.
+Compressed layers are made one at a time, in packed form. No dense model is built: the process never holds
+more than the compressed model and one unpacked layer.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from oats.decomposition import budget
 from oats.decomposition.selection import keep_largest
 from oats.format.bitmask import encode, mask_population
 from oats.format.layer_spec import LayerSpec
-from oats.models.blocks import find_blocks
+from oats.models.architecture import find_blocks
 from oats.models.linear import weight_of
 from oats.nn.fusion import fuse_
 from oats.nn.sparse_low_rank_linear import SparseLowRankLinear
@@ -27,31 +27,28 @@ from oats.nn.split_linear import SplitLinear
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-# Random numbers are drawn once and repeated, and layers of one shape are copies: distinct ones would take
-# minutes, and these are as good to a kernel.
+# Random numbers are drawn once and repeated, and layers of one shape are copies. Distinct numbers would take
+# minutes to draw, and the speed of a kernel does not depend on them.
 _DISTINCT_ROWS = 512
 _DISTINCT_VALUES = 1_000_003  # a prime, so that the rows of a matrix differ
 
 
 @torch.no_grad()
 def random_model(
-    architecture: PretrainedConfig,
-    config: OatsConfig | None,
-    *,
-    dtype: torch.dtype = torch.bfloat16,
+    architecture: PretrainedConfig, config: OatsConfig | None, *, dtype: torch.dtype = torch.bfloat16,
     seed: int = 0,
-) -> Any:
+) -> Any:  # fmt: skip
     """A causal language model of transformers with random weights, in evaluation mode.
 
     Args:
         architecture: a configuration of transformers, e.g. ``LlamaConfig(hidden_size=…)``.
-        config: how the linear layers in its blocks are compressed (``compression``, ``rank_ratio``,
-            ``pattern``, and how they are stored); None leaves them dense. ``"layer"`` is taken as ``"row"``.
-        dtype: of all weights, torch.bfloat16 or torch.float32.
-        seed: of the weights. The global random state is left as it was.
+        config: how the linear layers in the blocks are compressed (``compression``, ``rank_ratio``,
+            ``pattern``) and stored; None leaves them dense. Pattern ``"layer"`` counts as ``"row"``.
+        dtype: dtype of all weights, torch.bfloat16 or torch.float32.
+        seed: seed of the weights. The global random state is left as it was.
 
     Raises:
-        UnsupportedModelError: the blocks, or linear layers inside them, were not found.
+        UnsupportedModelError: the model has no known list of blocks, or no linear layers in them.
         ConfigError: the settings cannot be met for a layer's shape.
 
     >>> from transformers import LlamaConfig
@@ -82,30 +79,21 @@ def random_model(
             module.to_empty(device="cpu", recurse=False)
         model.tie_weights()
         for module in others:
-            _fill(model, module)
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                _draw_(module.weight, 0.02)
+                module.weight._is_hf_initialized = True  # type: ignore[attr-defined]  # else drawn again below
+            model._init_weights(module)  # norms, biases, and buffers such as rotary frequencies
     fuse_(model)
     return model.eval()
 
 
-def _fill(model: Any, module: nn.Module) -> None:
-    if isinstance(module, (nn.Linear, nn.Embedding)):
-        _draw_(module.weight, 0.02)
-        module.weight._is_hf_initialized = True  # type: ignore[attr-defined]  # so that it is not drawn again
-    model._init_weights(module)  # norms, biases, and buffers such as rotary frequencies
-
-
-def _draw_(tensor: Tensor, std: float) -> Tensor:
-    """Fill with normal numbers of mean 0."""
-    drawn = tensor.new_empty(min(tensor.numel(), _DISTINCT_VALUES)).normal_(std=std)
-    for chunk in tensor.view(-1).split(max(drawn.numel(), 1)):
-        chunk.copy_(drawn[: chunk.numel()])
-    return tensor
-
-
-def _draw_codes(tensor: Tensor) -> Tensor:
-    """Fill with integers, all as often: a byte from -127 to 127, or two int4."""
-    lowest, highest = (-127, 128) if tensor.dtype == torch.int8 else (0, 256)
-    drawn = torch.randint(lowest, highest, (min(tensor.numel(), _DISTINCT_VALUES),)).to(tensor.dtype)
+def _draw_(tensor: Tensor, std: float = 1.0) -> Tensor:
+    """Fill with normal numbers of mean 0, or uniform codes: int8 from -127 to 127, or bytes of two int4."""
+    drawn = tensor.new_empty(min(tensor.numel(), _DISTINCT_VALUES))
+    if tensor.is_floating_point():
+        drawn.normal_(std=std)
+    else:
+        drawn.random_(*((-127, 128) if tensor.dtype == torch.int8 else (0, 256)))
     for chunk in tensor.view(-1).split(max(drawn.numel(), 1)):
         chunk.copy_(drawn[: chunk.numel()])
     return tensor
@@ -127,8 +115,8 @@ def _random_replacement(name: str, target: Target, config: OatsConfig) -> nn.Mod
 def _random_tensors(
     name: str, d_out: int, d_in: int, config: OatsConfig, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """Canonical tensors with the sizes that a compression would give; outputs as large as the inputs."""
-    budget.check_inputs(d_in, config.pattern, name)
+    """Canonical tensors as large as after a compression, scaled so that outputs are as large as inputs."""
+    budget.check_pattern_divides(d_in, config.pattern, name)
     settings = config.compression, config.rank_ratio
     rank = budget.rank_for(d_out, d_in, *settings, config.pattern)
     n_m = parse_n_m(config.pattern)
@@ -137,24 +125,19 @@ def _random_tensors(
     sample, _ = encode(keep_largest(torch.rand(min(d_out, _DISTINCT_ROWS), d_in).add_(1), kept, pattern))
     mask = sample[torch.randint(len(sample), (d_out,))]
     nnz = mask_population(mask, d_in)
-    sizes = {
-        "values": (d_out / max(nnz, 1)) ** 0.5,
-        "low_rank_u": max(rank, 1) ** -0.5,
-        "low_rank_v": d_in**-0.5,
-    }
+    of_values = (d_out / max(nnz, 1)) ** 0.5
+    sizes = {"values": of_values, "low_rank_u": max(rank, 1) ** -0.5, "low_rank_v": d_in**-0.5}
     tensors = {"mask": mask}
-    for tensor_name, (kind, shape) in (
-        LayerSpec(d_out, d_in, rank, nnz, dtype, config.storage).tensors().items()
-    ):
+    spec = LayerSpec(d_out, d_in, rank, nnz, dtype, config.storage)
+    for tensor_name, (kind, shape) in spec.tensors().items():
         if tensor_name == "values_codebook":
             tensors[tensor_name] = torch.arange(-120, 121, 16, dtype=kind)
         elif tensor_name.endswith("_scale"):
-            # Codes from -127 to 127, all as often, are 73 in the mean.
-            tensors[tensor_name] = torch.full(
-                shape, sizes[tensor_name.removesuffix("_scale")] / 73, dtype=kind
-            )
+            # The root mean square of uniform codes from -127 to 127 is 73.
+            size = sizes[tensor_name.removesuffix("_scale")]
+            tensors[tensor_name] = torch.full(shape, size / 73, dtype=kind)
         elif kind.is_floating_point:
             tensors[tensor_name] = _draw_(torch.empty(shape, dtype=kind), sizes[tensor_name])
         elif tensor_name != "mask":
-            tensors[tensor_name] = _draw_codes(torch.empty(shape, dtype=kind))
+            tensors[tensor_name] = _draw_(torch.empty(shape, dtype=kind))
     return tensors

@@ -1,7 +1,7 @@
-"""The linear layers of well-known models, by name: what a benchmark is run on.
+"""The shapes of the linear layers of well-known models, by the name of the model.
 
-Sizes follow from the published configurations (hidden size, intermediate size, heads); only layers inside
-the blocks are listed, the ones that a compression changes.
+Sizes follow from the published configurations (hidden size, intermediate size, heads). Only layers inside the
+blocks are listed, because a compression changes only those.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ class LayerShape:
     """One linear layer of a model.
 
     Attributes:
-        name: within a block, as transformers calls it; layers of one shape are named together.
-        count: how many layers of this name and shape the whole model has.
+        name: name of the layer in its block, as in transformers; layers of one shape are listed together.
+        count: number of such layers in the whole model.
     """
 
     name: str
@@ -29,7 +29,7 @@ class LayerShape:
 def _decoder(
     blocks: int, hidden: int, intermediate: int, query: int, key_value: int
 ) -> tuple[LayerShape, ...]:
-    """A Llama-like decoder; `query` and `key_value` are heads × size of a head."""
+    """A decoder like Llama. `query` and `key_value` are the number of heads × the size of a head."""
     attention = (
         (LayerShape("q_proj", query, hidden, blocks), LayerShape("o_proj", hidden, query, blocks))
         if query != hidden
@@ -50,7 +50,7 @@ MODELS: dict[str, tuple[LayerShape, ...]] = {
         LayerShape("gate_proj, up_proj", 11008, 4096, 2 * 32),
         LayerShape("down_proj", 4096, 11008, 32),
     ),
-    # qkv_proj and gate_up_proj are fused.
+    # qkv_proj and gate_up_proj are fused: one layer computes several projections.
     "phi-3-mini": (
         LayerShape("qkv_proj", 3 * 3072, 3072, 32),
         LayerShape("o_proj", 3072, 3072, 32),

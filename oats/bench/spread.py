@@ -1,7 +1,6 @@
-"""Summaries of repeated measurements.
+"""The median of repeated measurements, with the 10th and the 90th percentile.
 
-What is compared is measured in one process, alternating, so that a machine that slows down slows all
-of it; medians are reported, with the 10th and 90th percentile as the spread.
+Contenders take turns in one run, so that a machine that slows down slows all of them alike.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import torch
 
 @dataclass(frozen=True)
 class Spread:
-    """Median and spread of repeated measurements, in the unit of what was measured."""
+    """Median, 10th and 90th percentile of repeated measurements, in the unit of the measurements."""
 
     median: float
     p10: float
@@ -22,12 +21,12 @@ class Spread:
 
     @property
     def is_wide(self) -> bool:
-        """Whether something else kept the machine busy, as far as the spread tells."""
+        """True if the values scatter so much that the machine was probably busy with something else."""
         return self.p90 > 1.5 * self.median
 
     @classmethod
     def of(cls, values: list[float]) -> Spread:
-        """Summarise measurements.
+        """The spread of some measurements.
 
         >>> Spread.of([3.0, 1.0, 2.0])
         Spread(median=2.0, p10=1.2, p90=2.8)

@@ -1,4 +1,4 @@
-"""Measured rows as JSON values, as Markdown, and what machine they were measured on."""
+"""Measured rows as JSON values or as Markdown, with the machine that they were measured on."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import torch
 
 from oats._version import __version__
 from oats.bench.layer_latency import LeftOut, Row, Timing
-from oats.kernels import ops
+from oats.kernels.isa import active_isa
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers depend on.
+    """The machine and versions that the numbers depend on.
 
     >>> sorted(machine())
     ['cores', 'cpu', 'isa', 'memory_gb', 'oats', 'system', 'threads', 'torch']
@@ -28,14 +28,14 @@ def machine() -> dict[str, Any]:
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "system": f"{platform.system()} {platform.machine()}",
         "threads": torch.get_num_threads(),
-        "isa": ops.active_isa(),
+        "isa": active_isa(),
         "oats": __version__,
         "torch": torch.__version__,
     }
 
 
 def to_dict(rows: Sequence[Row], left_out: Sequence[LeftOut], **more: Any) -> dict[str, Any]:
-    """Everything that was measured, as plain JSON values."""
+    """All rows, as plain JSON values."""
     return {
         "machine": machine(),
         **more,
@@ -45,7 +45,7 @@ def to_dict(rows: Sequence[Row], left_out: Sequence[LeftOut], **more: Any) -> di
 
 
 def markdown(rows: Sequence[Row], left_out: Sequence[LeftOut]) -> str:
-    """The medians in tables, contenders by batch, one table for each layer, compression and input dtype."""
+    """Tables of medians, a line for each contender, a table for each layer, compression and input dtype."""
     facts = machine()
     speeds = [row.read_gb_per_s for row in rows]
     others = max((row.others for row in rows), default=math.nan)
@@ -110,7 +110,7 @@ def _table(rows: Sequence[Row]) -> list[str]:
 
 
 def _against_unstructured(rows: Sequence[Row]) -> list[str]:
-    """The comparison of arXiv 2409.13652, section 4: OATS and unstructured at one compression."""
+    """The comparison of arXiv 2409.13652, section 4: OATS and unstructured pruning, same compression."""
     found: dict[tuple[Any, ...], dict[tuple[str, str, str], Timing]] = {}
     for row in rows:
         case = found.setdefault((row.d_out, row.d_in, row.compression, row.batch), {})
@@ -156,7 +156,7 @@ def _digits(value: float) -> str:
 
 
 def _cpu_name() -> str:
-    """As Linux reports it, with the family that tells generations apart."""
+    """The name that Linux gives, with family and model numbers, which tell generations apart."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""Files beside a model that its users read: how images are prepared, how a sentence's tokens are pooled."""
+"""Files beside a model that other libraries read: how to prepare images, how to pool a sentence's tokens."""
 
 from __future__ import annotations
 
@@ -17,14 +17,10 @@ _MODULES = "modules.json"
 
 
 def copy_companions(source: str | Path, out: Path) -> None:
-    """Copy such files from a dense model's directory to that of the compressed one.
+    """Copy such files from a dense model to the directory `out`, where nothing is overwritten.
 
-    Those of transformers' image processors, and of sentence-transformers: its list of modules, and the
-    directories of the modules behind the model. What `out` has already stays.
-
-    Args:
-        source: the dense model; nothing is copied where it is not a local directory.
-        out: an existing directory.
+    These are the files of transformers' image processors, and of sentence-transformers: its list of modules,
+    and the directories of the modules that follow the model. None are if `source` is no local directory.
 
     >>> import tempfile
     >>> source, out = Path(tempfile.mkdtemp()), Path(tempfile.mkdtemp())
@@ -45,7 +41,7 @@ def copy_companions(source: str | Path, out: Path) -> None:
 
 
 def _module_directories(source: Path) -> list[Path]:
-    """Of the modules of sentence-transformers that have one of their own, inside `source`."""
+    """The directories inside `source` that hold modules of sentence-transformers."""
     try:
         paths = [entry["path"] for entry in json.loads((source / _MODULES).read_text(encoding="utf-8"))]
         found = [source / path for path in paths if path]

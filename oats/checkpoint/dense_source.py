@@ -1,4 +1,4 @@
-"""A dense model on disk whose blocks are in memory one at a time."""
+"""A dense model on disk that has one block in memory at a time."""
 
 from __future__ import annotations
 
@@ -9,24 +9,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from oats.checkpoint.stored_model import read_config, read_header
+from oats.checkpoint.config_json import read_config
+from oats.checkpoint.names import ModelNames, stored_tensors
+from oats.checkpoint.stored_tensor import FLOATS, read_header
 from oats.format.layer_spec import DTYPES, storage_dtype
-from oats.models.blocks import find_blocks
-
-_TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+from oats.models.architecture import find_blocks
 
 
 class DenseSource:
     """A model whose blocks have no weights until they are read from its safetensors files.
 
-    The files are mapped into memory: pages are read when they are used, and belong to the process only until
-    the block is released.
-
-    Made by :meth:`open`.
+    The files are mapped into memory: the system reads pages when they are used, and frees them once the block
+    is released. :meth:`open` makes it.
 
     Attributes:
-        directory: that holds the model.
-        model: the model; all but its blocks has weights.
+        directory: of the model.
+        model: has weights outside the blocks.
         path: dotted path of the list of blocks.
         blocks: that list.
         files: the safetensors files.
@@ -42,12 +40,10 @@ class DenseSource:
 
     @staticmethod
     def open(directory: Path, model: Any, blocks: str | None = None) -> DenseSource | None:
-        """Release the blocks of a model that has just been loaded.
+        """Release the blocks of a ``PreTrainedModel`` that has just been loaded from `directory`.
 
         Args:
-            directory: that it was loaded from.
-            model: a ``PreTrainedModel``.
-            blocks: dotted path of its list of blocks; None means that :mod:`oats.models.blocks` knows it.
+            blocks: dotted path of its list of blocks; None tries the known paths.
 
         Returns:
             None where blocks cannot be read one at a time: transformers makes their weights out of several
@@ -56,35 +52,25 @@ class DenseSource:
         Raises:
             UnsupportedModelError: the list of blocks was not found.
         """
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightRenaming, rename_source_key
-
         path, _ = find_blocks(model, blocks)
         if getattr(model, "is_quantized", False):
             return None
-        conversions = get_model_conversion_mapping(model)
-        renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
-        if len(renamings) < len(conversions):
+        names = ModelNames(model)
+        if not names.only_renamed:
             return None
-        state = model.state_dict()
-        places: dict[str, tuple[Path, str]] = {}
-        shapes: dict[str, tuple[int, ...]] = {}
-        for file in checkpoint_files(directory):
-            for key, tensor in read_header(file).items():
-                name, _ = rename_source_key(key, renamings, [], model.base_model_prefix, state)
-                if name not in state and key in state:
-                    name = key
-                places[name], shapes[name] = (file, key), tensor.shape
-        inside = {name: tensor for name, tensor in state.items() if name.startswith(f"{path}.")}
-        if any(shapes.get(name) != tuple(tensor.shape) for name, tensor in inside.items()):
-            return None
+        stored = stored_tensors(names, checkpoint_files(directory))
+        for name, tensor in model.state_dict().items():
+            inside = name.startswith(f"{path}.")
+            if inside and (name not in stored or stored[name].shape != tuple(tensor.shape)):
+                return None
         places_of = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
         if any(places_of[id(parameter)] > 1 for parameter in model.get_submodule(path).parameters()):
             return None
+        places = {name: (Path(tensor.path), tensor.name) for name, tensor in stored.items()}
         return DenseSource(directory, model, path, places)
 
     def fill(self, index: int, dtype: torch.dtype) -> None:
-        """Give a block its weights, in `dtype`."""
+        """Read the weights of a block, and cast them to `dtype`."""
         from safetensors import safe_open
 
         for name in self._names(index):
@@ -94,7 +80,7 @@ class DenseSource:
             self._set(name, tensor.to(dtype) if tensor.is_floating_point() else tensor)
 
     def release(self, index: int) -> None:
-        """Take a block's weights away. What is not stored (rotary frequencies) stays."""
+        """Take the weights of a block away; buffers that files do not hold (rotary frequencies) stay."""
         for name in self._names(index):
             owner, _, attribute = name.rpartition(".")
             tensor = getattr(self.model.get_submodule(owner), attribute)
@@ -114,13 +100,13 @@ class DenseSource:
 
 
 def checkpoint_files(directory: Path) -> list[Path]:
-    """The safetensors files that the checkpoint in a directory consists of; empty where it has none.
+    """The safetensors files of the checkpoint in a directory; empty if it has none.
 
     Raises:
         FormatError: the index is damaged.
     """
     single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
-    # In the order in which transformers looks.
+    # transformers looks in this order.
     if single.is_file():
         return [single]
     weight_map = read_config(index).get("weight_map") if index.is_file() else None
@@ -128,22 +114,17 @@ def checkpoint_files(directory: Path) -> list[Path]:
 
 
 def stored_float_dtype(directory: Path) -> torch.dtype:
-    """The floating dtype that most elements of a checkpoint's files have."""
+    """The floating-point dtype that takes most bytes of a checkpoint's files."""
     sizes: Counter[torch.dtype] = Counter()
     for file in checkpoint_files(directory):
         for tensor in read_header(file).values():
-            if tensor.dtype in _TORCH_DTYPES:
-                sizes[_TORCH_DTYPES[tensor.dtype]] += tensor.nbytes
+            if tensor.dtype in FLOATS:
+                sizes[FLOATS[tensor.dtype]] += tensor.nbytes
     return sizes.most_common(1)[0][0] if sizes else torch.float32
 
 
 def compressed_dtype(directory: Path, dtype: str | None) -> torch.dtype:
-    """The dtype of what a model is compressed to.
-
-    Args:
-        directory: that holds the model.
-        dtype: ``"bf16"`` or ``"fp32"``, or None for the one that the model is loaded in.
-    """
+    """The dtype of the compressed model: ``"bf16"`` or ``"fp32"``; None means that of the dense one."""
     if dtype is not None:
         return DTYPES[dtype]
     config = read_config(directory / "config.json")

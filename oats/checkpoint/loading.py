@@ -1,68 +1,64 @@
-"""Loading the model that a user names: a directory, a GGUF file, or a name on the hub."""
+"""Loads the model that a user names: a directory, a GGUF file, or a name on the Hugging Face hub."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from oats.errors import CheckpointError, ConfigError, FormatError, OatsError
+import torch
+from safetensors import SafetensorError
 
-if TYPE_CHECKING:
-    import torch
+from oats.checkpoint.config_json import read_config, saved_class
+from oats.checkpoint.dense_source import DenseSource, checkpoint_files, compressed_dtype, stored_float_dtype
+from oats.errors import CheckpointError, ConfigError, FormatError, OatsError, first_line
 
-    from oats.checkpoint.dense_source import DenseSource
 
-
-def load_model(model: str | Path, dtype: str | None = None, *, as_saved: bool = False) -> tuple[Any, Any]:
+def load_model(
+    model: str | Path, dtype: str | None = None, *, as_saved: bool = False, **options: Any
+) -> tuple[Any, Any]:
     """Load a causal language model and its tokenizer.
 
     Args:
         model: a local directory (safetensors or one GGUF file), a GGUF file, or a name on the
             Hugging Face hub.
-        dtype: ``"bf16"``, ``"fp32"``, or None for the checkpoint's own. A GGUF file is
-            dequantised and has none: None means bf16.
-        as_saved: take the class of transformers that saved the model, where it is not a causal language
-            model: an encoder, a vision transformer.
+        dtype: ``"bf16"``, ``"fp32"``, or None for that of the checkpoint. A GGUF file is dequantised;
+            None then means bf16.
+        as_saved: also load models that are no causal language models (encoders, vision transformers), with
+            the class that saved them.
+        options: more for ``from_pretrained``.
 
     Returns:
         The model, in evaluation mode, and the tokenizer; None for a model that takes images.
 
     Raises:
         CheckpointError: there is no model of that name, or it cannot be loaded.
-        ConfigError: another dtype.
-        FormatError: the model is a compressed one, or its config.json, and damaged.
+        ConfigError: `dtype` is none of these.
+        FormatError: config.json is damaged, or the model is compressed and damaged.
     """
     _check_dtype(dtype)
     source, gguf_file = _locate(model)
     stored = _DTYPES["bf16"] if gguf_file and dtype is None else _DTYPES[dtype]
-    return _load(model, source, gguf_file, stored, as_saved and not gguf_file)
+    return _load(model, source, gguf_file, as_saved and not gguf_file, dtype=stored, **options)
 
 
 def load_dense_source(
     model: str | Path, dtype: str | None = None, blocks: str | None = None
 ) -> tuple[DenseSource, Any, torch.dtype] | None:
-    """Load all but the blocks of a model that takes tokens, and its tokenizer.
+    """Load a model that takes tokens, except for its blocks, and its tokenizer.
 
     Args:
-        model: as in :func:`load_model`; it is loaded by the class that saved it.
-        dtype: in which the model is to be used, as there.
-        blocks: dotted path of the list of blocks; None means that :mod:`oats.models.blocks` knows it.
+        model: as in :func:`load_model`; loaded with the class that saved it.
+        dtype: to use the model in, as there.
+        blocks: dotted path of the list of blocks; None tries the known paths.
 
     Returns:
-        The model on disk, the tokenizer, and the dtype; None where it does not lie in safetensors files of a
-        local directory, blocks cannot be read from them one at a time, or it takes images.
+        The model on disk, the tokenizer, and the dtype. None if the model is not in safetensors files of a
+        local directory, if its blocks cannot be read one at a time, or if it takes images.
 
     Raises:
         CheckpointError, ConfigError, FormatError: as :func:`load_model`.
         UnsupportedModelError: the list of blocks was not found.
     """
-    from oats.checkpoint.dense_source import (
-        DenseSource,
-        checkpoint_files,
-        compressed_dtype,
-        stored_float_dtype,
-    )
-
     _check_dtype(dtype)
     source, gguf_file = _locate(model)
     directory = Path(source)
@@ -72,8 +68,8 @@ def load_dense_source(
         wanted, held = compressed_dtype(directory, dtype), stored_float_dtype(directory)
     except FormatError as error:
         raise CheckpointError(f"cannot load the model {model}: {error}") from error
-    # In the dtype of the files nothing is read: weights are the files themselves, mapped into memory.
-    network, tokenizer = _load(model, source, None, str(held).removeprefix("torch."), as_saved=True)
+    # In the dtype of the files no weight is copied: the files are mapped into memory.
+    network, tokenizer = _load(model, source, None, True, dtype=str(held).removeprefix("torch."))
     if tokenizer is None:
         return None
     opened = DenseSource.open(directory, network, blocks)
@@ -89,41 +85,33 @@ def _check_dtype(dtype: str | None) -> None:
 
 
 def _load(
-    model: str | Path, source: str, gguf_file: str | None, dtype: str, as_saved: bool
+    model: str | Path, source: str, gguf_file: str | None, as_saved: bool, **options: Any
 ) -> tuple[Any, Any]:
     import transformers
-    from safetensors import SafetensorError
-
-    from oats.checkpoint.stored_model import read_config
 
     if Path(source).is_dir() and not gguf_file:
-        read_config(Path(source) / "config.json")  # transformers takes what is in there for granted
-    options: dict[str, Any] = {"dtype": dtype}
-    if gguf_file:
-        options["gguf_file"] = gguf_file
-        # Releases of transformers that have GgufConfig may leave the weights in GGUF blocks.
-        if hasattr(transformers, "GgufConfig"):
-            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+        read_config(Path(source) / "config.json")  # transformers does not check it
+    file = {"gguf_file": gguf_file} if gguf_file else {}
+    # Versions of transformers that have GgufConfig may keep the weights in GGUF blocks.
+    if gguf_file and hasattr(transformers, "GgufConfig"):
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
-        # Typed as returning a model, whatever output_loading_info says.
-        kind: Any = _saved_class(source) if as_saved else transformers.AutoModelForCausalLM
-        loaded, problems = kind.from_pretrained(source, output_loading_info=True, **options)
+        # Any, since from_pretrained is typed as if it always returned a model.
+        kind: Any = _class_to_load(source) if as_saved else transformers.AutoModelForCausalLM
+        loaded, problems = kind.from_pretrained(source, output_loading_info=True, **file, **options)
         tokenizer = None
         if loaded.main_input_name != "pixel_values":
-            tokenizer = transformers.AutoTokenizer.from_pretrained(
-                source, **({"gguf_file": gguf_file} if gguf_file else {})
-            )
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source, **file)
     except OatsError:
         raise
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         what = "" if Path(source).exists() else " (no such local path, so it was looked up on the hub)"
         why = "" if as_saved or gguf_file else _not_causal(source)
-        raise CheckpointError(f"cannot load the model {model}{what}: {why or _first_line(error)}") from error
+        raise CheckpointError(f"cannot load the model {model}{what}: {why or first_line(error)}") from error
     missing = sorted(problems["missing_keys"])
     if missing:
-        # transformers fills them with random numbers and goes on.
-        why = "" if as_saved or gguf_file else _not_causal(source)
-        if why:
+        # transformers would fill them with random numbers.
+        if not as_saved and not gguf_file and (why := _not_causal(source)):
             raise CheckpointError(f"cannot load the model {model}: {why}")
         raise CheckpointError(
             f"the model {model} lacks {len(missing)} of its weights, e.g. {missing[0]}; download it again, "
@@ -132,24 +120,24 @@ def _load(
     return loaded.eval(), tokenizer
 
 
-def _saved_class(source: str) -> Any:
-    """The class that saved a model; that of causal language models where it is one, or not transformers'."""
+def _class_to_load(source: str) -> Any:
+    """AutoModelForCausalLM for causal language models and unknown classes; else the class that saved it."""
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     config = transformers.AutoConfig.from_pretrained(source)
-    name = next(iter(config.architectures or []), "")
-    if name == MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type):
+    causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    if config.architectures and config.architectures[0] == causal:
         return transformers.AutoModelForCausalLM
-    return getattr(transformers, name, transformers.AutoModelForCausalLM)
+    return saved_class(config.architectures) or transformers.AutoModelForCausalLM
 
 
 def _not_causal(source: str) -> str:
-    """Why a model that could not be loaded as a causal language model is none; empty where it is one."""
+    """Says that a model is no causal language model; empty if it is one, or not known."""
     import transformers
 
     try:
-        kind = _saved_class(source)
+        kind = _class_to_load(source)
     except (OSError, ValueError, KeyError):
         return ""
     if kind is transformers.AutoModelForCausalLM:
@@ -158,7 +146,7 @@ def _not_causal(source: str) -> str:
 
 
 def _locate(model: str | Path) -> tuple[str, str | None]:
-    """Directory or hub name, and the GGUF file in it where that is what to load."""
+    """Directory or hub name of a model, and the GGUF file in it to load, if any."""
     path = Path(model)
     if path.is_file():
         if path.suffix != ".gguf":
@@ -167,7 +155,7 @@ def _locate(model: str | Path) -> tuple[str, str | None]:
             )
         return str(path.parent), path.name
     if not path.is_dir():
-        # A hub name is "name" or "owner/name"; anything else was meant as a path.
+        # A hub name is "name" or "owner/name"; everything else is meant as a path.
         if path.is_absolute() or str(model).startswith((".", "~")) or len(path.parts) > 2:
             raise CheckpointError(f"there is no model directory {model}; check the path")
         return str(model), None
@@ -184,8 +172,3 @@ def _locate(model: str | Path) -> tuple[str, str | None]:
             f"{path} holds {len(gguf_files)} .gguf files ({', '.join(gguf_files)}); give the path of one"
         )
     return str(path), gguf_files[0]
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

@@ -1,26 +1,26 @@
-"""``README.md`` of a compressed model: what it is, how large, how good, and how to load it."""
+"""The model card, ``README.md``, for people: what the model is, how large, how good, and how to load it.
+
+It is written from the model's files and its record (:mod:`oats.checkpoint.record`).
+"""
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from oats._version import __version__
-from oats.checkpoint.atomic_file import write_text
-from oats.checkpoint.quantization_config import parse_quantization_config
+from oats.checkpoint.atomic import write_text
+from oats.checkpoint.config_json import parse_quantization_config, read_config
 from oats.checkpoint.record import Record, in_words, storage_in_words
 from oats.checkpoint.stored_model import StoredModel, read_stored_model
+from oats.compression.report import CompressionReport
 from oats.config import OatsConfig
-
-if TYPE_CHECKING:
-    from oats.compression.report import CompressionReport
 
 CARD = "README.md"
 MARK = "<!-- written by oats: delete this line to keep your own text -->"
-"""A card that does not have this line was written by somebody else, and is left alone."""
+"""A card without this line is somebody else's, and is never overwritten."""
 
 
 def write_model_card(
@@ -33,18 +33,18 @@ def write_model_card(
 ) -> Path | None:
     """Write the model card of a compressed model that has been saved.
 
-    With `report`, what the run found out is first written to ``oats_report.json``, from which ``oats info``
-    and ``oats report`` show each layer's error.
+    With `report`, first write the record, ``oats_report.json``. ``oats info`` and ``oats report`` read each
+    layer's error from it.
 
     Args:
         directory: that ``save_pretrained`` wrote.
         report: of :func:`oats.compress_`.
         source: the dense model, a hub name or a path.
-        name: what the model is called; None means the name of the directory.
+        name: of the model; None means the name of the directory.
         known: `calibration` and `seconds` of :meth:`oats.checkpoint.record.Record.of`.
 
     Returns:
-        The file; None where there is a ``README.md`` that oats did not write, which stays.
+        The file; None if there is a ``README.md`` that oats did not write, which stays.
 
     Raises:
         CheckpointError: there is no model in the directory.
@@ -63,7 +63,7 @@ def write_model_card(
 
 
 def _render(stored: StoredModel, record: Record, name: str) -> str:
-    config = json.loads((Path(stored.directory) / "config.json").read_text(encoding="utf-8"))
+    config = read_config(Path(stored.directory) / "config.json")
     architecture = next(iter(config.get("architectures") or []), "")
     causal = architecture.endswith("ForCausalLM")
     settings = parse_quantization_config(stored.config)[0] if stored.config else None
@@ -132,16 +132,14 @@ def _usage(name: str, kind: str, tokens: bool) -> str:
 
 
 def _sizes(stored: StoredModel) -> str:
-    dense = sum(layer.dense_bf16_bytes for layer in stored.layers)
-    layers = sum(layer.stored_bytes for layer in stored.layers)
-    rest = stored.bytes_elsewhere
-    rows = [("everything else", _megabytes(rest), "")]
-    if dense:
-        rows.insert(0, (f"{len(stored.layers)} linear layers", _megabytes(layers), f"{layers / dense:.3f}"))
+    layers, head, rest, rows = stored.layer_bytes, 0, stored.bytes_elsewhere, []
+    if stored.layers:
+        share = f"{stored.share_of_dense_bf16:.3f}"
+        rows.append((f"{len(stored.layers)} linear layers", _megabytes(layers), share))
     if stored.head:
-        share = f"{stored.head.share_of_dense_bf16:.3f}"
-        rows.insert(-1, (f"output head, {stored.head.dtype}", _megabytes(stored.head.stored_bytes), share))
-    head = stored.head.stored_bytes if stored.head else 0
+        head, share = stored.head.stored_bytes, f"{stored.head.share_of_dense_bf16:.3f}"
+        rows.append((f"output head, {stored.head.dtype}", _megabytes(head), share))
+    rows.append(("everything else", _megabytes(rest), ""))
     rows.append(("all weights", _megabytes(layers + head + rest), ""))
     return _table(("", "stored", "of dense bf16"), rows)
 

@@ -1,4 +1,7 @@
-"""``oats_report.json``: what a compression run found out, kept beside the weights that it made."""
+"""The record, ``oats_report.json``, for programs: errors, calibration and evaluations of a compressed model.
+
+``oats info``, ``oats report`` and the model card (:mod:`oats.checkpoint.model_card`) show it.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +10,15 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from oats._version import __version__
-from oats.checkpoint.atomic_file import write_text
+from oats.checkpoint.atomic import write_text
+from oats.compression.report import CompressionReport
 from oats.config import Storage
 from oats.errors import ConfigError, FormatError
-
-if TYPE_CHECKING:
-    from oats.compression.report import CompressionReport
 
 RECORD_FILE = "oats_report.json"
 RECORD_VERSION = 1
@@ -25,19 +26,19 @@ RECORD_VERSION = 1
 
 @dataclass
 class Record:
-    """What is known of a compressed model beyond its weights and ``config.json``. No reader needs it.
+    """What is known about a compressed model beside its weights and ``config.json``. Loading ignores it.
 
     Attributes:
         source: the dense model: a hub name, or the last part of a path.
-        calibration: what identifies the calibration data, for people; {} where it is not known.
-        seconds: that the compression took; None where it is not known.
+        calibration: describes the calibration data; {} if unknown.
+        seconds: duration of the compression; None if unknown.
         errors: layer → relative error of its output on the calibration data, in the metric of the method,
             before its numbers became codes.
-        left_dense: weight of a transformer block that was not compressed → why.
+        left_dense: weight in a transformer block that was not compressed → why.
         matched: block → loss before and after it was matched (:mod:`oats.compression.matching`).
         evaluations: results of ``oats eval --save``, each with its settings.
-        quantizations: what ``oats quantize`` did since, in turn; see :meth:`quantized`.
-        software: name → version of what computed it.
+        quantizations: one entry for each later ``oats quantize``, in order; see :meth:`quantized`.
+        software: package → version that compressed the model.
     """
 
     source: str | None = None
@@ -59,12 +60,12 @@ class Record:
         calibration: Mapping[str, Any] | None = None,
         seconds: float | None = None,
     ) -> Record:
-        """Take what is worth keeping from the report of :func:`oats.compress_`.
+        """Make the record of one compression.
 
         Args:
-            report: of the run.
-            source: the dense model; of a path only the last part is kept.
-            calibration: what identifies the calibration data, as plain JSON values.
+            report: of :func:`oats.compress_`.
+            source: the dense model; only the last part of a path is kept.
+            calibration: describes the calibration data, in plain JSON values.
             seconds: of the whole run; None means the sum over the layers.
         """
         if source is not None:
@@ -81,10 +82,10 @@ class Record:
 
     @classmethod
     def read(cls, directory: str | Path) -> Record | None:
-        """The record of a model directory; None where it has none.
+        """Read the record in a model directory; None if there is none.
 
         Raises:
-            FormatError: the file is not one.
+            FormatError: the file is damaged.
         """
         file = Path(directory) / RECORD_FILE
         if not file.is_file():
@@ -115,9 +116,9 @@ class Record:
         return write_text(Path(directory) / RECORD_FILE, text + "\n")
 
     def errors_of(self, stored: Sequence[str]) -> dict[str, float]:
-        """Layer of a saved model → its error, for those that are known.
+        """Layer → its error, for those of the layers `stored` whose error is known.
 
-        The names may differ by a prefix: a base model was compressed and saved with its head, or the reverse.
+        Names may differ by a prefix: a base model was compressed and saved with its head, or the reverse.
 
         >>> Record(errors={"layers.0.up": 0.1}).errors_of(["model.layers.0.up", "model.layers.1.up"])
         {'model.layers.0.up': 0.1}
@@ -135,21 +136,16 @@ class Record:
     def quantized(
         self, storage: Storage, errors: Mapping[str, float], calibration: Mapping[str, Any] | None = None
     ) -> Record:
-        """The record of what :func:`oats.quantize_` makes of this model; it loses this one's evaluations.
+        """The record of the model after :func:`oats.quantize_`. Evaluations of other weights are dropped.
 
-        Args:
-            storage: how its numbers are stored now.
-            errors: layer → how far that moved its output on the calibration data, for those that are known.
-            calibration: what identifies that data; None where there was none.
+        `storage` is how its numbers are stored now; `errors` is the relative change of each layer's output on
+        the data that `calibration` describes, if known.
         """
         step = {"storage": asdict(storage), "calibration": dict(calibration or {}), "errors": dict(errors)}
         return replace(self, evaluations=[], quantizations=[*self.quantizations, step])
 
     def errors_were_taken(self, has_codes: bool) -> str:
-        """What happened to the model since its errors were known, to be said behind them; "" for nothing.
-
-        Args:
-            has_codes: whether numbers of it are stored as codes.
+        """What changed the model after its errors were measured, as words to append; "" if nothing did.
 
         >>> Record(matched={"layers.0": [0.2, 0.1]}).errors_were_taken(has_codes=True)
         ', before blocks were matched and numbers became codes'
@@ -159,15 +155,15 @@ class Record:
         return ", before " + " and ".join(since) if since else ""
 
     def quantizations_in_words(self) -> list[str]:
-        """How each ``oats quantize`` stored the numbers, and what it fitted them on."""
-        words = []
-        for step in self.quantizations:
-            stored = storage_in_words(Storage(**step["storage"]))
-            words.append(f"{stored}; {in_words(step['calibration']) or 'no calibration'}")
-        return words
+        """One line for each ``oats quantize``: how it stored the numbers, and its calibration data."""
+        return [
+            f"{storage_in_words(Storage(**step['storage']))}; "
+            + (in_words(step["calibration"]) or "no calibration")
+            for step in self.quantizations
+        ]
 
     def add_evaluation(self, result: Mapping[str, Any]) -> None:
-        """Add a perplexity with its settings, in the place of an earlier one with the same settings."""
+        """Add a perplexity with its settings; it replaces an earlier one with the same settings."""
         measured = {"perplexity", "nll", "accuracy", "seconds", "threads"}
 
         def settings(evaluation: Mapping[str, Any]) -> dict[str, Any]:
@@ -187,7 +183,7 @@ def in_words(settings: Mapping[str, Any]) -> str:
 
 
 def storage_in_words(storage: Storage) -> str:
-    """How the numbers of a layer are stored, for people.
+    """How the numbers of a layer are stored, in words.
 
     >>> storage_in_words(Storage("int4", "int8", 128))
     'kept values int4, low-rank factors int8, a scale for 128 columns of a row'

@@ -1,16 +1,17 @@
-"""The directory in which a compressed model is put together, and from which a run that was stopped goes on.
+"""The directory that collects a compressed model, and from which a run that was stopped goes on.
 
 It lies beside the output, as ``.OUT.unfinished``, and holds
 
-- ``plan.json``: what the run was started with. Another run goes on only from an equal plan.
-- ``model/``: what will be the output: a file for each finished block, in the end all that belongs there.
-- ``hidden/<block>/<batch>.safetensors``: what enters the first block that is not finished, and
-  ``dense/…`` the same in the dense model, for matching.
-- ``compressions.json``: of each matrix, where the budget is not uniform; ``measured/…`` while it is made.
-- ``progress.json``: how many blocks are finished, and what became of their layers. It is replaced when the
-  block's file and the inputs of the next block are on disk; so it is what decides where to go on.
+- ``plan.json``: everything that decides the result. Only a run with an equal plan goes on from here.
+- ``model/``: what becomes the output: first a file for each finished block, in the end all files.
+- ``hidden/<block>/<batch>.safetensors``: the inputs of the first block that is not finished;
+  ``dense/<block>/…``: the same in the dense model, if the settings need it.
+- ``compressions.json``: the compression of each matrix, if the budget is not uniform; ``measured/…``: hidden
+  states while they are measured.
+- ``progress.json``: the number of finished blocks, and what became of their layers. It is replaced once the
+  block's file and the inputs of the next block are on disk, so that it says where to go on.
 
-Each of these files is written under another name, flushed to disk and renamed.
+Each file is written under another name, flushed to disk and renamed.
 """
 
 from __future__ import annotations
@@ -21,30 +22,31 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from oats.checkpoint.atomic_file import flush, write_file, write_text
+from oats.checkpoint.atomic import swap_in, write_file, write_text
 from oats.errors import ConfigError, FormatError, OatsError, OutputExistsError
 
-PLAN, PROGRESS, LOCK, MODEL = "plan.json", "progress.json", "lock", "model"
-HIDDEN, DENSE, MEASURED, REPLACED = "hidden", "dense", "measured", "replaced"
-COMPRESSIONS = "compressions.json"
+PLAN, PROGRESS, COMPRESSIONS = "plan.json", "progress.json", "compressions.json"
+LOCK, MODEL, REPLACED = "lock", "model", "replaced"
 
 
 class Staging:
     """The unfinished output of one run.
 
-    Args:
-        out: where the model shall go.
+    Methods that read raise FormatError if a file is damaged; those that write raise OatsError if they cannot.
 
     Attributes:
-        directory: where its parts are until then.
-        model: what will be the output.
+        out: where the model will be.
+        directory: holds the files until then.
+        model: the directory in it that becomes `out`.
     """
 
     def __init__(self, out: Path) -> None:
@@ -54,16 +56,11 @@ class Staging:
         self._lock: int | None = None
 
     def exists(self) -> bool:
-        """Whether an earlier run left something to go on from."""
+        """True if an earlier run left a plan."""
         return (self.directory / PLAN).is_file()
 
     def check_plan(self, plan: Mapping[str, Any]) -> None:
-        """Refuse to go on with another run's blocks.
-
-        Raises:
-            ConfigError: the earlier run's plan was another one.
-            FormatError: it cannot be read.
-        """
+        """Refuse to go on from a run with another plan: a ConfigError."""
         differences = self.differences(plan)
         if differences:
             raise ConfigError(
@@ -72,12 +69,8 @@ class Staging:
             )
 
     def differences(self, plan: Mapping[str, Any]) -> list[str]:
-        """What of the earlier run's plan was not as in this one, for people.
-
-        Raises:
-            FormatError: it cannot be read.
-        """
-        before, now = _read_json(self.directory / PLAN), json.loads(json.dumps(plan))
+        """Say how the earlier run's plan differs from this one."""
+        before, now = self._read(PLAN), json.loads(json.dumps(plan))
         return [
             f"{key} was {_shown(before.get(key))} and is {_shown(now.get(key))}"
             for key in sorted(before.keys() | now.keys())
@@ -85,21 +78,17 @@ class Staging:
         ]
 
     def create(self, plan: Mapping[str, Any]) -> None:
-        """Make the directory, unless it is there.
-
-        Raises:
-            OatsError: it cannot be written.
-        """
+        """Make the directory, unless there is one."""
         with self.writing():
             self.model.mkdir(parents=True, exist_ok=True)
-            if not self.exists():
-                write_text(self.directory / PLAN, json.dumps(plan, indent=1), alone=True)
+        if not self.exists():
+            self._write(PLAN, plan)
 
     def lock(self) -> None:
-        """Keep other runs out for as long as this process lives.
+        """Keep other runs out until :meth:`unlock`, or until this process ends.
 
         Raises:
-            OutputExistsError: one is at work.
+            OutputExistsError: another run is at work; :meth:`sweep` and :meth:`discard` raise it too.
         """
         if self._lock is not None or not self.directory.is_dir():
             return
@@ -119,12 +108,12 @@ class Staging:
             self._lock = None
 
     def remove(self) -> None:
-        """Forget everything; a removal that is stopped is finished by the next run."""
+        """Remove the directory; the next run finishes a removal that was stopped."""
         plan = self.directory / PLAN
         if self.model.exists():
-            # Not delivered: without the plan, what is left counts as nothing.
+            # Not delivered. The plan goes first: no run goes on from a directory without one.
             plan.unlink(missing_ok=True)
-        # Delivered: as long as the plan is there, so is what says that only this removal is left to do.
+        # Delivered. The plan goes last: with it, is_delivered() says that only this removal is left to do.
         for entry in self.directory.glob("*"):
             if entry.is_dir():
                 shutil.rmtree(entry, ignore_errors=True)
@@ -132,123 +121,65 @@ class Staging:
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def sweep(self) -> None:
-        """Finish a removal that was stopped.
-
-        Raises:
-            OutputExistsError: another run is at work there.
-        """
+        """Finish a removal that was stopped."""
         if self.directory.exists() and not self.exists():
             self.discard()
 
     def discard(self) -> None:
-        """Forget what an earlier run left.
-
-        Raises:
-            OutputExistsError: it is still at work.
-        """
+        """Remove what an earlier run left."""
         self.lock()
         self.remove()
         self.unlock()
 
     def progress(self) -> dict[str, Any]:
-        """What is finished: ``blocks``, their number, and what the run noted beside it.
-
-        Raises:
-            FormatError: the file cannot be read.
-        """
-        file = self.directory / PROGRESS
-        return _read_json(file) if file.is_file() else {"blocks": 0}
+        """What :meth:`commit` was given last: ``blocks`` is the number of finished blocks."""
+        return self._read(PROGRESS) or {"blocks": 0}
 
     def commit(self, progress: Mapping[str, Any]) -> None:
-        """Note that more blocks are finished, and drop what only they needed.
-
-        Args:
-            progress: as :meth:`progress` returns it.
-
-        Raises:
-            OatsError: it cannot be written.
-        """
-        with self.writing():
-            write_text(self.directory / PROGRESS, json.dumps(progress), alone=True)
-        for kind in (HIDDEN, DENSE):
-            self.drop(kind, keep=progress["blocks"])
-
-    def drop(self, kind: str, *, keep: int) -> None:
-        """Remove the inputs of all blocks but one."""
-        for old in (self.directory / kind).glob("*"):
-            if old.name != str(keep):
-                shutil.rmtree(old, ignore_errors=True)
+        """Note that more blocks are finished, and remove the inputs of those blocks."""
+        self._write(PROGRESS, progress)
+        for inputs in [*self.directory.glob("hidden/*"), *self.directory.glob("dense/*")]:
+            if inputs.name != str(progress["blocks"]):
+                shutil.rmtree(inputs, ignore_errors=True)
 
     def planned(self, key: str) -> Any:
-        """One entry of the earlier run's plan; None where it has none.
+        """One entry of the earlier run's plan; None if there is no such run or entry."""
+        return self._read(PLAN).get(key)
 
-        Raises:
-            FormatError: the plan cannot be read.
-        """
-        return _read_json(self.directory / PLAN).get(key)
-
-    def compressions(self) -> dict[str, float] | None:
-        """Name of each matrix → its compression, where an earlier run got so far.
-
-        Raises:
-            FormatError: the file cannot be read.
-        """
-        file = self.directory / COMPRESSIONS
-        return _read_json(file) if file.is_file() else None
+    def compressions(self) -> dict[str, float]:
+        """Name of each matrix → its compression; {} if no run has measured them yet."""
+        return self._read(COMPRESSIONS)
 
     def note_compressions(self, compressions: Mapping[str, float]) -> None:
-        """Keep what :meth:`compressions` returns.
-
-        Raises:
-            OatsError: it cannot be written.
-        """
-        with self.writing():
-            write_text(self.directory / COMPRESSIONS, json.dumps(compressions, indent=1), alone=True)
-        self.drop(MEASURED, keep=0)
+        """Keep what :meth:`compressions` returns from now on."""
+        self._write(COMPRESSIONS, compressions)
+        shutil.rmtree(self.directory / "measured", ignore_errors=True)
 
     def deliver(self, *, overwrite: bool) -> None:
-        """Give the model its name.
-
-        Args:
-            overwrite: whether what has the name now may be replaced.
-
-        Raises:
-            OatsError: something was put there since it was checked.
-        """
+        """Give the model its name; `overwrite` lets it replace what has that name now."""
         with self.writing():
-            for path in [*self.model.rglob("*"), self.model]:
-                flush(path)
-            if overwrite and self.out.exists():
-                shutil.rmtree(self.directory / REPLACED, ignore_errors=True)
-                self.out.rename(self.directory / REPLACED)
-            elif self.out.exists():
-                self.out.rmdir()  # fails if something was put there since it was checked
-            self.model.rename(self.out)
-            flush(self.out.parent)
+            # Runs that were killed leave what they were writing; safetensors calls it ".tmpX4gT0a".
+            for partial in self.model.glob(".*"):
+                if partial.is_file():
+                    partial.unlink()
+            aside = self.directory / REPLACED
+            if self.out.exists():
+                shutil.rmtree(aside, ignore_errors=True)
+            swap_in(self.model, self.out, aside, overwrite=overwrite)
 
     def is_delivered(self) -> bool:
-        """Whether an earlier run was stopped after it had given the model its name."""
+        """True if an earlier run was stopped after it had given the model its name."""
         return self.exists() and not self.model.exists() and self.out.is_dir()
-
-    def states(self, kind: str, block: int, batches: int) -> StoredStates:
-        """The inputs of a block, of which there are as many as batches."""
-        return StoredStates(self.directory / kind / str(block), batches, self)
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Turn what can go wrong while something is written into an error that says what is kept.
-
-        Raises:
-            OatsError: it did.
-        """
-        from safetensors import SafetensorError
-
+        """Turn an error of the system while a file is written into an OatsError that says what is kept."""
         try:
             yield
         except (OSError, SafetensorError) as error:
             if isinstance(error, OatsError):
                 raise
-            # The library in between keeps only the text of the system's error.
+            # safetensors keeps only the text of the system's error.
             full = getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error)
             reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
             raise OatsError(
@@ -258,17 +189,33 @@ class Staging:
             ) from error
 
     def _kept(self) -> str:
-        try:
+        blocks = 0
+        with suppress(OatsError):
             blocks = self.progress()["blocks"]
-        except OatsError:
-            blocks = 0
         return f"it goes on after the {blocks} finished blocks" if blocks else "no block is finished yet"
+
+    def _write(self, name: str, value: Mapping[str, Any]) -> None:
+        with self.writing():
+            write_text(self.directory / name, json.dumps(value, indent=1), alone=True)
+
+    def _read(self, name: str) -> dict[str, Any]:
+        """The JSON object in a file; {} if there is no such file."""
+        file = self.directory / name
+        if not file.is_file():
+            return {}
+        try:
+            value = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise FormatError(f"{file} cannot be read ({error}); start over with --restart") from error
+        if not isinstance(value, dict):
+            raise FormatError(f"{file} is not a JSON object; start over with --restart")
+        return value
 
 
 class StoredStates:
     """What a block returned for each batch, on disk: tensors, nested tuples of them, None and plain values.
 
-    Each is read when it is asked for, and mapped into memory only for as long as it is used.
+    An entry is read when it is asked for. It is mapped into memory, and only as long as it is used.
     """
 
     def __init__(self, directory: Path, batches: int, staging: Staging) -> None:
@@ -281,36 +228,31 @@ class StoredStates:
         return (self[i] for i in range(self._batches))
 
     def __getitem__(self, index: int) -> Any:
-        from safetensors import SafetensorError, safe_open
-
         file = self._file(index)
         try:
             with safe_open(file, framework="pt") as opened:
                 structure = json.loads(opened.metadata()["structure"])
-                return _restored(structure, lambda name: opened.get_tensor(name))
+                return _restored(structure, opened.get_tensor)
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
             raise FormatError(f"{file} is missing or damaged ({error}); start over with --restart") from error
 
     def __setitem__(self, index: int, value: Any) -> None:
-        from safetensors.torch import save_file
-
         tensors: dict[str, Tensor] = {}
         structure = json.dumps(_described(value, tensors))
         with self._staging.writing():
             self._directory.mkdir(parents=True, exist_ok=True)
-            write_file(
-                self._file(index), lambda path: save_file(tensors, path, {"structure": structure}), alone=True
-            )
+            file = self._file(index)
+            write_file(file, lambda path: save_file(tensors, path, {"structure": structure}), alone=True)
 
     def _file(self, index: int) -> Path:
         return self._directory / f"{index}.safetensors"
 
 
 def _described(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """A JSON value that says how tensors are nested; they go to `tensors`."""
+    """Put the tensors of a value into `tensors`; returns JSON that says how they are nested."""
     if isinstance(value, Tensor):
         name = str(len(tensors))
-        # A copy: one that is a part of another cannot be stored beside it.
+        # A copy: safetensors does not store two tensors that share memory.
         tensors[name] = value.detach().clone(memory_format=torch.contiguous_format)
         return {"tensor": name}
     if isinstance(value, tuple):
@@ -327,16 +269,6 @@ def _restored(structure: Any, tensor: Callable[[str], Tensor]) -> Any:
     if isinstance(structure, list):
         return tuple(_restored(entry, tensor) for entry in structure)
     return tensor(structure["tensor"]) if "tensor" in structure else structure["value"]
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise FormatError(f"{file} cannot be read ({error}); start over with --restart") from error
-    if not isinstance(value, dict):
-        raise FormatError(f"{file} is not a JSON object; start over with --restart")
-    return value
 
 
 def _shown(value: Any) -> str:

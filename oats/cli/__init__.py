@@ -1,10 +1,13 @@
-"""The command line, ``oats``: one module a command.
+"""The command line, ``oats``: one module for each command.
 
-Nothing here imports torch before a command runs, so that ``oats --help`` answers at once.
+No module here imports torch before its command runs, so ``oats --help`` answers at once.
 """
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
@@ -29,15 +32,35 @@ from oats.errors import OatsError
 
 _HF = ("transformers", "safetensors", "accelerate", "gguf", "tokenizers", "huggingface_hub")
 _EXTRAS = {**dict.fromkeys(_HF, "hf"), "PIL": "vision", "torchvision": "vision", "timm": "vision"}
-"""Package that a command may lack → what to install for it."""
+"""Package that may be missing → the extra of oats-torch that installs it."""
+
+_UsageError: Any = typer.BadParameter.__base__
+"""click's, which newer versions of typer carry as their own."""
+
+
+@contextmanager
+def _plain_usage_errors() -> Iterator[None]:
+    """Where stderr is no terminal: without typer's panel, which breaks messages at some width."""
+    try:
+        yield
+    except _UsageError as error:
+        if sys.stderr.isatty():
+            raise
+        error.show()
+        raise typer.Exit(error.exit_code) from None
 
 
 class _Commands(TyperGroup):
-    """Prints an `OatsError` as one line, whichever command raised it, and a package that is missing."""
+    """Prints an `OatsError` of any command as one line, and so a missing package."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        with _plain_usage_errors():
+            return super().make_context(*args, **kwargs)
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with _plain_usage_errors():
+                return super().invoke(ctx)
         except OatsError as error:
             message = str(error)
         except ModuleNotFoundError as error:
@@ -64,65 +87,40 @@ app = typer.Typer(
 )
 
 
-app.command(
-    "compress",
-    epilog=_examples(
-        "compress google/gemma-3-270m small",
-        "compress my-model small --compression 0.6 --method oats-hessian",
-        "compress my-model small --calibration book.txt --samples 128 --length 2048",
-    ),
-)(compress.compress)
-app.command(
-    "eval",
-    epilog=_examples(
-        "eval small --text book.txt",
-        "eval small --save",
-        "eval small --tasks arc_easy,hellaswag --limit 100",
-        "eval small --tasks my_task --task-path tasks/",
-    ),
-)(eval.evaluate)
-app.command(
-    "compare",
-    epilog=_examples(
-        "compare my-model --methods wanda,oats --compressions 0.5",
-        "compare my-model --methods oats,oats+int8 --text book.txt --text code.txt",
-    ),
-)(compare.compare)
-app.command(
-    "generate",
-    epilog=_examples(
-        'generate small "Once upon a time"', 'generate small "2 + 2 =" --temperature 0.7 --seed 1'
-    ),
-)(generate.generate)
-app.command(
-    "chat",
-    epilog=_examples(
-        "chat small",
-        'chat small --system "Answer in one sentence."',
-        "chat base --chat-template chatml.jinja",
-    ),
-)(chat.chat)
-app.command("serve", epilog=_examples("serve small", "serve small --host 0.0.0.0 --port 8080 --name gemma"))(
-    serve.serve
+def _add(command: Callable[..., None], *examples: str) -> None:
+    """Name a command after its module."""
+    name = command.__module__.rpartition(".")[2]
+    app.command(name, epilog=_examples(*(f"{name} {example}".rstrip() for example in examples)))(command)
+
+
+_add(
+    compress.compress,
+    "google/gemma-3-270m small",
+    "my-model small --compression 0.6 --method oats-hessian",
+    "my-model small --calibration book.txt --samples 128 --length 2048",
 )
-app.command(
-    "quantize",
-    epilog=_examples("quantize small small-int8", "quantize small small-int4 --values int4"),
-)(quantize.quantize)
-app.command("info", epilog=_examples("info small", "info", "info small --json"))(info.info)
-app.command("report", epilog=_examples("report small", "report small --out report.html --speed"))(
-    report.report
+_add(
+    eval.evaluate,
+    "small --text book.txt",
+    "small --save",
+    "small --tasks arc_easy,hellaswag --limit 100",
+    "small --tasks my_task --task-path tasks/",
 )
-app.command(
-    "bench",
-    epilog=_examples(
-        "bench --d-out 4096 --d-in 11008 --threads 2",
-        "bench --model llama-3-8b --batch 1,4,16 --plot pictures/",
-    ),
-)(bench.bench)
-app.command("rollout", epilog=_examples("rollout small-vit cat.png dog.png --out attention.svg"))(
-    rollout.rollout
+_add(
+    compare.compare,
+    "my-model --methods wanda,oats --compressions 0.5",
+    "my-model --methods oats,oats+int8 --text book.txt --text code.txt",
 )
+_add(generate.generate, 'small "Once upon a time"', 'small "2 + 2 =" --temperature 0.7 --seed 1')
+_add(chat.chat, "small", 'small --system "Answer in one sentence."', "base --chat-template chatml.jinja")
+_add(serve.serve, "small", "small --host 0.0.0.0 --port 8080 --name gemma")
+_add(quantize.quantize, "small small-int8", "small small-int4 --values int4")
+_add(info.info, "small", "", "small --json")
+_add(report.report, "small", "small --out report.html --speed")
+_add(
+    bench.bench, "--d-out 4096 --d-in 11008 --threads 2", "--model llama-3-8b --batch 1,4,16 --plot pictures/"
+)
+_add(rollout.rollout, "small-vit cat.png dog.png --out attention.svg")
 
 
 def _print_version(value: bool) -> None:

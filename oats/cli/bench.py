@@ -1,11 +1,11 @@
-"""``oats bench``: layers of a model, or one shape, compressed against torch's dense one."""
+"""``oats bench``: times compressed layers against torch's dense layers."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Option
 
 from oats.cli.options import Json, Pattern, RankRatio
 from oats.config import OatsConfig
@@ -24,43 +24,46 @@ if TYPE_CHECKING:
 def bench(
     model: Annotated[
         str | None,
-        typer.Option(
-            help="All layer shapes of a model, by name (llama-3-8b), instead of one.", show_default="none"
+        Option(
+            help="Time all layer shapes of this model (llama-3-8b) instead of one shape.", show_default="none"
         ),
     ] = None,
-    d_out: Annotated[int, typer.Option(help="Outputs of the layer.")] = 4096,
-    d_in: Annotated[int, typer.Option(help="Inputs of the layer.")] = 4096,
+    d_out: Annotated[int, Option(help="Outputs of the layer.")] = 4096,
+    d_in: Annotated[int, Option(help="Inputs of the layer.")] = 4096,
     batch: Annotated[
-        str, typer.Option(help="Rows of the input (tokens in one forward pass): one number, or some: 1,4,16.")
+        str, Option(help="Rows of the input (tokens in one forward pass): one number, or several: 1,4,16.")
     ] = "1",
     compression: Annotated[
-        str, typer.Option(help="Share of the parameters removed: one, or some in turn: 0.3,0.5.")
+        str, Option(help="Share of the parameters to remove: one number, or several: 0.3,0.5.")
     ] = str(OatsConfig.compression),
     rank_ratio: RankRatio = OatsConfig.rank_ratio,
     pattern: Pattern = OatsConfig.pattern,
     dtype: Annotated[
-        str, typer.Option(help="How ours is stored: some of bf16, fp32, int8 and int4, as in bf16,int8.")
+        str, Option(help="How oats stores its weights: bf16, fp32, int8 or int4, or several: bf16,int8.")
     ] = "bf16",
     isa: Annotated[
-        str | None, typer.Option(help="Instruction sets: some, or all.", show_default="the best one")
+        str | None,
+        Option(
+            help="Instruction sets of oats: one, several with commas, or all.", show_default="the best one"
+        ),
     ] = None,
     threads: Annotated[
-        int | None, typer.Option(help="Threads of all.", show_default="torch's default")
+        int | None, Option(help="Threads of oats and of torch.", show_default="torch's default")
     ] = None,
-    repetitions: Annotated[int, typer.Option(help="Timed calls of each, at most.")] = 200,
-    seconds: Annotated[float, typer.Option(help="That the timed calls of each take, about.")] = 2.0,
+    repetitions: Annotated[int, Option(help="Most timed calls of each.")] = 200,
+    seconds: Annotated[float, Option(help="Seconds of timed calls of each, about.")] = 2.0,
     plot: Annotated[
         Path | None,
-        typer.Option(
-            help="Directory for latency and roofline as PNG and SVG; needs matplotlib.", show_default="none"
+        Option(
+            help="Directory for pictures (latency, roofline) as PNG and SVG; needs matplotlib.",
+            show_default="none",
         ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Time layers, compressed against torch's dense ones of the same dtype, alternating.
+    """Time compressed layers against torch's dense layers of the same dtype, in turn.
 
-    The weights are random and cycle through more memory than the caches hold. Each result is first compared
-    with float64; a wrong one is not timed.
+    The weights are random, and no cache holds them. Each result is compared with float64 before it is timed.
     """
     if threads is not None and threads < 1:
         raise ConfigError(f"threads must be at least 1, got {threads}")
@@ -77,14 +80,14 @@ def bench(
     from oats.bench.layer_latency import layer_rows
     from oats.bench.shapes import LayerShape, shapes_of
     from oats.cli.console import print_json, progress_bar, results
-    from oats.kernels import ops
+    from oats.kernels.isa import active_isa, available_isas
 
     if threads is not None:
         torch.set_num_threads(threads)
-    isas = ops.available_isas() if isa == "all" else (isa or ops.active_isa()).split(",")
-    if missing := [name for name in isas if name not in ops.available_isas()]:
+    isas = available_isas() if isa == "all" else (isa or active_isa()).split(",")
+    if missing := [name for name in isas if name not in available_isas()]:
         raise ConfigError(
-            f"this machine has no instruction set {missing[0]!r}; it has " + ", ".join(ops.available_isas())
+            f"this machine has no instruction set {missing[0]!r}; it has " + ", ".join(available_isas())
         )
     if plot is not None:
         from oats.bench import plots
@@ -94,7 +97,7 @@ def bench(
     config = OatsConfig(compression=compressions[0], rank_ratio=rank_ratio, pattern=pattern)
     rows: list[Row] = []
     left_out: list[LeftOut] = []
-    # Codes compute in bf16 or near it.
+    # Inputs of layers with codes are bf16.
     plain: list[tuple[Dtype, Storage]] = [
         ("fp32" if name == "fp32" else "bf16", OatsConfig(values=name).storage)  # type: ignore[arg-type]
         for name in dtypes
@@ -121,18 +124,15 @@ def bench(
     if plot is not None:
         plots.draw(rows, plot)
     if as_json:
-        print_json(summary.to_dict(rows, left_out))
-        return
-    print_rows(results(), rows)
+        print_json(**summary.to_dict(rows, left_out))
+    else:
+        print_rows(results(), rows)
 
 
 def print_rows(console: Console, rows: Sequence[Row]) -> None:
-    """One table a layer and compression: ours, then what it was timed against."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
+    """One table for each layer and compression: ours, then the contenders that it was timed against."""
     from oats.bench.layer_latency import contender_label
-    from oats.cli.console import human_bytes
+    from oats.cli.console import human_bytes, plain_table
 
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
@@ -144,30 +144,24 @@ def print_rows(console: Console, rows: Sequence[Row]) -> None:
         share = row.share_of_bandwidth(timing)
         return [
             contender_label(timing.name, timing.dtype, timing.form, timing.isa if len(isas) > 1 else ""),
-            f"{timing.ms.median:.3g}",
-            f"{timing.ms.p10:.3g}–{timing.ms.p90:.3g}",
+            f"{timing.ms.median:.3g}", f"{timing.ms.p10:.3g}–{timing.ms.p90:.3g}",
             "–" if timing.weight_bytes is None else human_bytes(timing.weight_bytes),
-            "–" if share is None else f"{share:.0%}",
-            f"{row.gflops(timing):.0f}",
-            ratio,
-        ]
+            "–" if share is None else f"{share:.0%}", f"{row.gflops(timing):.0f}", ratio,
+        ]  # fmt: skip
 
     for group in groups.values():
         first = group[0]
         shape = f"{first.d_out} x {first.d_in}"
         named = shape if first.layer == shape else f"{first.layer}: {shape}"
-        table = Table(
-            title=f"{named}, compression {first.compression:g}, rank ratio {first.rank_ratio:g}, "
+        # A title of the table would be broken at the table's width.
+        console.print(
+            f"{named}, compression {first.compression:g}, rank ratio {first.rank_ratio:g}, "
             f"pattern {first.pattern}: rank {first.ours.rank}, "
             f"density {first.ours.nnz / (first.d_out * first.d_in):.3f}",
-            title_justify="left",
-            box=SIMPLE_HEAD,
-            padding=(0, 1, 0, 0),
+            style="table.title",
         )
-        table.add_column("batch", justify="right", no_wrap=True)
-        table.add_column("")
-        for column in ("ms", "p10–p90", "weight", "read", "GFLOP/s", "x"):
-            table.add_column(column, justify="right", no_wrap=True)
+        table = plain_table("batch", "", "ms", "p10–p90", "weight", "read", "GFLOP/s", "x", left=(1,))
+        table.columns[1].no_wrap = False
         previous: tuple[int, Timing] | None = None
         for row in group:
             if previous != (row.batch, row.ours):
@@ -195,7 +189,7 @@ def print_rows(console: Console, rows: Sequence[Row]) -> None:
 
 
 def _numbers(name: str, text: str, kind: type) -> list[Any]:
-    """The numbers of a list with commas.
+    """Numbers with commas between them.
 
     >>> _numbers("batch", "1,4,16", int)
     [1, 4, 16]

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import queue
 import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Option
 
 from oats.cli.options import AnyModel, ChatTemplate, RunDtype, SamplingSeed
 from oats.errors import ConfigError, OatsError
@@ -21,13 +20,11 @@ HELP = "/reset forgets the conversation, /exit or Ctrl-D leaves; Ctrl-C stops an
 
 def chat(
     directory: AnyModel,
-    system: Annotated[
-        str | None, typer.Option(help="First message, which says how to answer.", show_default="none")
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer at most.")] = 512,
+    system: Annotated[str | None, Option(help="System message: how to answer.", show_default="none")] = None,
+    max_new_tokens: Annotated[int, Option(help="Most tokens of an answer.")] = 512,
     temperature: Annotated[
         float | None,
-        typer.Option(help="0 takes the most likely token each time.", show_default="as the model says"),
+        Option(help="0 takes the most likely token each time.", show_default="as the model says"),
     ] = None,
     seed: SamplingSeed = 0,
     chat_template: ChatTemplate = None,
@@ -35,8 +32,8 @@ def chat(
 ) -> None:
     """Talk to a model in the terminal, or line by line from a pipe.
 
-    The model must know turns: its tokenizer has a chat template, or --chat-template gives one. A base model,
-    which has none, only continues text: oats generate does that.
+    The model needs a chat template, from its tokenizer or from --chat-template. A base model has none: it
+    only continues text, with oats generate.
     """
     if max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
@@ -46,6 +43,7 @@ def chat(
     import torch
 
     from oats.cli.console import notes, status
+    from oats.serving.chat_template import load_with_template
     from oats.serving.engine import Engine
     from oats.serving.request import Sampling
 
@@ -76,7 +74,7 @@ def chat(
                 try:
                     answer = _answer(engine, turns, sampling)
                 except OatsError as error:
-                    console.print(f"{error} (/reset forgets the conversation)", markup=False)
+                    console.print(f"{error} (/reset forgets the conversation)")
                     turns.pop()
                 else:
                     turns.append({"role": "assistant", "content": answer})
@@ -84,69 +82,39 @@ def chat(
         engine.close()
 
 
-def load_with_template(directory: str, dtype: str | None, chat_template: Path | None) -> tuple[Any, Any]:
-    """A model and its tokenizer, with a chat template of the user's choice.
-
-    Raises:
-        ConfigError: the template cannot be read.
-    """
-    from oats.checkpoint.loading import load_model
-
-    template = None
-    if chat_template is not None:
-        try:
-            template = chat_template.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"cannot read the chat template {chat_template}: {error}") from error
-    model, tokenizer = load_model(directory, dtype)
-    if template is not None:
-        tokenizer.chat_template = template
-    return model, tokenizer
-
-
 def _read_line() -> str | None:
-    """A line of the user, None at the end of input."""
+    """A line from the user; None at the end of the input."""
     try:
         if sys.stdin.isatty():
-            import readline  # noqa: F401  # input() then knows arrow keys and history
+            import readline  # noqa: F401  # gives input() arrow keys and history
         return input("> " if sys.stdin.isatty() else "").strip()
     except EOFError:
         return None
 
 
 def _answer(engine: Engine, turns: list[dict[str, str]], sampling: Sampling) -> str:
-    """Print the model's answer as it is made, and return it; Ctrl-C ends it early.
+    """Print the model's answer while it is generated, and return it; Ctrl-C ends it early.
 
     Raises:
-        ConfigError: the conversation is longer than the model's context.
-        OatsError: the template refuses it, or generation fails.
+        ConfigError: the template refuses the conversation, or it is longer than the model's context.
+        OatsError: generation fails.
     """
-    from jinja2 import TemplateError
-
+    from oats.serving.chat_template import prompt_of
     from oats.serving.request import Event, Finished
 
-    try:
-        encoded = engine.tokenizer.apply_chat_template(
-            turns, add_generation_prompt=True, tokenize=True, return_dict=True
-        )
-    except TemplateError as error:
-        raise OatsError(f"the model's chat template refuses this conversation: {error}") from error
     events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-    generation = engine.submit(list(encoded["input_ids"]), sampling, events.put)
+    request = engine.submit(prompt_of(engine.tokenizer, turns), sampling, events.put)
     pieces: list[str] = []
-    finished: Finished | None = None
-    while finished is None:
+    while True:
         try:
             event = events.get()
         except KeyboardInterrupt:
-            generation.cancel()
+            request.cancel()
             continue
         if isinstance(event, Exception):
             raise OatsError(f"generation failed: {event}") from event
         if isinstance(event, Finished):
-            finished = event
-        else:
-            pieces.append(event)
-            print(event, end="", flush=True)
-    print({"length": " […]", "cancelled": " [stopped]"}.get(finished.reason, ""), flush=True)
-    return "".join(pieces)
+            print({"length": " […]", "cancelled": " [stopped]"}.get(event.reason, ""), flush=True)
+            return "".join(pieces)
+        pieces.append(event)
+        print(event, end="", flush=True)

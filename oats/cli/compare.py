@@ -1,92 +1,77 @@
-"""``oats compare MODEL``: methods by compressions, in one table and one picture."""
+"""``oats compare MODEL``: several methods at several compressions, in one table and one picture."""
 
 from __future__ import annotations
 
-import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Option
 
-from oats.cli.options import (
-    HELD_OUT,
-    CalibrationText,
-    Context,
-    DenseModel,
-    Json,
-    Length,
-    Limit,
-    MaxTokens,
-    Pattern,
-    RankRatio,
-    Samples,
-    Seed,
-    StoredDtype,
-    Stride,
-    TaskPath,
-)
+import oats.cli.options as options
 from oats.config import OatsConfig
 from oats.errors import ConfigError
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from oats.evaluate.cells import Cell
+
 
 def compare(
-    model: DenseModel,
+    model: options.DenseModel,
     out: Annotated[
-        Path, typer.Option(help="Directory of the results; one with finished cells is continued.")
+        Path, Option(help="Directory of the results; a comparison that is there is continued.")
     ] = Path("comparison"),
     methods: Annotated[
         str,
-        typer.Option(
-            help="Out of oats, oats-hessian, magnitude, wanda, sparsegpt, dsnot; +match behind a name tunes "
-            "each block too, +int8 or +int4 behind that stores the kept values as such codes. dense+int8, "
-            "+int4, +q8_0, +q4_0 and +q4_k round the dense weights to nearest in that format."
+        Option(
+            help="Some of oats, oats-hessian, magnitude, wanda, sparsegpt, dsnot. A name may end in +match "
+            "(tune each block too), and then in +int8 or +int4 (store the kept values as such codes). "
+            "dense+int8, +int4, +q8_0, +q4_0 and +q4_k round the dense weights to that format."
         ),
     ] = "magnitude,wanda,dsnot,sparsegpt,oats,oats-hessian",
     compressions: Annotated[
-        str, typer.Option(help="Shares of each layer's parameters to remove.")
+        str, Option(help="Shares of each layer's parameters to remove.")
     ] = "0.3,0.4,0.5,0.6",
     text: Annotated[
         list[Path] | None,
-        typer.Option(help="UTF-8 text to evaluate on; may be repeated.", show_default=HELD_OUT),
+        Option(help="UTF-8 text to evaluate on; may be repeated.", show_default=options.HELD_OUT),
     ] = None,
-    context: Context = None,
-    stride: Stride = None,
-    max_tokens: MaxTokens = None,
+    context: options.Context = None,
+    stride: options.Stride = None,
+    max_tokens: options.MaxTokens = None,
     accuracy: Annotated[
-        bool, typer.Option("--accuracy", help="Score the share of next tokens that are predicted too.")
+        bool, Option("--accuracy", help="Score the share of next tokens that are predicted, too.")
     ] = False,
     tasks: Annotated[
         str | None,
-        typer.Option(
-            help="Score tasks of lm-evaluation-harness too: names with commas between them.",
-            show_default="none",
+        Option(
+            help="Score these tasks of lm-evaluation-harness, too: names with commas.", show_default="none"
         ),
     ] = None,
-    task_path: TaskPath = None,
-    limit: Limit = None,
-    calibration: CalibrationText = None,
-    samples: Samples = 64,
-    length: Length = 512,
-    rank_ratio: RankRatio = OatsConfig.rank_ratio,
-    pattern: Pattern = OatsConfig.pattern,
-    iterations: Annotated[int | None, typer.Option(help="Alternations at most.", show_default="40")] = None,
-    dtype: StoredDtype = None,
-    seed: Seed = OatsConfig.seed,
-    plot: Annotated[bool, typer.Option(help="Draw the picture too; needs matplotlib.")] = True,
-    as_json: Json = False,
+    task_path: options.TaskPath = None,
+    limit: options.Limit = None,
+    calibration: options.CalibrationText = None,
+    samples: options.Samples = 64,
+    length: options.Length = 512,
+    rank_ratio: options.RankRatio = OatsConfig.rank_ratio,
+    pattern: options.Pattern = OatsConfig.pattern,
+    iterations: Annotated[int | None, Option(help="Alternations at most.", show_default="40")] = None,
+    dtype: options.StoredDtype = None,
+    seed: options.Seed = OatsConfig.seed,
+    plot: Annotated[bool, Option(help="Draw the picture; needs matplotlib.")] = True,
+    as_json: options.Json = False,
 ) -> None:
-    """Compress MODEL by each method at each compression, and evaluate what comes out.
+    """Compress MODEL with each method at each compression, and evaluate the results.
 
-    Every method has the same walk over the model, budget, calibration and evaluation. Nothing but the results
-    is written; what is finished is not measured again.
+    All methods get the same budget, calibration and evaluation. Compressed models are not kept. A second run
+    with the same settings skips what is finished.
     """
     common = OatsConfig(
-        rank_ratio=rank_ratio,
-        pattern=pattern,
-        iterations=iterations,
+        rank_ratio=rank_ratio, pattern=pattern, iterations=iterations, seed=seed,
         dtype=dtype,  # type: ignore[arg-type]  # OatsConfig checks it
-        seed=seed,
-    )
+    )  # fmt: skip
     if max_tokens is not None and max_tokens < 1:
         raise ConfigError(f"max_tokens must be at least 1, got {max_tokens}")
     names = [path.name for path in text or ()]
@@ -96,30 +81,17 @@ def compare(
     import torch
 
     from oats._version import __version__
-    from oats.checkpoint.atomic_file import write_text
+    from oats.checkpoint.atomic import write_text
     from oats.checkpoint.loading import load_model
-    from oats.cli.comparison_table import print_table
     from oats.cli.console import notes, print_json, progress_bar, results, settings_table, status
-    from oats.compression.calibration_text import (
-        bos_token_id,
-        builtin_text,
-        calibration_sequences,
-        read_text,
-        tokenize,
-    )
-    from oats.evaluate.comparison import (
-        Cell,
-        Cells,
-        Planned,
-        apply_,
-        complete,
-        format_score,
-        markdown,
-        plan,
-    )  # fmt: skip
-    from oats.evaluate.perplexity import default_context, perplexity
-    from oats.evaluate.tasks import evaluate_tasks, require_harness
-    from oats.kernels import ops
+    from oats.compression.calibration_text import builtin_text, calibration_text, read_text
+    from oats.compression.tokenization import calibration_sequences
+    from oats.evaluate.cells import Cells
+    from oats.evaluate.comparison import Measured, Planned, complete, measure_, plan
+    from oats.evaluate.comparison_table import format_score, markdown
+    from oats.evaluate.language_model import Scoring
+    from oats.evaluate.tasks import require_harness
+    from oats.kernels.isa import active_isa
 
     planned = plan(
         common, _listed(methods, "methods"), [_number(each) for each in _listed(compressions, "compressions")]
@@ -130,36 +102,30 @@ def compare(
         require_matplotlib()
     if tasks:
         require_harness()
-    source = builtin_text("first") if calibration is None else read_text(calibration)
-    texts = [read_text(path) for path in text] if text else [builtin_text("second")]
+    source = calibration_text(calibration)
+    half = builtin_text("second")
+    texts = {path.name: read_text(path) for path in text} if text else {half.split: half}
     with status(f"Loading {model}"):
         network, tokenizer = load_model(model, dtype)
-    vocabulary, bos = network.get_input_embeddings().num_embeddings, bos_token_id(tokenizer)
-    window = default_context(network) if context is None else context
-    windows = calibration_sequences(tokenizer, source, vocabulary, samples, length)
-    ids = {
-        f"perplexity, {Path(each.name).name if text else each.split}": tokenize(tokenizer, each, vocabulary)[
-            :max_tokens
-        ]
-        for each in texts
-    }
+    score = Scoring(
+        network, tokenizer, texts, context=context, stride=stride, max_tokens=max_tokens, accuracy=accuracy,
+        tasks=_listed(tasks, "tasks") if tasks else (), task_path=task_path, limit=limit,
+    )  # fmt: skip
+    windows = calibration_sequences(
+        tokenizer, source, network.get_input_embeddings().num_embeddings, samples, length
+    )
     settings = {
         "model": model,
         "tokenizer": f"{type(tokenizer).__name__}, {len(tokenizer)} tokens, "
-        + ("BOS before every window" if bos is not None else "no BOS"),
+        + ("no BOS" if score.bos is None else "BOS before every window"),
         "dtype": str(network.dtype).removeprefix("torch."),
-        **{
-            f"evaluation {i + 1}": f"{each.name}, {each.split}, sha256 {each.sha256}, {len(tokens)} tokens"
-            for i, (each, tokens) in enumerate(zip(texts, ids.values(), strict=True))
-        },
-        "context": window,
-        "stride": window if stride is None else stride,
+        **score.settings(),
         "calibration": f"{samples} x {length} tokens, {source.name}, {source.split}, sha256 {source.sha256}",
         "rank ratio": rank_ratio,
         "pattern": pattern,
         "iterations": common.resolved_iterations,
         "seed": seed,
-        "versions": f"oats {__version__}, torch {torch.__version__}, instruction set {ops.active_isa()}",
+        "versions": f"oats {__version__}, torch {torch.__version__}, instruction set {active_isa()}",
     }
     if accuracy:
         settings["accuracy"] = "share of the next tokens of the evaluation texts that are predicted"
@@ -168,29 +134,14 @@ def compare(
             "all questions" if limit is None else f"at most {limit} questions"
         )
     cells = Cells(out, settings)
-
-    networks = [network]  # the one that is loaded, for the first cell
+    networks = [network]  # the dense model that is loaded, for the first cell
     del network
 
-    def measure(what: Planned | None) -> tuple[dict[str, float], int, int, float]:
+    def measure(what: Planned | None) -> Measured:
         network = networks.pop() if networks else load_model(model, dtype)[0]
-        started = time.perf_counter()
-        sizes = apply_(network, what, windows, common)
         if what is None:
-            networks.append(network)
-        seconds = time.perf_counter() - started
-        scores = {}
-        for score, tokens in ids.items():
-            measured = perplexity(network, tokens, bos=bos, context=context, stride=stride)
-            scores[score] = measured.perplexity
-            if accuracy:
-                scores[score.replace("perplexity", "accuracy of the next token")] = measured.accuracy
-        if tasks:
-            names = _listed(tasks, "tasks")
-            for each in evaluate_tasks(network, tokenizer, names, task_path=task_path, limit=limit).scores:
-                if each.metric == "acc":
-                    scores[f"accuracy, {each.task}"] = each.value
-        return scores, *sizes, seconds
+            networks.append(network)  # still dense
+        return measure_(network, what, windows, common, score)
 
     with progress_bar("Comparing") as bar:
 
@@ -207,11 +158,24 @@ def compare(
 
         draw(finished, [out / "plot.png", out / "plot.svg"])
     if as_json:
-        print_json({"settings": settings, "cells": [vars(cell) for cell in finished]})
+        print_json(settings=settings, cells=[vars(cell) for cell in finished])
         return
     print_table(results(), finished)
     results().print(settings_table(settings))
     results().print(f"\nwritten: {out}/table.md" + (", plot.png, plot.svg" if plot else ""))
+
+
+def print_table(console: Console, cells: Sequence[Cell]) -> None:
+    """Print the cells of :func:`oats.evaluate.comparison.complete`, a line each."""
+    from oats.cli.console import plain_table
+    from oats.evaluate.comparison_table import header, rows
+
+    table = plain_table()
+    for i, column in enumerate(header(cells)):
+        table.add_column(column, justify="right" if i else "left")
+    for row in rows(cells):
+        table.add_row(*row)
+    console.print(table)
 
 
 def _listed(value: str, what: str) -> list[str]:

@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from rich import progress as bars
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
+from rich.text import Text
 
-_WIDTH = 120
-"""Columns where the output is no terminal: rich's 80 would cut tables."""
+_ENDLESS = 1_000_000
+"""Columns where the output is no terminal, so that no message, path or table is broken or cut there."""
 
 LOG_SECONDS = 60
 """How often a log, where there is no terminal, gets a line about the progress."""
@@ -30,26 +23,34 @@ LOG_SECONDS = 60
 
 def results() -> Console:
     """Where tables go."""
-    console = Console(highlight=False)
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console.width = _WIDTH
-    return console
+    return _console(stderr=False)
 
 
 def notes() -> Console:
     """Where progress goes; a pipe that reads stdout never sees it."""
-    return Console(stderr=True, highlight=False)
+    return _console(stderr=True)
 
 
-def print_json(value: Mapping[str, Any]) -> None:
+def _console(*, stderr: bool) -> Console:
+    # A path may hold what rich takes for markup ("[0]") or for an emoji (":cat:").
+    console = Console(stderr=stderr, highlight=False, markup=False, emoji=False)
+    # Not `is_terminal`, which FORCE_COLOR also sets for a pipe.
+    if not console.file.isatty():
+        console.width = _ENDLESS
+    return console
+
+
+def print_json(**values: Any) -> None:
     """One JSON object on stdout."""
-    print(json.dumps(value, indent=2))
+    print(json.dumps(values, indent=2))
 
 
 class Bar:
     """A progress bar of one task; in a log, a line a minute."""
 
-    def __init__(self, progress: Progress, task: TaskID, log: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self, progress: bars.Progress, task: bars.TaskID, log: Callable[[str], None] | None = None
+    ) -> None:
         self._progress, self._task, self._log = progress, task, log
         self._started = self._written = time.monotonic()
 
@@ -68,29 +69,23 @@ class Bar:
 def progress_bar(description: str, *, log: bool = True) -> Iterator[Bar]:
     """A bar with count, note, elapsed time and time left; a line a minute where stderr is not a terminal.
 
-    Args:
-        description: what is going on.
-        log: whether there are such lines.
+    `log` tells whether there are such lines.
 
     >>> with progress_bar("Compressing") as bar:
     ...     bar.update(1, 2, "error 0.1")
     """
     columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
+        bars.TextColumn("{task.description}", markup=False), bars.BarColumn(bar_width=24),
+        bars.MofNCompleteColumn(), bars.TextColumn("{task.fields[note]}", markup=False),
+        bars.TimeElapsedColumn(), "left", bars.TimeRemainingColumn(),
+    )  # fmt: skip
     console = notes()
 
     def write(line: str) -> None:
-        console.print(f"{description}: {line}", soft_wrap=True, markup=False)
+        console.print(f"{description}: {line}")
 
     # The time left from the last hour: a layer can take minutes.
-    with Progress(
+    with bars.Progress(
         *columns, console=console, disable=not console.is_terminal, speed_estimate_period=3600
     ) as progress:
         task = progress.add_task(description, total=None, note="")
@@ -127,7 +122,7 @@ def layers_progress() -> Iterator[Callable[[int, int, str, float], None]]:
                 if done > first_done:
                     left = (now - first_at) / (done - first_done) * (total - done)
                     line += f", about {human_time(left)} left"
-                console.print(line, soft_wrap=True)
+                console.print(line)
 
         yield progress
 
@@ -139,7 +134,7 @@ def status(message: str) -> Iterator[None]:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    with notes().status(message):
+    with notes().status(Text(message)):
         yield
 
 
@@ -150,6 +145,14 @@ def settings_table(settings: Mapping[str, object]) -> Table:
     table.add_column()
     for name, value in settings.items():
         table.add_row(name, str(value))
+    return table
+
+
+def plain_table(*columns: str, left: Container[int] = (0,)) -> Table:
+    """An empty table with a line under its header only; the columns `left` are aligned left, others right."""
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i in left else "right", no_wrap=True)
     return table
 
 

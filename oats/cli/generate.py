@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
 from oats.cli.options import AnyModel, Json, RunDtype, SamplingSeed
 from oats.errors import ConfigError
@@ -13,14 +13,14 @@ from oats.errors import ConfigError
 
 def generate(
     directory: AnyModel,
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Text to continue.")],
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 100,
-    temperature: Annotated[float, typer.Option(help="0 takes the most likely token each time.")] = 0.0,
+    prompt: Annotated[str, Argument(metavar="PROMPT", help="Text to continue.")],
+    max_new_tokens: Annotated[int, Option(help="Most tokens to generate.")] = 100,
+    temperature: Annotated[float, Option(help="0 takes the most likely token each time.")] = 0.0,
     seed: SamplingSeed = 0,
     dtype: RunDtype = None,
     as_json: Json = False,
 ) -> None:
-    """Continue a prompt, printing the text as it is made."""
+    """Continue a prompt; print the text while it is generated."""
     if max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     if not 0 <= temperature < float("inf"):
@@ -42,24 +42,13 @@ def generate(
     torch.manual_seed(seed)
     started = time.perf_counter()
     output = model.generate(
-        input_ids=inputs.input_ids,
-        attention_mask=inputs.attention_mask,
-        max_new_tokens=max_new_tokens,
-        streamer=None if as_json else TextStreamer(tokenizer, skip_special_tokens=True),
-        **sampling,
-    )
+        input_ids=inputs.input_ids, attention_mask=inputs.attention_mask, max_new_tokens=max_new_tokens,
+        streamer=None if as_json else TextStreamer(tokenizer, skip_special_tokens=True), **sampling,
+    )  # fmt: skip
     if as_json:
         print_json(
-            {
-                "model": directory,
-                "prompt": prompt,
-                "text": tokenizer.decode(output[0], skip_special_tokens=True),
-                "tokens": output.shape[1] - given,
-                "seconds": time.perf_counter() - started,
-                "max_new_tokens": max_new_tokens,
-                "temperature": temperature,
-                "seed": seed,
-                "dtype": str(model.dtype).removeprefix("torch."),
-                "threads": torch.get_num_threads(),
-            }
-        )
+            model=directory, prompt=prompt, text=tokenizer.decode(output[0], skip_special_tokens=True),
+            tokens=output.shape[1] - given, seconds=time.perf_counter() - started,
+            max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
+            dtype=str(model.dtype).removeprefix("torch."), threads=torch.get_num_threads(),
+        )  # fmt: skip

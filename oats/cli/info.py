@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Argument
 
 from oats._version import __version__
 from oats.cli.options import Json
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from oats.checkpoint.record import Record
-    from oats.checkpoint.stored_model import StoredLayer, StoredModel
 
 MOST_ERRORS = 5
 BAR_WIDTH = 32
@@ -26,7 +24,7 @@ BAR_WIDTH = 32
 
 def info(
     directory: Annotated[
-        Path | None, typer.Argument(metavar="[DIR]", help="Directory of a dense or compressed model.")
+        Path | None, Argument(metavar="[DIR]", help="Directory of a dense or compressed model.")
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -41,97 +39,71 @@ def _installation(as_json: bool) -> None:
     import torch
 
     from oats.cli.console import print_json, results, settings_table
-    from oats.kernels import ops
+    from oats.kernels.isa import active_isa, available_isas
 
+    wanted, threads = os.environ.get("OATS_ISA"), torch.get_num_threads()
     if as_json:
         print_json(
-            {
-                "version": __version__,
-                "isa": ops.active_isa(),
-                "available_isas": ops.available_isas(),
-                "oats_isa": os.environ.get("OATS_ISA"),
-                "threads": torch.get_num_threads(),
-                "torch": torch.__version__,
-            }
-        )
+            version=__version__, isa=active_isa(), available_isas=available_isas(), oats_isa=wanted,
+            threads=threads, torch=torch.__version__,
+        )  # fmt: skip
         return
-    results().print(
-        settings_table(
-            {
-                "oats": __version__,
-                "ISA in use": ops.active_isa(),
-                "ISAs available": ", ".join(ops.available_isas()),
-                "OATS_ISA": os.environ.get("OATS_ISA", "not set"),
-                "threads": torch.get_num_threads(),
-                "torch": torch.__version__,
-            }
-        )
-    )
+    settings = {
+        "oats": __version__,
+        "ISA in use": active_isa(),
+        "ISAs available": ", ".join(available_isas()),
+        "OATS_ISA": "not set" if wanted is None else wanted,
+        "threads": threads,
+        "torch": torch.__version__,
+    }
+    results().print(settings_table(settings))
 
 
 def _model(directory: Path, as_json: bool) -> None:
     from oats.checkpoint.record import Record, in_words
     from oats.checkpoint.stored_model import read_stored_model
-    from oats.cli.console import human_bytes, print_json, results, settings_table
+    from oats.cli.console import human_bytes, plain_table, print_json, results, settings_table
+    from oats.inspection.anatomy import bytes_by_kind
 
     model = read_stored_model(directory)
     record = Record.read(directory) or Record()
     errors = record.errors_of([layer.name for layer in model.layers])
-    stored = sum(layer.stored_bytes for layer in model.layers)
-    dense = sum(layer.dense_bf16_bytes for layer in model.layers)
+    stored, dense = model.layer_bytes, model.dense_bf16_bytes
     settings: dict[str, Any] = {
         name: value for name, value in (model.config or {}).items() if name != "layers"
     }
     if as_json:
-        print_json(
-            {
-                "directory": model.directory,
-                "model_type": model.model_type,
-                "config": settings or None,
-                "layers": [
-                    asdict(layer)
-                    | {
-                        "density": layer.density,
-                        "share_of_dense_bf16": layer.share_of_dense_bf16,
-                        "relative_error": errors.get(layer.name),
-                    }
-                    for layer in model.layers
-                ],
-                "head": model.head and asdict(model.head),
-                "layer_bytes": stored,
-                "layer_dense_bf16_bytes": dense,
-                "share_of_dense_bf16": stored / dense if dense else None,
-                "other_parameters": model.parameters_elsewhere,
-                "other_bytes": model.bytes_elsewhere,
-                "disk_bytes": model.disk_bytes,
-                "source": record.source,
-                "evaluations": record.evaluations,
-                "quantizations": record.quantizations,
+        layers = [
+            asdict(layer)
+            | {
+                "density": layer.density,
+                "share_of_dense_bf16": layer.share_of_dense_bf16,
+                "relative_error": errors.get(layer.name),
             }
-        )
+            for layer in model.layers
+        ]
+        print_json(
+            directory=model.directory, model_type=model.model_type, config=settings or None, layers=layers,
+            head=model.head and asdict(model.head), layer_bytes=stored, layer_dense_bf16_bytes=dense,
+            share_of_dense_bf16=stored / dense if dense else None,
+            other_parameters=model.parameters_elsewhere, other_bytes=model.bytes_elsewhere,
+            disk_bytes=model.disk_bytes, source=record.source, evaluations=record.evaluations,
+            quantizations=record.quantizations,
+        )  # fmt: skip
         return
 
     console = results()
     if model.layers:
-        from rich.box import SIMPLE_HEAD
-        from rich.table import Table
-
-        # What all names begin with goes into the heading: a terminal of 80 columns holds the rest.
+        # The common start of all names goes into the header, so that the table fits 80 columns.
         shared = _common_parent([layer.name for layer in model.layers])
-        table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        table.add_column(shared or "layer", no_wrap=True)
-        for column in ("shape", "rank", "non-zeros", "density", "stored", "of bf16"):
-            table.add_column(column, justify="right", no_wrap=True)
+        columns = (shared or "layer", "shape", "rank", "non-zeros", "density", "stored", "of bf16")
+        table = plain_table(*columns)
         for layer in model.layers:
             table.add_row(
-                layer.name.removeprefix(shared),
-                f"{layer.d_out} x {layer.d_in}",
-                str(layer.rank),
-                str(layer.nnz),
-                f"{layer.density:.3f}",
-                human_bytes(layer.stored_bytes),
+                layer.name.removeprefix(shared), f"{layer.d_out} x {layer.d_in}", str(layer.rank),
+                str(layer.nnz), f"{layer.density:.3f}", human_bytes(layer.stored_bytes),
                 f"{layer.share_of_dense_bf16:.3f}",
-            )
+            )  # fmt: skip
         table.add_section()
         elements = sum(layer.d_out * layer.d_in for layer in model.layers)
         nnz = sum(layer.nnz for layer in model.layers)
@@ -140,73 +112,42 @@ def _model(directory: Path, as_json: bool) -> None:
             f"{stored / dense:.3f}",
         )  # fmt: skip
         console.print(table)
-        print_bars(console, "Where the bytes are", _bytes_by_kind(model), human_bytes)
+        print_bars(console, "Where the bytes are", bytes_by_kind(model), human_bytes)
         if errors:
             taken = record.errors_were_taken(any(layer.storage.has_codes for layer in model.layers))
             worst = sorted(errors, key=errors.__getitem__, reverse=True)[:MOST_ERRORS]
-            print_bars(
-                console,
-                "Largest errors of layers, relative, on the calibration data" + taken,
-                {name.removeprefix(shared): errors[name] for name in worst},
-                lambda error: f"{error:.3f}",
-            )
-    console.print(
-        settings_table(
-            {
-                "directory": model.directory,
-                "model": model.model_type + ("" if model.config else ", not compressed by oats"),
-                **({"compressed from": record.source} if record.source else {}),
-                **_shown(settings),
-                **({"calibration": in_words(record.calibration)} if record.calibration else {}),
-                **_latest_perplexity(record),
-                **({"quantised": record.quantizations_in_words()[-1]} if record.quantizations else {}),
-                **(
-                    {"linear layers": f"{human_bytes(stored)}, {stored / dense:.3f} of dense bf16"}
-                    if dense
-                    else {}
-                ),
-                **({"output head": _head(model.head)} if model.head else {}),
-                "other tensors": f"{human_bytes(model.bytes_elsewhere)}, "
-                f"{model.parameters_elsewhere:,} elements",
-                "on disk": f"{human_bytes(model.disk_bytes)}, all files",
-            }
-        )
-    )
-
-
-def _head(head: StoredLayer) -> str:
-    from oats.cli.console import human_bytes
-
-    return f"{human_bytes(head.stored_bytes)}, {head.share_of_dense_bf16:.3f} of dense bf16, {head.dtype}"
-
-
-def _latest_perplexity(record: Record) -> dict[str, str]:
-    if not record.evaluations:
-        return {}
-    last = record.evaluations[-1]
-    return {
-        "perplexity": f"{last['perplexity']:.2f} on {last['text']}, {last['split']}, "
-        f"context {last['context']}"
+            title = "Largest errors of layers, relative, on the calibration data" + taken
+            shown = {name.removeprefix(shared): errors[name] for name in worst}
+            print_bars(console, title, shown, lambda error: f"{error:.3f}")
+    facts = {
+        "directory": model.directory,
+        "model": model.model_type + ("" if model.config else ", not compressed by oats"),
     }
-
-
-def _bytes_by_kind(model: StoredModel) -> dict[str, float]:
-    """Kind of layer → stored bytes in all blocks; the largest first, everything else last."""
-    from oats.inspection.anatomy import block_and_kind
-
-    sizes: dict[str, float] = {}
-    for layer in model.layers:
-        kind = block_and_kind(layer.name)[1]
-        sizes[kind] = sizes.get(kind, 0) + layer.stored_bytes
-    largest_first = dict(sorted(sizes.items(), key=lambda item: -item[1]))
-    head = {"output head": float(model.head.stored_bytes)} if model.head else {}
-    return {**largest_first, **head, "everything else": model.bytes_elsewhere}
+    if record.source:
+        facts["compressed from"] = record.source
+    # Without `quant_method`, and without settings that are None or empty.
+    facts |= {name: v for name, v in settings.items() if name != "quant_method" and v not in (None, [])}
+    if record.calibration:
+        facts["calibration"] = in_words(record.calibration)
+    for last in record.evaluations[-1:]:
+        measured_on = f"{last['text']}, {last['split']}, context {last['context']}"
+        facts["perplexity"] = f"{last['perplexity']:.2f} on {measured_on}"
+    for words in record.quantizations_in_words()[-1:]:
+        facts["quantised"] = words
+    if dense:
+        facts["linear layers"] = f"{human_bytes(stored)}, {stored / dense:.3f} of dense bf16"
+    if model.head:
+        of_bf16 = f"{model.head.share_of_dense_bf16:.3f} of dense bf16"
+        facts["output head"] = f"{human_bytes(model.head.stored_bytes)}, {of_bf16}, {model.head.dtype}"
+    elsewhere = f"{human_bytes(model.bytes_elsewhere)}, {model.parameters_elsewhere:,} elements"
+    facts |= {"other tensors": elsewhere, "on disk": f"{human_bytes(model.disk_bytes)}, all files"}
+    console.print(settings_table(facts))
 
 
 def print_bars(
     console: Console, title: str, values: Mapping[str, float], show: Callable[[float], str]
 ) -> None:
-    """A bar a value, the largest as wide as all others can be."""
+    """Print a bar for each value; the bar of the largest value has the full width."""
     from rich.table import Table
 
     largest = max(values.values(), default=0) or 1
@@ -221,13 +162,8 @@ def print_bars(
     console.print()
 
 
-def _shown(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings that say something: not the method's own name, and none that was left at None or empty."""
-    return {name: v for name, v in settings.items() if name != "quant_method" and v not in (None, [])}
-
-
 def _common_parent(names: list[str]) -> str:
-    """What the dotted names have in common, ending in a dot; "" for nothing.
+    """The longest common start of dotted names that ends in a dot; "" if there is none.
 
     >>> _common_parent(["model.layers.0.up", "model.layers.1.up"])
     'model.layers.'

@@ -1,38 +1,37 @@
-"""Options that several commands have, with one text of help each."""
+"""Options that several commands share, with their help texts."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
+
+from oats.errors import OutputExistsError
 
 FORMS = "directory (safetensors or GGUF), .gguf file, or hub name"
-DenseModel = Annotated[str, typer.Argument(metavar="MODEL", help=f"Dense model: {FORMS}.")]
-AnyModel = Annotated[str, typer.Argument(metavar="DIR", help=f"Dense or compressed model: {FORMS}.")]
-CompressedModel = Annotated[Path, typer.Argument(metavar="DIR", help="Directory of a compressed model.")]
+DenseModel = Annotated[str, Argument(metavar="MODEL", help=f"Dense model: {FORMS}.")]
+AnyModel = Annotated[str, Argument(metavar="DIR", help=f"Dense or compressed model: {FORMS}.")]
+CompressedModel = Annotated[Path, Argument(metavar="DIR", help="Directory of a compressed model.")]
 OutModel = Annotated[
-    Path, typer.Argument(metavar="OUT", help="Directory to write; empty or new, unless --overwrite is given.")
+    Path, Argument(metavar="OUT", help="Directory to write; empty or new, unless --overwrite is given.")
 ]
-OverwriteModel = Annotated[bool, typer.Option("--overwrite", help="Replace a model that is at OUT.")]
+OverwriteFile = Annotated[bool, Option("--overwrite", help="Replace a file that is there.")]
+OverwriteModel = Annotated[bool, Option("--overwrite", help="Replace a model that is at OUT.")]
 
 RunDtype = Annotated[
-    str | None,
-    typer.Option(help="Dtype to run in: bf16 or fp32.", show_default="the model's own; GGUF: bf16"),
+    str | None, Option(help="Dtype to run in: bf16 or fp32.", show_default="the model's own; GGUF: bf16")
 ]
 StoredDtype = Annotated[
-    str | None,
-    typer.Option(help="Dtype of the result: bf16 or fp32.", show_default="the model's own; GGUF: bf16"),
+    str | None, Option(help="Dtype of the result: bf16 or fp32.", show_default="the model's own; GGUF: bf16")
 ]
-RankRatio = Annotated[
-    float, typer.Option(help="Share of the kept parameters that goes to the low-rank part.")
-]
-Pattern = Annotated[str, typer.Option(help="Where non-zeros may sit: row, layer, or N:M such as 2:4.")]
-Seed = Annotated[int, typer.Option(help="Seed of the fast low-rank step.")]
-ScaleColumns = Annotated[int, typer.Option(help="Columns of a row whose codes share a scale: 64 or 128.")]
+RankRatio = Annotated[float, Option(help="Share of the kept parameters that goes to the low-rank part.")]
+Pattern = Annotated[str, Option(help="Where non-zeros may sit: row, layer, or N:M such as 2:4.")]
+Seed = Annotated[int, Option(help="Seed of the fast low-rank step.")]
+ScaleColumns = Annotated[int, Option(help="Columns of a row whose codes share a scale: 64 or 128.")]
 Head = Annotated[
     str | None,
-    typer.Option(
+    Option(
         help="Store the output head, and an embedding tied to it, as int8 codes; none of it is removed.",
         show_default="as it is",
     ),
@@ -40,35 +39,44 @@ Head = Annotated[
 
 CalibrationText = Annotated[
     Path | None,
-    typer.Option(help="UTF-8 text to calibrate on.", show_default="first half of Python's pydoc_data.topics"),
+    Option(help="UTF-8 text to calibrate on.", show_default="first half of Python's pydoc_data.topics"),
 ]
-Samples = Annotated[int, typer.Option(help="Calibration sequences (the paper: 128).")]
-Length = Annotated[int, typer.Option(help="Tokens of a calibration sequence (the paper: 2048).")]
+Samples = Annotated[int, Option(help="Calibration sequences (the paper: 128).")]
+Length = Annotated[int, Option(help="Tokens of a calibration sequence (the paper: 2048).")]
 
 HELD_OUT = "second half of Python's pydoc_data.topics"
 Context = Annotated[
-    int | None, typer.Option(help="Tokens of a window.", show_default="2048, or the model's own if less")
+    int | None, Option(help="Tokens of a window.", show_default="2048, or the model's own if less")
 ]
-Stride = Annotated[
-    int | None, typer.Option(help="Tokens scored in a window.", show_default="context: no overlap")
-]
+Stride = Annotated[int | None, Option(help="Tokens scored in a window.", show_default="context: no overlap")]
 MaxTokens = Annotated[
-    int | None, typer.Option(help="Use only the first tokens of a text.", show_default="all")
+    int | None, Option(help="Use only this many tokens, from the start of a text.", show_default="all")
 ]
 TaskPath = Annotated[
     Path | None,
-    typer.Option(
-        help="Directory with YAML files of tasks of your own.",
-        show_default="none",
-        exists=True,
-        file_okay=False,
+    Option(
+        help="Directory with YAML files of your own tasks.", show_default="none", exists=True, file_okay=False
     ),
 ]
-Limit = Annotated[int | None, typer.Option(help="Questions of each task at most.", show_default="all")]
+Limit = Annotated[int | None, Option(help="Most questions of each task.", show_default="all")]
 
-SamplingSeed = Annotated[int, typer.Option(help="Seed of the sampling.")]
+SamplingSeed = Annotated[int, Option(help="Seed of the sampling.")]
 ChatTemplate = Annotated[
     Path | None,
-    typer.Option(help="Jinja file that makes turns into a prompt.", show_default="the model's own, if any"),
+    Option(
+        help="Jinja file that turns a conversation into a prompt.", show_default="the model's own, if any"
+    ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Json = Annotated[bool, Option("--json", help="Print the result as JSON.")]
+
+
+def refuse_to_replace(file: Path, overwrite: bool) -> None:
+    """Check that a file may be written, before the long work.
+
+    Raises:
+        OutputExistsError: it exists, and `overwrite` is False.
+    """
+    if file.exists() and not overwrite:
+        raise OutputExistsError(
+            f"{file} is there already; give another name with --out, or replace it with --overwrite"
+        )

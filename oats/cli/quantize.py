@@ -4,58 +4,42 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import typer
+from typer import Option
 
-from oats.cli.options import (
-    CalibrationText,
-    CompressedModel,
-    Head,
-    Json,
-    Length,
-    OutModel,
-    OverwriteModel,
-    Samples,
-    ScaleColumns,
-)
+import oats.cli.options as options
 from oats.errors import ConfigError
 
 
 def quantize(
-    directory: CompressedModel,
-    out: OutModel,
-    values: Annotated[
-        str, typer.Option(help="How kept values are stored: int8 or int4 codes, or exact.")
-    ] = "int8",
-    low_rank: Annotated[
-        str, typer.Option(help="The same for the low-rank factors: int8, or exact.")
-    ] = "int8",
-    scale_columns: ScaleColumns = 128,
-    head: Head = None,
+    directory: options.CompressedModel,
+    out: options.OutModel,
+    values: Annotated[str, Option(help="How kept values are stored: int8 or int4 codes, or exact.")] = "int8",
+    low_rank: Annotated[str, Option(help="The same for the low-rank factors: int8, or exact.")] = "int8",
+    scale_columns: options.ScaleColumns = 128,
+    head: options.Head = None,
     calibrate: Annotated[
-        bool,
-        typer.Option(
-            "--calibrate", help="Fit codes by what the layers see: worth it for int4, takes longer."
-        ),
+        bool, Option("--calibrate", help="Fit codes to the layers' inputs: worth it for int4, takes longer.")
     ] = False,
-    calibration: CalibrationText = None,
-    samples: Samples = 64,
-    length: Length = 512,
-    overwrite: OverwriteModel = False,
-    as_json: Json = False,
+    calibration: options.CalibrationText = None,
+    samples: options.Samples = 64,
+    length: options.Length = 512,
+    overwrite: options.OverwriteModel = False,
+    as_json: options.Json = False,
 ) -> None:
     """Store the values of a compressed model as int8 or int4 codes: fewer bytes, and faster for it.
 
-    No calibration is needed. With --calibrate, or a --calibration text, the error of each code is made good
-    by the values after it, and later blocks are fitted to what the coded ones before them return.
+    No calibration is needed. With --calibrate, or a --calibration text, the values after each code make up
+    for its error, and each block is fitted to what the quantised blocks before it return.
     """
     from oats.checkpoint.loading import load_model
     from oats.checkpoint.record import Record
     from oats.checkpoint.saving import check_output, save_model
     from oats.checkpoint.stored_model import read_stored_model
     from oats.cli.console import human_bytes, print_json, progress_bar, results, settings_table, status
-    from oats.compression.calibration_text import builtin_text, calibration_sequences, read_text
+    from oats.compression.calibration_text import calibration_text
     from oats.compression.head import quantize_head_
     from oats.compression.quantize import quantize_
+    from oats.compression.tokenization import calibration_sequences
     from oats.config import OatsConfig, Storage
 
     OatsConfig(head=head)  # type: ignore[arg-type]  # checks it
@@ -73,7 +57,7 @@ def quantize(
     if calibrate or calibration is not None:
         if tokenizer is None:
             raise ConfigError(f"{directory} takes images; leave the calibration text out")
-        text = builtin_text("first") if calibration is None else read_text(calibration)
+        text = calibration_text(calibration)
         vocabulary = model.get_input_embeddings().num_embeddings
         windows = calibration_sequences(tokenizer, text, vocabulary, samples, length)
         calibrated_on = {**text.identity(), "samples": samples, "length": length}
@@ -88,27 +72,17 @@ def quantize(
     with status(f"Saving {out}"):
         save_model(model, tokenizer, out, overwrite=overwrite, record=record, source=str(directory))
     after = read_stored_model(out)
-    sizes = [sum(layer.stored_bytes for layer in stored.layers) for stored in (before, after)]
-    dense = sum(layer.dense_bf16_bytes for layer in before.layers)
+    sizes, dense = (before.layer_bytes, after.layer_bytes), before.dense_bf16_bytes
     if as_json:
         print_json(
-            {
-                "out": str(out),
-                "layers": len(after.layers),
-                "layer_bytes_before": sizes[0],
-                "layer_bytes": sizes[1],
-                "share_of_dense_bf16": sizes[1] / dense,
-                "disk_bytes": after.disk_bytes,
-            }
-        )
+            out=str(out), layers=len(after.layers), layer_bytes_before=sizes[0], layer_bytes=sizes[1],
+            share_of_dense_bf16=sizes[1] / dense, disk_bytes=after.disk_bytes,
+        )  # fmt: skip
         return
-    results().print(
-        settings_table(
-            {
-                "written": str(out),
-                "linear layers": f"{human_bytes(sizes[0])} to {human_bytes(sizes[1])}, "
-                f"{sizes[1] / dense:.3f} of dense bf16",
-                "on disk": f"{human_bytes(before.disk_bytes)} to {human_bytes(after.disk_bytes)}, all files",
-            }
-        )
-    )
+    settings = {
+        "written": str(out),
+        "linear layers": f"{human_bytes(sizes[0])} to {human_bytes(sizes[1])}, "
+        f"{sizes[1] / dense:.3f} of dense bf16",
+        "on disk": f"{human_bytes(before.disk_bytes)} to {human_bytes(after.disk_bytes)}, all files",
+    }
+    results().print(settings_table(settings))

@@ -3,39 +3,32 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
-import typer
+from typer import Option
 
-from oats.cli.options import CompressedModel
+from oats.cli.options import CompressedModel, OverwriteFile, refuse_to_replace
 from oats.errors import OatsError, OutputExistsError
-
-if TYPE_CHECKING:
-    from oats.bench.layer_latency import Row
-    from oats.checkpoint.stored_model import StoredModel
-
-BATCHES = (1, 16, 128)
 
 
 def report(
     directory: CompressedModel,
     out: Annotated[
-        Path | None,
-        typer.Option(help="File to write.", show_default="the directory's name with -report.html"),
+        Path | None, Option(help="File to write.", show_default="the directory's name with -report.html")
     ] = None,
     speed: Annotated[
         bool,
-        typer.Option(
-            "--speed", help="Also time each size of layer against torch's dense one, some seconds each."
+        Option(
+            "--speed", help="Also time each size of layer against torch's dense layer, some seconds each."
         ),
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")] = False,
+    overwrite: OverwriteFile = False,
 ) -> None:
     """Draw a compressed model as one HTML file: bytes, errors of the layers, spectra, sparsity.
 
-    The file has its pictures in it and opens in any browser, also without a network.
+    The pictures are in the file. It opens in any browser, also without a network.
     """
-    from oats.checkpoint.atomic_file import write_text
+    from oats.checkpoint.atomic import write_text
     from oats.checkpoint.record import Record
     from oats.checkpoint.stored_model import read_stored_model
     from oats.cli.console import human_bytes, progress_bar, results
@@ -44,53 +37,21 @@ def report(
     out = Path(f"{directory.resolve().name}-report.html") if out is None else out
     if out.is_dir():
         raise OutputExistsError(f"{out} is a directory; give the name of a file")
-    if out.exists() and not overwrite:
-        raise OutputExistsError(
-            f"{out} is there already; give another name with --out, or replace it with --overwrite"
-        )
+    refuse_to_replace(out, overwrite)
     stored = read_stored_model(directory)
-    rows = _time(stored) if speed else []
+    rows = []
+    if speed:
+        from oats.inspection.layer_speed import time_layers
+
+        with progress_bar("Timing") as bar:
+            rows = time_layers(stored, bar.update)
     with progress_bar("Reading") as bar:
         text = html_report(
-            stored,
-            Record.read(directory),
-            speed=rows,
+            stored, Record.read(directory), speed=rows,
             progress=lambda done, total: bar.update(done, total, "layers"),
-        )
+        )  # fmt: skip
     try:
         write_text(out, text)
     except OSError as error:
         raise OatsError(f"cannot write {out}: {error.strerror}; choose another with --out") from error
-    results().print(
-        f"{out}, {human_bytes(len(text.encode()))}; open it in a browser", markup=False, soft_wrap=True
-    )
-
-
-def _time(model: StoredModel) -> list[Row]:
-    """Time each size of layer that the model has."""
-    from oats.bench.contenders import Dtype, compressed, torch_dense
-    from oats.bench.layer_latency import layer_rows
-    from oats.bench.shapes import LayerShape
-    from oats.checkpoint.quantization_config import parse_quantization_config
-    from oats.cli.console import progress_bar
-    from oats.inspection.anatomy import block_and_kind
-
-    if model.config is None or not model.layers:
-        return []
-    config = parse_quantization_config(model.config)[0]
-    kinds: dict[tuple[int, int], dict[str, None]] = {}
-    for layer in model.layers:
-        kinds.setdefault((layer.d_out, layer.d_in), {})[block_and_kind(layer.name)[1]] = None
-    storage = model.layers[0].storage
-    dtype: Dtype = "fp32" if model.layers[0].dtype == "fp32" else "bf16"
-    rows: list[Row] = []
-    with progress_bar("Timing") as bar:
-        for done, ((d_out, d_in), names) in enumerate(kinds.items()):
-
-            def progress(note: str, done: int = done) -> None:
-                bar.update(done, len(kinds), note)
-
-            shape = LayerShape(", ".join(names), d_out, d_in)
-            ours = [compressed(dtype, storage=storage)]
-            rows += layer_rows(shape, BATCHES, config, ours, [torch_dense(dtype)], progress=progress)
-    return rows
+    results().print(f"{out}, {human_bytes(len(text.encode()))}; open it in a browser", soft_wrap=True)

@@ -1,32 +1,32 @@
-"""``oats rollout DIR IMAGE …``: what a compressed vision transformer looks at, and each of its parts."""
+"""``oats rollout DIR IMAGE …``: what a vision transformer looks at, and each part of a compressed one."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
+
+from oats.cli.options import OverwriteFile, refuse_to_replace
 
 
 def rollout(
     directory: Annotated[
-        Path, typer.Argument(metavar="DIR", help="Directory of a vision transformer, dense or compressed.")
+        Path, Argument(metavar="DIR", help="Directory of a vision transformer, dense or compressed.")
     ],
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE…", help="Image files, a row each.")],
-    out: Annotated[Path, typer.Option(help="Picture to write, .png or .svg.")] = Path("rollout.png"),
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")] = False,
+    images: Annotated[
+        list[Path], Argument(metavar="IMAGE…", help="Image files; the picture has a row for each.")
+    ],
+    out: Annotated[Path, Option(help="Picture to write, .png or .svg.")] = Path("rollout.png"),
+    overwrite: OverwriteFile = False,
 ) -> None:
-    """Draw the attention rollout of a model, of its sparse part alone and of its low-rank part alone."""
+    """Draw the attention rollout of a vision transformer, of its sparse part and of its low-rank part."""
     from oats.bench.plots import require_matplotlib
     from oats.cli.console import results, status
-    from oats.errors import OutputExistsError
     from oats.inspection.rollout import draw, rollouts
     from oats.integrations.vision import load_vision_model, read_images
 
-    if out.exists() and not overwrite:
-        raise OutputExistsError(
-            f"{out} is there already; give another name with --out, or replace it with --overwrite"
-        )
+    refuse_to_replace(out, overwrite)
     require_matplotlib()
     with status(f"Loading {directory}"):
         model = load_vision_model(directory, attn_implementation="eager")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import socket
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Option
 
 from oats.cli.options import AnyModel, ChatTemplate, RunDtype
 from oats.errors import ConfigError
@@ -15,36 +16,36 @@ from oats.errors import ConfigError
 def serve(
     directory: AnyModel,
     host: Annotated[
-        str, typer.Option(help="Address to listen at; 0.0.0.0 is every one of this machine.")
+        str, Option(help="Address to listen at; 0.0.0.0 is every address of this machine.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen at; 0 takes a free one.")] = 8000,
+    port: Annotated[int, Option(help="Port to listen at; 0 takes a free one.")] = 8000,
     name: Annotated[
-        str | None, typer.Option(help="What clients call the model.", show_default="the directory's name")
+        str | None, Option(help="What clients call the model.", show_default="the directory's name")
     ] = None,
     chat_template: ChatTemplate = None,
-    max_batch: Annotated[int, typer.Option(help="Requests that run at once; more of them wait.")] = 8,
-    max_waiting: Annotated[int, typer.Option(help="Requests that may wait for those that run.")] = 64,
+    max_batch: Annotated[int, Option(help="Most requests that run at once; others wait.")] = 8,
+    max_waiting: Annotated[int, Option(help="Most requests that wait; others are refused.")] = 64,
     dtype: RunDtype = None,
 ) -> None:
-    """Serve a model over HTTP as OpenAI's API does: /v1/chat/completions, /v1/completions, /v1/models.
+    """Serve a model over HTTP with OpenAI's API: /v1/chat/completions, /v1/completions, /v1/models.
 
-    Requests that come at once are generated together, a token of each in turn. /health says whether it works,
-    /metrics how much, for Prometheus. A model without a chat template answers /v1/completions only.
+    Requests that run at once get one token each in turn. /health tells if the server works; /metrics has
+    numbers for Prometheus. A model without a chat template answers /v1/completions only.
     """
     try:
         import uvicorn
 
-        from oats.serving.openai_api import build_app
+        from oats.serving.openai_api.app import build_app
     except ImportError as error:
         raise ConfigError(
             f"serving needs more packages ({error.name} is missing): pip install 'oats-torch[serve]'"
         ) from None
 
-    from oats.cli.chat import load_with_template
     from oats.cli.console import notes, status
+    from oats.serving.chat_template import load_with_template
     from oats.serving.engine import Engine
 
-    listening = _listen(host, port)  # before the model is loaded
+    listening = _listen(host, port)  # fail early if the port is taken: loading takes long
     with listening:
         with status(f"Loading {directory}"):
             model, tokenizer = load_with_template(directory, dtype, chat_template)
@@ -55,32 +56,29 @@ def serve(
         )
         url = f"http://{host}:{listening.getsockname()[1]}/v1"
         console = notes()
-        console.print(f"{name} at {url}, until Ctrl-C", soft_wrap=True, markup=False)
+        console.print(f"{name} at {url}, until Ctrl-C", soft_wrap=True)
         if not tokenizer.chat_template:
             console.print("no chat template: /v1/completions only, or give one with --chat-template")
-        console.print(
-            f"try: curl {url}/completions -H 'Content-Type: application/json' "
-            '-d \'{"prompt": "Once upon a time", "max_tokens": 20}\'',
-            soft_wrap=True,
-            markup=False,
-        )
+        body = '{"prompt": "Once upon a time", "max_tokens": 20}'
+        example = f"curl {url}/completions -H 'Content-Type: application/json' -d '{body}'"
+        console.print(f"try: {example}", soft_wrap=True)
         try:
-            server.run(sockets=[listening])
-        except KeyboardInterrupt:
-            pass  # how a server is stopped
+            with suppress(KeyboardInterrupt):  # Ctrl-C stops the server
+                server.run(sockets=[listening])
         finally:
             engine.close()
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    if not 0 <= port <= 65535:  # getaddrinfo takes it modulo 65536
+    if not 0 <= port <= 65535:  # getaddrinfo would take it modulo 65536
         raise ConfigError(f"port must be 0 to 65535, got {port}")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listening = socket.socket(family, kind, protocol)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(address)
-        # Only this keeps others from the port; who asks while the model is loaded is answered after that.
+        # Without listen, another process could take the port. Clients that connect now wait until the model
+        # is loaded.
         listening.listen(128)
     except OSError as error:
         reason = error.strerror or error

@@ -1,4 +1,4 @@
-"""``oats`` alone: what is here, and what to do next."""
+"""``oats`` without a command: the models in this directory, and the commands to go on with."""
 
 from __future__ import annotations
 
@@ -21,8 +21,7 @@ MOST_SHOWN = 8
 
 
 def welcome() -> None:
-    """Print the models in this directory, and the commands in the order in which one needs them."""
-    from rich.markup import escape
+    """Print the models in this directory, and the commands in the order of a first session."""
     from rich.table import Table
 
     from oats.cli.console import human_bytes, results
@@ -33,7 +32,7 @@ def welcome() -> None:
     if models:
         here = Table.grid(padding=(0, 2))
         for directory, kind, size, command in models[:MOST_SHOWN]:
-            here.add_row(f"  {escape(directory)}", f"{kind}, {human_bytes(size)}", escape(command))
+            here.add_row(f"  {directory}", f"{kind}, {human_bytes(size)}", command)
         console.print("In this directory:")
         console.print(here)
         if len(models) > MOST_SHOWN:
@@ -46,19 +45,16 @@ def welcome() -> None:
     console.print(steps)
     console.print("\noats COMMAND --help has examples; oats info alone describes this installation.")
     if find_spec("transformers") is None:
-        console.print(
-            "transformers is not installed, which models need: pip install 'oats-torch[hf]'", markup=False
-        )
+        console.print("transformers is not installed, which models need: pip install 'oats-torch[hf]'")
 
 
 def _models(directory: Path) -> list[tuple[str, str, int, str]]:
-    """Name, kind, bytes of the weights and a command to go on with, for each model in a directory."""
+    """Name, kind, bytes of the weights and next command of each model in a directory."""
     found = []
     for path in sorted(directory.iterdir()):
         if path.suffix == ".gguf" and path.is_file():
-            found.append(
-                (path.name, "GGUF", path.stat().st_size, f"oats compress {path.name} {path.stem}-oats")
-            )
+            command = f"oats compress {path.name} {path.stem}-oats"
+            found.append((path.name, "GGUF", path.stat().st_size, command))
             continue
         try:
             config = json.loads((path / "config.json").read_text(encoding="utf-8"))

@@ -1,10 +1,9 @@
-"""One compression for the whole model, spread over its layers by what they can bear.
+"""Budgets that are not uniform: layers that lose less by it are compressed more.
 
-``"owl"`` gives each block a compression that falls with its share of outliers (Outlier Weighed Layerwise
-sparsity, arXiv 2310.05175). ``"error"`` gives each matrix the compression at which removing another
-parameter would cost as much error as in any other matrix. Both look at the dense model, in one pass over the
-calibration data before the first block is compressed, and remove as many parameters in all as the uniform
-budget.
+``"owl"`` compresses a block less the more outliers it has (Outlier Weighed Layerwise sparsity, arXiv
+2310.05175). ``"error"`` gives each matrix the compression at which removing one more parameter costs as much
+error as in any other matrix. Both measure the dense model, in one pass over the calibration data before the
+first block is compressed. Both remove as many parameters in all as the uniform budget.
 """
 
 from __future__ import annotations
@@ -16,90 +15,66 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from oats.compression.block_decomposition import block_matrices
 from oats.compression.block_runner import BlockRunner
-from oats.compression.statistics import input_statistics
 from oats.compression.targets import Target
 from oats.config import OatsConfig
 from oats.decomposition.methods import decompose_by_method
 
 OUTLIER = 5.0
-"""An element is an outlier where its magnitude times its input's norm is this many times the mean of its
+"""An element is an outlier if its magnitude times its input's norm is above this many times the mean of its
 layer (the M of arXiv 2310.05175)."""
 
 SPREAD = {"owl": 0.08, "error": 0.1}
-"""How far a layer's compression may be from the model's (for OWL the λ of arXiv 2310.05175)."""
+"""The largest difference of a layer's compression from the model's (the λ of arXiv 2310.05175 for OWL)."""
 
 TRIAL_ITERATIONS = 8
-"""Alternations of a decomposition of which only the error is wanted: it is near the final one by then."""
+"""Alternations of a decomposition that only measures the error: by then it is near its final value."""
 
 
 @dataclass(frozen=True)
 class Measure:
-    """What is known of one matrix before it is compressed.
-
-    Attributes:
-        parameters: its number of elements.
-        outliers: share of its elements that are outliers; 0 where the budget does not ask.
-        errors: compression → relative error there; empty where the budget does not ask.
-    """
+    """What the budget needs to know of one dense matrix."""
 
     parameters: int
     outliers: float = 0.0
+    """For ``"owl"``: the share of its elements that are outliers."""
     errors: tuple[tuple[float, float], ...] = ()
+    """For ``"error"``: two pairs of a compression and the relative error there."""
 
 
 def measure_block(
     runner: BlockRunner, index: int, targets: Mapping[str, Target], config: OatsConfig
 ) -> dict[str, Measure]:
-    """Measure the matrices of one dense block.
-
-    Args:
-        runner: stands before block `index`, in the dense model.
-        index: the block, whose weights are there.
-        targets: its layers by name.
-        config: whose `budget` decides what is measured.
+    """Measure the matrices of block `index` of the dense model, before which `runner` is, for a budget.
 
     Returns:
         Name → measure; a layer that did not run is absent.
     """
-    linears = {name: target.module for name, target in targets.items()}
-    config = replace(config, values=OatsConfig.values)  # codes come after the decomposition
-    statistics = input_statistics(runner, index, linears, config)
-    weights = {
-        f"{name}.{part}" if part else name: (weight, statistics[name])
-        for name, target in targets.items()
-        if name in statistics
-        for part, (weight, _) in target.matrices().items()
-    }
-    owners = runner.ranks.owners({name: weight.numel() for name, (weight, _) in weights.items()})
+    config = replace(config, values=OatsConfig.values)  # no Hessians: codes come later
+    matrices = block_matrices(runner, index, targets, config)
+    owners = runner.ranks.owners({matrix.name: matrix.weight.numel() for matrix in matrices})
     mine = {
-        name: _measure(weight, statistic, config, name)
-        for name, (weight, statistic) in weights.items()
-        if owners[name] == runner.ranks.rank
+        matrix.name: _measure(matrix.weight, matrix.statistic, config, matrix.name)
+        for matrix in matrices
+        if owners[matrix.name] == runner.ranks.rank
     }
-    return {name: runner.ranks.broadcast(mine.get(name), owners[name]) for name in weights}
+    return {m.name: runner.ranks.broadcast(mine.get(m.name), owners[m.name]) for m in matrices}
 
 
 def _measure(weight: Tensor, statistic: Tensor, config: OatsConfig, name: str) -> Measure:
     if config.budget == "owl":
         return Measure(weight.numel(), outlier_share(weight, statistic))
-    spread = SPREAD["error"]
-    errors = []
-    for compression in _allowed(config.compression, spread):
-        trial = replace(
-            config,
-            compression=compression,
-            iterations=min(TRIAL_ITERATIONS, config.resolved_iterations),
-            budget="uniform",
-        )
-        errors.append(
-            (compression, decompose_by_method(weight.contiguous(), statistic, trial, name).relative_error)
-        )
+    iterations, errors = min(TRIAL_ITERATIONS, config.resolved_iterations), []
+    for compression in _allowed(config):
+        trial = replace(config, compression=compression, iterations=iterations, budget="uniform")
+        result = decompose_by_method(weight.contiguous(), statistic, trial, name)
+        errors.append((compression, result.relative_error))
     return Measure(weight.numel(), errors=tuple(errors))
 
 
 def outlier_share(weight: Tensor, statistic: Tensor) -> float:
-    """Share of the elements whose magnitude times their input's norm is `OUTLIER` times the mean.
+    """Share of the elements that are outliers, see :data:`OUTLIER`.
 
     Args:
         weight: (d_out, d_in).
@@ -118,7 +93,7 @@ def allocate(measures: Sequence[Mapping[str, Measure]], config: OatsConfig) -> d
 
     Args:
         measures: for each block, name → measure of its matrices.
-        config: whose `compression` is the mean over all parameters.
+        config: gives `compression`, the mean over all parameters.
 
     Returns:
         Name → compression.
@@ -127,21 +102,19 @@ def allocate(measures: Sequence[Mapping[str, Measure]], config: OatsConfig) -> d
     >>> allocate(blocks, OatsConfig(budget="owl"))
     {'a': 0.42, 'b': 0.58}
     """
-    if config.budget == "owl":
-        found = _by_outliers(measures, config.compression)
-    else:
-        found = _by_errors({k: v for block in measures for k, v in block.items()}, config.compression)
-    # Short decimals: they count parameters the same way on every machine, and are good to read.
+    found = _by_outliers(measures, config) if config.budget == "owl" else _by_errors(measures, config)
+    # Rounded, so that every machine counts the same number of parameters.
     return {name: round(compression, 4) for name, compression in found.items()}
 
 
-def _allowed(compression: float, spread: float) -> tuple[float, float]:
-    spread = min(spread, compression, (1 - compression) / 2)
-    return compression - spread, compression + spread
+def _allowed(config: OatsConfig) -> tuple[float, float]:
+    """The least and the largest compression of a matrix."""
+    spread = min(SPREAD[config.budget], config.compression, (1 - config.compression) / 2)
+    return config.compression - spread, config.compression + spread
 
 
-def _by_outliers(measures: Sequence[Mapping[str, Measure]], compression: float) -> dict[str, float]:
-    low, high = _allowed(compression, SPREAD["owl"])
+def _by_outliers(measures: Sequence[Mapping[str, Measure]], config: OatsConfig) -> dict[str, float]:
+    low, high = _allowed(config)
     blocks = [block for block in measures if block]
     sizes = [sum(m.parameters for m in block.values()) for block in blocks]
     shares = [
@@ -149,45 +122,44 @@ def _by_outliers(measures: Sequence[Mapping[str, Measure]], compression: float) 
         for block, size in zip(blocks, sizes, strict=True)
     ]
     range_ = max(shares) - min(shares) or 1.0
-    # Kept shares that rise linearly with the outliers, then moved so that their mean is the model's.
+    # The share that a block keeps rises linearly with its outliers; then all are shifted to the right mean.
     kept = [(share - min(shares)) / range_ * (high - low) for share in shares]
     mean = sum(k * size for k, size in zip(kept, sizes, strict=True)) / sum(sizes)
-    return {name: compression - (k - mean) for k, block in zip(kept, blocks, strict=True) for name in block}
+    found = [config.compression - (k - mean) for k in kept]
+    return {name: each for each, block in zip(found, blocks, strict=True) for name in block}
 
 
-def _by_errors(measures: Mapping[str, Measure], compression: float) -> dict[str, float]:
-    """Minimise the sum of squared relative errors, log-linear between the two that were measured.
+def _by_errors(blocks: Sequence[Mapping[str, Measure]], config: OatsConfig) -> dict[str, float]:
+    """Minimise the sum of squared relative errors: the log of each is taken as linear in the compression.
 
-    Where a matrix may move, the optimum has one price: each parameter removed costs the same squared error.
+    At the optimum all matrices have one price, the squared error that removing one more parameter costs,
+    except those at an end of their range.
     """
-    low, high = _allowed(compression, SPREAD["error"])
+    low, high = _allowed(config)
+    measures = {name: measure for block in blocks for name, measure in block.items()}
     slopes, levels = {}, {}
     for name, measure in measures.items():
         (at, first), (_, second) = measure.errors
         least = torch.finfo(torch.float32).tiny
         logs = [2 * math.log(max(error, least)) for error in (first, second)]
-        # A matrix whose error does not grow is one that bears the most.
+        # An error that does not grow gets the least slope: that matrix is compressed the most.
         slopes[name] = max((logs[1] - logs[0]) / max(high - low, 1e-9), 1e-6)
         levels[name] = logs[0] - slopes[name] * at
 
     def at_price(price: float) -> dict[str, float]:
         """Compressions where d(error²)/d(parameters) is exp(price)."""
-        return {
-            name: min(
-                max((price + math.log(m.parameters / slopes[name]) - levels[name]) / slopes[name], low), high
-            )
-            for name, m in measures.items()
-        }
+        found = {}
+        for name, measure in measures.items():
+            best = (price + math.log(measure.parameters / slopes[name]) - levels[name]) / slopes[name]
+            found[name] = min(max(best, low), high)
+        return found
 
     total = sum(m.parameters for m in measures.values())
-
-    def removed(price: float) -> float:
-        return sum(c * measures[name].parameters for name, c in at_price(price).items()) / total
-
     cheap, dear = -1e4, 1e4
     for _ in range(200):
         middle = (cheap + dear) / 2
-        if removed(middle) < compression:
+        removed = sum(c * measures[name].parameters for name, c in at_price(middle).items())
+        if removed / total < config.compression:
             cheap = middle
         else:
             dear = middle

@@ -1,4 +1,4 @@
-"""Calibration data as batches of keyword arguments for a model."""
+"""Calibration data as batches: dicts of keyword arguments for a model."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ Calibration = Tensor | Mapping[str, Tensor] | Iterable[Tensor | Mapping[str, Ten
 """Token ids (n, length), or batches: tensors, or keyword arguments for the model; or one such dict."""
 
 MIN_TOKENS = 16
-"""Fewer tokens than this say nothing about the inputs of a layer."""
+"""Fewer tokens than this are refused: they say nothing about the inputs of a layer."""
 
-# Sequences that run together hold about this many tokens: full-speed products, small beside a model.
+# About so many tokens run together: enough for products at full speed, and little memory beside a model.
 TOKENS_PER_BATCH = 4096
 
-# The key of a tensor whose keyword is not known: the model's first positional argument.
+# The key of a tensor whose keyword is unknown: it is the model's first positional argument.
 POSITIONAL = ""
 
 _EXPECTED = (
@@ -31,15 +31,15 @@ _EXPECTED = (
 def as_batches(
     model: nn.Module, calibration: Calibration, tokens: int = TOKENS_PER_BATCH
 ) -> list[dict[str, Tensor]]:
-    """Calibration data as keyword arguments for the model.
+    """Make batches of calibration data for a model.
 
     Args:
-        model: what it is for.
-        calibration: data whose batches are kept where it comes in batches.
-        tokens: that a batch of a tensor (sequences, length) is to hold, about.
+        model: says what its main input is called, and how large its vocabulary is.
+        calibration: a tensor, which is cut, or batches, which are kept.
+        tokens: about how many a batch of a tensor (sequences, length) holds.
 
     Raises:
-        CalibrationError: there is none, it is too short, or it does not fit the model.
+        CalibrationError: the data is empty, too short, or does not fit the model.
     """
     name = getattr(model, "main_input_name", POSITIONAL)
     items: Iterable[Any]
@@ -95,7 +95,7 @@ def _describe(value: object) -> str:
 
 
 def token_mask(batch: Mapping[str, Tensor]) -> Tensor | None:
-    """Which tokens of a batch count, (batch, length) bool; None where all do."""
+    """Which tokens of a batch count, (batch, length) bool; None if all do."""
     mask = batch.get("attention_mask")
     return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
@@ -104,11 +104,11 @@ def _check_tokens(model: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> 
     ids = [batch["input_ids"] for batch in batches if batch.get("input_ids") is not None]
     counts = []
     for batch in batches:
-        mask = token_mask(batch)
+        mask, tokens = token_mask(batch), batch.get("input_ids")
         if mask is not None:
             counts.append(int(mask.sum()))
-        elif batch.get("input_ids") is not None:
-            counts.append(batch["input_ids"].numel())
+        elif tokens is not None:
+            counts.append(tokens.numel())
     if counts and sum(counts) < MIN_TOKENS:
         raise CalibrationError(
             f"calibration has {sum(counts)} tokens, at least {MIN_TOKENS} are needed (those that "

@@ -7,12 +7,12 @@ from torch import Tensor, nn
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:
-    """That of its first floating-point parameter; float32 where there is none."""
+    """The dtype of the first floating-point parameter; float32 for a model without one."""
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
 def convert(model: nn.Module, dtype: torch.dtype) -> None:
-    """Cast what a checkpoint holds; the rest (rotary frequencies) stays precise, as it does in loading."""
+    """Cast what a checkpoint holds, as loading does; other buffers (rotary frequencies) stay as they are."""
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             if parameter.is_floating_point():
@@ -23,5 +23,5 @@ def convert(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def convert_batch(batch: dict[str, Tensor], dtype: torch.dtype, stored: torch.dtype) -> dict[str, Tensor]:
-    """Images and the like come in the model's dtype, and go over to the new one with it."""
+    """Cast the inputs that have the model's old dtype, such as images."""
     return {k: v.to(stored) if getattr(v, "dtype", None) == dtype else v for k, v in batch.items()}

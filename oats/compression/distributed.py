@@ -1,14 +1,14 @@
-"""Several processes that compress one model together, on torch.distributed.
+"""Ranks: several processes that compress one model together, on torch.distributed.
 
 Each runs the model on its share of the calibration batches and decomposes its share of a block's matrices.
-What they exchange are sums over tokens, and finished layers.
+They exchange sums over tokens and finished layers.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from typing import Any, TypeVar, cast
@@ -22,16 +22,14 @@ from oats.errors import DistributedError
 T = TypeVar("T")
 
 TIMEOUT = timedelta(hours=24)
-"""A process that ends is noticed at once, by its closed connections. So this only bounds how long one may
-work on a matrix while the others wait."""
+"""How long the others wait while one rank works on a matrix. If a process ends, its connections close and the
+others notice at once."""
 
 
 class Ranks:
-    """The processes of one run: by default this one alone.
+    """The processes of one run, in torch's default process group: this one's rank and their number.
 
-    Args:
-        rank: of this process.
-        size: number of processes; more than one need torch's default process group.
+    By default there is only this one. Methods that wait for others raise a `DistributedError` if one is gone.
 
     >>> Ranks().share(range(5))
     [0, 1, 2, 3, 4]
@@ -47,7 +45,7 @@ class Ranks:
         return list(items[self.rank :: self.size])
 
     def owners(self, costs: Mapping[str, float]) -> dict[str, int]:
-        """Name → the rank that does it: the costliest first, each to the rank with the least to do so far.
+        """Name → the rank that does it: the costliest goes first, to the rank with the least work so far.
 
         >>> Ranks(0, 2).owners({"a": 1, "b": 3, "c": 2})
         {'b': 0, 'c': 1, 'a': 1}
@@ -60,17 +58,13 @@ class Ranks:
         return owners
 
     def sum(self, sums: dict[T, Tensor]) -> dict[T, Tensor]:
-        """The sums over all ranks, by key; a key that a rank lacks counts as zeros there.
-
-        Raises:
-            DistributedError: another rank is gone.
-        """
+        """The sums over all ranks, by key; a rank without a key adds zeros."""
         if self.size == 1:
             return sums
-        described = {key: (tuple(value.shape), value.dtype) for key, value in sums.items()}
-        everywhere: dict[T, Any] = {}
-        for one in self._call(lambda: _gathered(described, self.size)):
-            everywhere.update(one)
+        own = {key: (tuple(value.shape), value.dtype) for key, value in sums.items()}
+        described: list[Any] = [None] * self.size
+        self._call(lambda: dist.all_gather_object(described, own))
+        everywhere = {key: shape_and_dtype for one in described for key, shape_and_dtype in one.items()}
         totals = {}
         for key in sorted(everywhere, key=str):
             shape, dtype = everywhere[key]
@@ -79,11 +73,7 @@ class Ranks:
         return totals
 
     def broadcast(self, value: T | None, source: int = 0) -> T:
-        """What the rank `source` has; pickled.
-
-        Raises:
-            DistributedError: another rank is gone.
-        """
+        """The value of rank `source`, sent by pickle."""
         if self.size == 1:
             return cast(T, value)
         values = [value]
@@ -91,17 +81,13 @@ class Ranks:
         return cast(T, values[0])
 
     def barrier(self) -> None:
-        """Wait until every rank is here.
-
-        Raises:
-            DistributedError: another rank is gone.
-        """
+        """Wait until every rank is here."""
         if self.size > 1:
             self._call(dist.barrier)
 
-    def _call(self, collective: Callable[[], T]) -> T:
+    def _call(self, collective: Callable[[], object]) -> None:
         try:
-            return collective()
+            collective()
         except (RuntimeError, ValueError) as error:
             raise DistributedError(
                 f"rank {self.rank} of {self.size}: another rank has ended, so this one ends too; its own "
@@ -110,36 +96,25 @@ class Ranks:
             ) from error
 
 
-def _gathered(value: Any, size: int) -> list[Any]:
-    values = [None] * size
-    dist.all_gather_object(values, value)
-    return values
-
-
-def is_launched() -> bool:
-    """Whether ``torchrun``, or a launcher that sets the same variables, started several processes."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
-
-
-def joined() -> AbstractContextManager[Ranks]:
-    """The ranks of the launcher's run, in a process group (gloo) while the context lasts; or this one alone.
+@contextmanager
+def joined() -> Iterator[Ranks]:
+    """A context that gives the launched processes, in a process group (gloo); or only this one.
 
     Raises:
-        DistributedError: the others cannot be reached.
+        DistributedError: the processes cannot reach each other.
     """
-    return _Group() if is_launched() else nullcontext(Ranks())
-
-
-class _Group(AbstractContextManager[Ranks]):
-    def __enter__(self) -> Ranks:
-        try:
-            dist.init_process_group("gloo", timeout=TIMEOUT)
-        except (RuntimeError, ValueError) as error:
-            raise DistributedError(
-                f"the processes of this run cannot reach each other: {str(error).splitlines()[0]}; start "
-                "them with torchrun, and check --rdzv-endpoint and the firewall"
-            ) from error
-        return Ranks(dist.get_rank(), dist.get_world_size())
-
-    def __exit__(self, *exception: object) -> None:
+    # torchrun, and launchers that set the same variables, start several processes.
+    if int(os.environ.get("WORLD_SIZE", "1")) <= 1 or "RANK" not in os.environ:
+        yield Ranks()
+        return
+    try:
+        dist.init_process_group("gloo", timeout=TIMEOUT)
+    except (RuntimeError, ValueError) as error:
+        raise DistributedError(
+            f"the processes of this run cannot reach each other: {str(error).splitlines()[0]}; start "
+            "them with torchrun, and check --rdzv-endpoint and the firewall"
+        ) from error
+    try:
+        yield Ranks(dist.get_rank(), dist.get_world_size())
+    finally:
         dist.destroy_process_group()

@@ -10,10 +10,11 @@ from torch import nn
 
 from oats.compression.saving_hook import prepare_saving_
 from oats.config import OatsConfig, Storage
-from oats.decomposition.codes import round_to_int8
+from oats.decomposition.matrix_codes import round_to_int8
 from oats.errors import DeviceError, UnsupportedModelError, WeightError
 from oats.format.bitmask import encode
-from oats.models.linear import is_linear, output_head, replace_
+from oats.models.architecture import output_head
+from oats.models.linear import is_linear, replace_
 from oats.nn.head import RowsOfHead, rows_of_head
 from oats.nn.sparse_low_rank_linear import SparseLowRankLinear
 
@@ -25,20 +26,20 @@ _ROWS = 2048
 def quantize_head_(model: nn.Module, scale_columns: int = OatsConfig.scale_columns) -> None:
     """Store the output head of a language model as int8 codes, in place; nothing of it is removed.
 
-    Decoding reads the whole head for each token: in a small model, or one with a large vocabulary, as much as
-    all blocks. The head becomes a `SparseLowRankLinear` of rank 0 that keeps every weight. An input embedding
-    that is tied to it reads its rows from there (:class:`RowsOfHead`), so that the weights are held once. The
-    model's configuration then says that nothing is tied, so that no other model may share it. To resize the
-    embeddings, do so before, or dequantise the model.
+    Decoding reads the whole head for each token. In a small model, or one with a large vocabulary, that is as
+    much as all blocks. The head becomes a `SparseLowRankLinear` of rank 0 that keeps every weight. An input
+    embedding that is tied to it reads its rows from there (:class:`RowsOfHead`), so that the weights are held
+    once. The model's configuration then says that nothing is tied; no other model may share that
+    configuration. Resize embeddings before, or dequantise the model first.
 
     Args:
-        model: of transformers; a head that has codes already stays as it is.
+        model: of transformers; a head that already has codes stays as it is.
         scale_columns: columns of a row that share a scale, 64 or 128.
 
     Raises:
-        UnsupportedModelError: there is no linear output head, or what is tied to it is not just an input
+        UnsupportedModelError: there is no linear output head, or something else is tied to it than one input
             embedding that reads its rows.
-        WeightError: a weight is not finite.
+        WeightError: a weight is NaN or infinite.
         DeviceError: the head is not on the CPU.
         ConfigError: there is no such `scale_columns`; or the head is neither float32 nor bfloat16.
     """
@@ -52,7 +53,7 @@ def quantize_head_(model: nn.Module, scale_columns: int = OatsConfig.scale_colum
 
 
 def store_head_as_codes_(model: nn.Module, scale_columns: int) -> None:
-    """Do what :func:`quantize_head_` does, but for telling ``save_pretrained`` of it."""
+    """Do what :func:`quantize_head_` does, without telling ``save_pretrained``."""
     storage = Storage("int8", "int8", scale_columns)
     head = output_head(model)
     if isinstance(head, SparseLowRankLinear):
@@ -72,14 +73,13 @@ def store_head_as_codes_(model: nn.Module, scale_columns: int) -> None:
             "not just the input embedding; leave the head as it is"
         )
     layer = _coded(head, storage)
-    reads = None
     if tied:
         embedding = cast(nn.Embedding, tied[0])
         reads = rows_of_head(embedding, layer)
         _check_reads(embedding, reads)
-    names_of = dict((module, name) for name, module in model.named_modules())
+    names_of = {module: name for name, module in model.named_modules()}
     replace_(model, head, layer)
-    if reads is not None:
+    if tied:
         replace_(model, embedding, reads)
         untie_(model, f"{names_of[head]}.weight", f"{names_of[embedding]}.weight")
 
@@ -89,9 +89,8 @@ def _coded(head: nn.Linear, storage: Storage) -> SparseLowRankLinear:
     if not bool(weight.isfinite().all()):
         raise WeightError("the output head has NaN or infinite entries; the checkpoint is damaged")
     d_out, d_in = weight.shape
-    codes, scales = zip(
-        *(round_to_int8(rows.float(), storage.scale_columns) for rows in weight.split(_ROWS)), strict=True
-    )
+    rounded = [round_to_int8(rows.float(), storage.scale_columns) for rows in weight.split(_ROWS)]
+    codes, scales = zip(*rounded, strict=True)
     row_of_mask, _ = encode(torch.ones(1, d_in))
     tensors = {
         "mask": row_of_mask.expand(d_out, -1).contiguous(),
@@ -109,11 +108,7 @@ def _coded(head: nn.Linear, storage: Storage) -> SparseLowRankLinear:
 
 
 def _check_reads(embedding: nn.Embedding, reads: RowsOfHead) -> None:
-    """Compare on a few tokens.
-
-    Raises:
-        UnsupportedModelError: they return different things.
-    """
+    """Compare an embedding with what shall replace it, on a few tokens."""
     ids = torch.arange(0, embedding.num_embeddings, max(1, embedding.num_embeddings // 64))[None]
     try:
         expected, got = embedding(ids).float(), reads(ids).float()
@@ -128,18 +123,18 @@ def _check_reads(embedding: nn.Embedding, reads: RowsOfHead) -> None:
 
 
 def untie_(model: nn.Module, head: str, embedding: str) -> None:
-    """Tell transformers that the parameters of these names are not tied: there is but one weight."""
+    """Tell transformers that these two parameters are not tied: only the head still has a weight."""
     configuration = getattr(model, "config", None)
     if configuration is not None:
         configuration.tie_word_embeddings = False
     tied: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
-    for target, source in list(tied.items()):
-        if {target, source} == {head, embedding}:
-            del tied[target]
+    for name, source in list(tied.items()):
+        if {name, source} == {head, embedding}:
+            del tied[name]
 
 
 def head_of(model: nn.Module) -> tuple[SparseLowRankLinear | None, str | None]:
-    """The head, if it has codes; and the name of the embedding that reads its rows, if one does."""
+    """The head if it has codes, and the name of the embedding that reads its rows; each may be None."""
     head = output_head(model)
     if not isinstance(head, SparseLowRankLinear):
         return None, None

@@ -1,8 +1,9 @@
 """Block-wise matching: the compressed layers of one block are tuned together for the block's output.
 
-Layer by layer, each fit takes the others for exact. Here the kept values (supports stay) and the low-rank
-factors of a whole block are moved by Adam towards what the dense block returns on the calibration data, as in
-the transformer matching of 3BASiL (arXiv 2603.01376). Nothing else of the model changes.
+A decomposition fits one layer as if the others were exact. Here Adam moves the kept values (not their
+positions) and the low-rank factors of a whole block, so that the block returns what the dense block returns
+on the calibration data: the transformer matching of 3BASiL (arXiv 2603.01376). Nothing else of the model
+changes.
 """
 
 from __future__ import annotations
@@ -14,17 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from oats.compression.block_runner import BlockRunner, Held, replaced_forward
+from oats.compression.block_runner import BlockRunner, HiddenStates
 from oats.compression.calibration import token_mask
+from oats.compression.temporary import replaced_forward
 from oats.errors import CalibrationError
 from oats.format.bitmask import decode, decode_mask
 from oats.nn.sparse_low_rank_linear import SparseLowRankLinear
 
 TOKENS_PER_STEP = 1024
-"""Sequences that make one step of Adam hold about this many tokens."""
+"""Each step of Adam takes sequences of about this many tokens in all."""
 
 RATE = 1e-3
-"""First step size, as a share of the root mean square of the tensor that moves; it falls linearly to 0."""
+"""First step size relative to the root mean square of the tensor; it falls linearly to 0."""
 
 BETAS = 0.9, 0.95
 
@@ -33,20 +35,21 @@ def match_block(
     runner: BlockRunner,
     index: int,
     layers: Sequence[SparseLowRankLinear],
-    targets: Held,
+    dense_outputs: HiddenStates,
     passes: int,
 ) -> tuple[float, float]:
     """Tune layers of a block, in place, so that the block returns what the dense block returned.
 
-    The loss is the mean over tokens of ``‖y − t‖² / ‖t‖²``: what comes next normalises each token, and a few
-    tokens of huge norm would otherwise be all that counts. Tokens that an attention mask excludes do not
-    count. Where tuning did not lower the loss, the layers stay as they were.
+    The loss is the mean over tokens of ``‖y − t‖² / ‖t‖²``, y being what the block returns and t what the
+    dense block returned. It is relative because the next block normalises each token: else a few tokens of
+    huge norm would decide. Tokens that an attention mask excludes do not count. Layers stay as they were if
+    tuning does not lower the loss.
 
     Args:
-        runner: stands before block `index`.
-        index: the block.
-        layers: which are tuned; no layer of an earlier block.
-        targets: for each batch what the block is to return: a tensor (…, d), or a tuple that begins with one.
+        runner, index: the block, and a runner that is before it.
+        layers: to tune; none of an earlier block.
+        dense_outputs: what the dense block returned for each batch: a tensor (…, d), or a tuple that begins
+            with one.
         passes: over the calibration data, at least 1.
 
     Returns:
@@ -55,14 +58,14 @@ def match_block(
     Raises:
         CalibrationError: the block does not return a tensor, or its loss is not finite.
     """
-    before = _loss(runner, index, targets)
-    held = [layer.canonical() for layer in layers]
-    for layer, tuned in zip(layers, _tune(runner, index, layers, targets, passes), strict=True):
+    before = _loss(runner, index, dense_outputs)
+    untuned = [layer.canonical() for layer in layers]
+    for layer, tuned in zip(layers, _tune(runner, index, layers, dense_outputs, passes), strict=True):
         _store(layer, tuned)
-    after = _loss(runner, index, targets)
+    after = _loss(runner, index, dense_outputs)
     if after < before:
         return before, after
-    for layer, canonical in zip(layers, held, strict=True):
+    for layer, canonical in zip(layers, untuned, strict=True):
         _store(layer, canonical)
     return before, before
 
@@ -84,7 +87,7 @@ class _Tunable:
         return nn.functional.linear(x, weight.to(x.dtype), self._bias)
 
     def groups(self) -> Iterator[dict[str, Any]]:
-        """What Adam moves, each at its own scale."""
+        """Adam's parameter groups, each with the scale of its steps."""
         sizes = {self._sparse: self._nnz, self._u: self._u.numel(), self._v: self._v.numel()}
         for tensor, count in sizes.items():
             if count:
@@ -99,23 +102,22 @@ def _tune(
     runner: BlockRunner,
     index: int,
     layers: Sequence[SparseLowRankLinear],
-    targets: Held,
+    dense_outputs: HiddenStates,
     passes: int,
 ) -> list[dict[str, Tensor]]:
     tunables = [_Tunable(layer) for layer in layers]
-    optimizer = torch.optim.Adam(
-        [group for tunable in tunables for group in tunable.groups()], betas=BETAS, fused=True
-    )
+    groups = [group for tunable in tunables for group in tunable.groups()]
+    optimizer = torch.optim.Adam(groups, betas=BETAS, fused=True)
     parameters = [group["params"][0] for group in optimizer.param_groups]
-    steps, step = passes * len(targets), 0
+    steps, step = passes * len(dense_outputs), 0
     with ExitStack() as stack:
         stack.enter_context(torch.enable_grad())
         for layer, tunable in zip(layers, tunables, strict=True):
             stack.enter_context(replaced_forward(layer, tunable.forward))
         for _ in range(passes):
-            for output, target in zip(runner.run(index), targets, strict=True):
+            for output, target in zip(runner.run(index), dense_outputs, strict=True):
                 loss = _relative_error(output, target, runner.batch)
-                # Not backward(): the block's norms, and the embedding before the first block, stay out of it.
+                # Not backward(): norms, and the embedding before the first block, need no gradients.
                 gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
                 for parameter, gradient in zip(parameters, gradients, strict=True):
                     parameter.grad = gradient
@@ -127,16 +129,16 @@ def _tune(
 
 
 def _store(layer: SparseLowRankLinear, tensors: dict[str, Tensor]) -> None:
-    """Replace values and factors by others, rounded to the layer's dtype."""
+    """Replace values and factors, rounded to the layer's dtype."""
     state = layer.state_dict()
     state.update({name: tensor.to(layer.dtype) for name, tensor in tensors.items() if name != "mask"})
     layer.load_state_dict(state)
 
 
-def _loss(runner: BlockRunner, index: int, targets: Held) -> float:
+def _loss(runner: BlockRunner, index: int, dense_outputs: HiddenStates) -> float:
     losses = [
         float(_relative_error(output, target, runner.batch))
-        for output, target in zip(runner.run(index), targets, strict=True)
+        for output, target in zip(runner.run(index), dense_outputs, strict=True)
     ]
     mean = sum(losses) / len(losses)
     if not torch.isfinite(torch.tensor(mean)):
@@ -144,8 +146,8 @@ def _loss(runner: BlockRunner, index: int, targets: Held) -> float:
     return mean
 
 
-def _relative_error(output: Any, target: Any, batch: dict[str, Tensor]) -> Tensor:
-    y, t = _hidden(output), _hidden(target)
+def _relative_error(output: Any, dense: Any, batch: dict[str, Tensor]) -> Tensor:
+    y, t = _hidden(output), _hidden(dense)
     each = (y - t).square().sum(-1) / t.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
     mask = token_mask(batch)
     if mask is not None and each.shape in (mask.shape, (mask.numel(),)):

@@ -1,4 +1,4 @@
-"""How much memory a compression takes: what is predicted, and what the operating system counts."""
+"""The memory of a compression: predicted, and as the operating system counts it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import ctypes
 import re
 import sys
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,30 +14,30 @@ from torch import nn
 
 from oats.compression.targets import Target
 from oats.config import OatsConfig
-from oats.decomposition.methods import collects_hessians, inverts_hessians
+from oats.decomposition.methods import statistic_for, uses_hessian_for_codes
 from oats.errors import ConfigError, OatsError
 
 _UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
-# What a decomposition takes, measured as the growth of the peak (tests/compression/test_memory.py checks that
-# it is enough): a fixed part for its libraries, and bytes an element of the matrix and of a Hessian.
+# Memory of a decomposition, measured as the growth of the peak (tests/compression/test_memory.py checks that
+# it is enough): a fixed part for libraries, and bytes per element of the matrix and of a Hessian.
 _FIXED = 192_000_000
 _MATRIX_BYTES = {"fast": 28, "exact": 80}
 _OATS_HESSIAN_BYTES = {"fast": (48, 20), "exact": (100, 64)}
 _SPARSEGPT_BYTES = 72
-# While factors of a Hessian's inverse are computed in float64: of the Hessian, and of the matrix then.
+# While the inverse of a Hessian is factored in float64: bytes per element of the Hessian, and of the matrix.
 _HESSIAN_BYTES, _WAITING_MATRIX_BYTES = 48, 12
 
-# Copies of the widest activation, in the model's dtype, that are alive at once inside a block; and of a
-# layer's input in float32, for its statistic.
+# At once inside a block: copies of the widest activation, in the model's dtype; and of a layer's input, in
+# float32, for its statistic.
 _ACTIVATIONS, _STATISTIC = 6, 3
 
 
 def parse_size(text: str) -> int:
-    """A number of bytes with its unit.
+    """Parse a number of bytes with its unit.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: the text is no size.
 
     >>> parse_size("6GB"), parse_size("512 MiB"), parse_size("1.5g")
     (6000000000, 536870912, 1500000000)
@@ -49,12 +50,12 @@ def parse_size(text: str) -> int:
 
 
 def peak_bytes() -> int:
-    """The most that was resident in this process so far, by the operating system's count (VmHWM)."""
+    """Largest resident memory of this process so far, by the operating system's count; 0 if it is unknown."""
     return _status("VmHWM")
 
 
 def resident_bytes() -> int:
-    """What is resident in this process now, by the operating system's count (VmRSS)."""
+    """Resident memory of this process now, by the same count."""
     return _status("VmRSS")
 
 
@@ -66,7 +67,7 @@ def _status(name: str) -> int:
 
 
 def return_freed() -> None:
-    """Give the pages that the allocator keeps for later back to the system."""
+    """Return the free pages that the allocator keeps to the system."""
     if sys.platform.startswith("linux"):
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
@@ -74,83 +75,62 @@ def return_freed() -> None:
 
 
 def block_bytes(
-    block: nn.Module,
-    targets: Mapping[str, Target],
-    config: OatsConfig,
-    dtype: torch.dtype,
-    tokens: int,
+    block: nn.Module, targets: Mapping[str, Target], config: OatsConfig, dtype: torch.dtype, tokens: int
 ) -> dict[str, int]:
-    """What compressing one block takes beyond the rest of the process, by purpose, in bytes; a prediction.
+    """Predict the bytes that compressing one block adds to the process, by purpose.
 
     Args:
-        block: the block; its weights may be on the meta device.
-        targets: what of it is compressed.
+        block: its weights may be on the meta device.
+        targets: its layers to compress.
         config: settings of the run.
         dtype: of weights and activations.
-        tokens: of a calibration batch.
+        tokens: in a calibration batch.
     """
     shapes = [tuple(weight.shape) for target in targets.values() for weight, _ in target.matrices().values()]
     dense = sum(parameter.numel() for parameter in block.parameters()) * dtype.itemsize
-    # Values, factors and a bit an element.
+    # Values, factors, and one bit per element.
     compressed = dense * (1 - config.compression) + dense / dtype.itemsize / 8
     widest = max(max(shape) for shape in shapes)
     running = tokens * widest * (_ACTIVATIONS * dtype.itemsize + _STATISTIC * 4)
-    need = {
-        "dense weights": dense,
-        # Packed for the kernels, and as they are stored.
-        "compressed weights": round(2 * compressed),
-    }
+    # Twice: packed for the kernels, and as stored.
+    need = {"dense weights": dense, "compressed weights": round(2 * compressed)}
     decomposing = max(decomposition_bytes(d_out, d_in, config) for d_out, d_in in shapes)
-    if collects_hessians(config):
-        # Layers that share an input share its Hessian. Another of each while those of one batch are summed.
-        inputs = {weight.shape[1] for target in targets.values() for weight, _ in target.matrices().values()}
-        need["Hessians"] = 2 * 4 * sum(d_in**2 for d_in in inputs)
+    if statistic_for(config) == "hessians":
+        # Layers that share an input share its Hessian. Twice: the sums, and those of one batch.
+        need["Hessians"] = 2 * 4 * sum(d_in**2 for d_in in {d_in for _, d_in in shapes})
     if config.block_matching:
-        # Values, supports, gradients and two moments in float32.
+        # Five float32 copies: values, supports, gradients, and Adam's two moments.
         running += 5 * 4 * sum(d_out * d_in for d_out, d_in in shapes)
-    # One after another.
+    # These two come one after the other.
     need["running the block or decomposing a matrix"] = max(decomposing, running)
     return need
 
 
 def decomposition_bytes(d_out: int, d_in: int, config: OatsConfig) -> int:
-    """What the decomposition of one matrix takes, in bytes; a prediction."""
+    """Predict the bytes that the decomposition of one matrix takes."""
     matrix, hessian = d_out * d_in, d_in**2
     if config.method == "oats-hessian":
         of_matrix, of_hessian = _OATS_HESSIAN_BYTES[config.svd]
         own = of_matrix * matrix + of_hessian * hessian
-    elif config.method == "sparsegpt":
-        own = _SPARSEGPT_BYTES * matrix
     else:
-        own = _MATRIX_BYTES[config.svd] * matrix
-    if inverts_hessians(config):
+        own = (_SPARSEGPT_BYTES if config.method == "sparsegpt" else _MATRIX_BYTES[config.svd]) * matrix
+    if config.method == "sparsegpt" or uses_hessian_for_codes(config):
         own = max(own, _WAITING_MATRIX_BYTES * matrix + _HESSIAN_BYTES * hessian)
     return _FIXED + own
 
 
+@dataclass
 class Limit:
-    """A limit to the memory of this process.
+    """A limit to the memory of this process, in bytes; None means that there is none."""
 
-    Args:
-        limit: in bytes; None means that there is none.
-    """
-
-    def __init__(self, limit: int | None = None) -> None:
-        self.limit = limit
+    limit: int | None = None
 
     def allows(self, need: Mapping[str, int]) -> bool:
-        """Whether so much, purpose → bytes, is within the limit."""
+        """True if the sum of `need`, purpose → bytes, is within the limit."""
         return self.limit is None or sum(need.values()) <= self.limit
 
     def check_need(self, need: Mapping[str, int]) -> None:
-        """Refuse a run that will not keep the limit.
-
-        Args:
-            need: purpose → bytes.
-
-        Raises:
-            ConfigError: the sum is over the limit.
-        """
+        """Refuse a run that is predicted to pass the limit (see :meth:`allows`), with a `ConfigError`."""
         if self.limit is not None and not self.allows(need):
             parts = ", ".join(f"{size / 1e9:.2f} GB for {purpose}" for purpose, size in need.items() if size)
             raise ConfigError(
@@ -159,11 +139,7 @@ class Limit:
             )
 
     def check(self) -> None:
-        """Stop a run that went over its limit.
-
-        Raises:
-            OatsError: the peak is over the limit.
-        """
+        """Stop a run that has passed the limit, with an `OatsError`."""
         if self.limit is not None and peak_bytes() > self.limit:
             raise OatsError(
                 f"the memory limit of {self.limit / 1e9:.2f} GB was passed, by the operating system's count "

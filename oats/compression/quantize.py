@@ -1,29 +1,25 @@
-"""`quantize_`: the walk over a compressed model that stores its layers as codes."""
+"""Storing compressed layers as codes: those of a whole model, or one."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from oats.compression.block_runner import BlockRunner, evaluating
+from oats.compression.block_runner import BlockRunner
 from oats.compression.calibration import Calibration, as_batches
 from oats.compression.statistics import hessians
+from oats.compression.temporary import evaluating
 from oats.config import LowRank, Storage, Values
+from oats.decomposition.codes import quantize_tensors
 from oats.errors import WeightError
 from oats.format.bitmask import decode_mask
 from oats.format.layer_spec import exact_parts
-from oats.models.blocks import find_blocks
-from oats.models.linear import output_head
-
-if TYPE_CHECKING:
-    from oats.nn.sparse_low_rank_linear import SparseLowRankLinear
-
-from oats.decomposition.codes import quantize_tensors
+from oats.models.architecture import find_blocks, output_head
+from oats.nn.sparse_low_rank_linear import SparseLowRankLinear
 
 
 @torch.no_grad()
@@ -39,60 +35,52 @@ def quantize_(
 ) -> dict[str, float | None]:
     """Store every compressed layer of a model as codes, in place.
 
-    Layers that hold codes already are fitted anew from the numbers for which these stand. With calibration
-    data, the error of each code is made good by the values after it (:func:`quantize_tensors`), block by
-    block, each on what the coded blocks before it return. An output head that has codes keeps them.
+    A layer that holds codes already is quantised again, from the numbers that its codes stand for. With
+    calibration data, the values after each code make up for its error
+    (:func:`oats.decomposition.codes.quantize_tensors`). This goes block by block, on what the quantised
+    blocks before return. An output head that has codes keeps them.
 
     Args:
         model: with `SparseLowRankLinear` layers; or such a layer.
         values: of the kept values: "exact", "int8" or "int4".
         low_rank: of the factors: "exact" or "int8".
         scale_columns: columns of a row that share a scale, 64 or 128.
-        calibration: as of :func:`oats.compress_`; None means that codes are rounded one by one.
-        blocks: as there; it is needed for calibration only.
+        calibration: as in :func:`oats.compress_`; None rounds each code by itself.
+        blocks: as there; only calibration needs it.
         progress: called after each layer with: layers done, layers in all, the layer's name.
 
     Returns:
-        Name of each layer → how far its output moved, relative, on the calibration data that it saw; None
-        where it saw none.
+        Name of each layer → relative error of its output on the calibration data, against its output before;
+        None for a layer that did not run on any.
 
     Raises:
         ConfigError: there is no such storage.
-        WeightError: a layer has values that are not finite; the message names it.
+        WeightError: a layer has NaN or infinite values; the message names it.
         UnsupportedModelError, CalibrationError: as :func:`oats.compress_`.
     """
-    from oats.nn.sparse_low_rank_linear import SparseLowRankLinear
-
-    storage = Storage.of(values, low_rank, scale_columns)
-    head = output_head(model)
+    storage, head = Storage.of(values, low_rank, scale_columns), output_head(model)
     layers = {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, SparseLowRankLinear) and module is not head
     }
-    left = dict(layers)
-    known = () if calibration is None else _hessians(model, layers, calibration, blocks)
-    unknown = ((name, None) for name in layers if name in left)
-    moved: dict[str, float | None] = {}
-    for name, hessian in chain(known, unknown):
-        layer = left.pop(name)
-        before = _exact_weight(layer) if hessian is not None else None
+    errors: dict[str, float | None] = {}
+    calibrated = () if calibration is None else _hessians(model, layers, calibration, blocks)
+    # Read once all of those are done: the layers without an error did not run.
+    others = ((name, None) for name in layers if name not in errors)
+    for name, hessian in chain(calibrated, others):
+        layer = layers[name]
+        before = None if hessian is None else exact_weight(layer)
         try:
             quantize_layer_(layer, storage, hessian)
         except WeightError as error:
             raise WeightError(f"{name}: {error}") from error
-        moved[name] = None
+        errors[name] = None
         if hessian is not None and before is not None:
-            moved[name] = _output_error(_exact_weight(layer), before, hessian)
+            errors[name] = _output_error(exact_weight(layer), before, hessian)
         if progress is not None:
-            progress(len(layers) - len(left), len(layers), name)
-    return moved
-
-
-def _exact_weight(layer: SparseLowRankLinear) -> Tensor:
-    """S + U V in float32, whatever the layer's dtype."""
-    sparse, u, v = exact_parts(layer.canonical(), layer.storage)
-    return sparse.addmm_(u, v)
+            progress(len(errors), len(layers), name)
+    return errors
 
 
 def _output_error(weight: Tensor, reference: Tensor, hessian: Tensor) -> float:
@@ -104,9 +92,10 @@ def _output_error(weight: Tensor, reference: Tensor, hessian: Tensor) -> float:
 def _hessians(
     model: nn.Module, layers: Mapping[str, nn.Module], calibration: Calibration, blocks: str | None
 ) -> Iterator[tuple[str, Tensor]]:
-    """Name of a layer and Hessian of its inputs, block by block, each once the one before has its codes.
+    """Yields the name of each layer and the Hessian of its inputs, block by block.
 
-    A layer that is in several blocks belongs to the first.
+    A block runs after the caller has quantised the block before it. A layer that is in several blocks belongs
+    to the first.
     """
     path, block_list = find_blocks(model, blocks)
     runner = BlockRunner(model, list(block_list), as_batches(model, calibration))
@@ -128,13 +117,18 @@ def quantize_layer_(
     *,
     catch_up: bool = False,
 ) -> None:
-    """Store one layer as `storage` says; see :func:`quantize_tensors`.
+    """Store one layer as `storage` says, in place; see :func:`oats.decomposition.codes.quantize_tensors`.
 
-    Where no weight is given, it is what the layer computes before.
+    Args:
+        layer: whose values and factors change.
+        storage: which of them become codes.
+        hessian: of the layer's inputs, (d_in, d_in); None rounds each code by itself.
+        weight: that codes are fitted to, (d_out, d_in); None means the layer's own before.
+        catch_up: see there.
     """
     tensors = layer.canonical()
     if weight is None and hessian is not None:
-        weight = _exact_weight(layer)
+        weight = exact_weight(layer)
     if layer.storage.has_codes:
         sparse, u, v = exact_parts(tensors, layer.storage)
         kept = decode_mask(tensors["mask"], layer.in_features)
@@ -143,3 +137,9 @@ def quantize_layer_(
     if storage.has_codes:
         tensors = quantize_tensors(tensors, layer.in_features, storage, hessian, weight, catch_up=catch_up)
     layer.store_(tensors, storage)
+
+
+def exact_weight(layer: SparseLowRankLinear) -> Tensor:
+    """S + U V in float32, whatever the layer's dtype."""
+    sparse, u, v = exact_parts(layer.canonical(), layer.storage)
+    return sparse.addmm_(u, v)

@@ -1,4 +1,4 @@
-"""What a compression did, layer by layer."""
+"""The result of a compression, layer by layer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Progress = Callable[[int, int, str, float], None]
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What became of one layer."""
+    """Size, error and time of one compressed matrix."""
 
     name: str
     d_out: int
@@ -26,7 +26,7 @@ class LayerReport:
 
 @dataclass
 class CompressionReport:
-    """What `compress_` did."""
+    """The result of :func:`oats.compress_`."""
 
     config: OatsConfig
     layers: list[LayerReport] = field(default_factory=list)
@@ -39,10 +39,10 @@ class CompressionReport:
 
     @property
     def parameters_before(self) -> int:
-        """Of the compressed layers."""
+        """Elements of the dense weights of the compressed layers."""
         return sum(layer.d_out * layer.d_in for layer in self.layers)
 
     @property
     def parameters_after(self) -> int:
-        """Non-zeros and entries of the low-rank factors."""
+        """Non-zeros and entries of the low-rank factors of the compressed layers."""
         return sum(layer.nnz + layer.rank * (layer.d_out + layer.d_in) for layer in self.layers)

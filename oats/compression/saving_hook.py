@@ -1,6 +1,6 @@
-"""What must be told that a model is about to be compressed, so that its own ``save_pretrained`` works.
+"""A hook that makes a model's own ``save_pretrained`` work before the model is compressed.
 
-The library that a model comes from is above this package: its integration registers a hook here.
+Modules here may not import the integration of the model's library, which registers the hook at its import.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ _hook: SavingHook | None = None
 
 
 def register_saving_hook(hook: SavingHook) -> None:
-    """Set what :func:`prepare_saving_` calls; :mod:`oats.integrations.transformers` does at import."""
+    """Set what :func:`prepare_saving_` calls."""
     global _hook
     _hook = hook
 
 
 def prepare_saving_(model: nn.Module, config: OatsConfig) -> None:
-    """Tell a model that can save itself of the settings, before its first layer is replaced.
+    """Give the settings to a model that can save itself, before its first layer is replaced.
 
-    A compression may be interrupted, and a checkpoint that was saved without this would load random weights.
+    A model whose compression was interrupted may be saved: without the settings, its checkpoint would load
+    random weights.
 
     Raises:
         UnsupportedModelError: the model can save itself, and no hook is registered.

@@ -1,8 +1,16 @@
-"""Statistics of the inputs of linear layers: second moments, Hessians, means and variances."""
+"""Statistics of the inputs of linear layers: second moments, Hessians, means and variances.
+
+Each function takes a runner before block `index`, and linear layers of that block by name; it returns a
+tensor for each. A layer that did not run is absent. Tokens that an attention mask (batch, length) excludes do
+not count, even in experts that they are routed to. If it is unknown which inputs of a layer are padding, each
+raises a `CalibrationError`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -10,60 +18,33 @@ from torch import Tensor, nn
 from oats.compression.block_runner import BlockRunner
 from oats.compression.calibration import token_mask
 from oats.config import OatsConfig
-from oats.decomposition.methods import Statistic, statistic_for
+from oats.decomposition.methods import statistic_for
 from oats.errors import CalibrationError
 from oats.nn.experts import SplitExperts
-
-Collector = Callable[[BlockRunner, int, Mapping[str, nn.Module]], dict[str, Tensor]]
 
 
 def input_statistics(
     runner: BlockRunner, index: int, linears: Mapping[str, nn.Module], config: OatsConfig
 ) -> dict[str, Tensor]:
-    """What the method of a run needs to know of the inputs of each layer of a block.
-
-    Args:
-        runner: stands before block `index`.
-        index: the block.
-        linears: its layers by name.
-        config: the run's settings.
-
-    Returns:
-        Name → second moments (d_in,), Hessian (d_in, d_in), or means and variances (2, d_in). A layer that
-        did not run is absent.
-    """
-    return _COLLECTORS[statistic_for(config)](runner, index, linears)
+    """The statistics that the method of a run needs, as one of the functions below collects them."""
+    collectors = {
+        "second_moments": second_moments,
+        "hessians": hessians,
+        "means_and_variances": means_and_variances,
+    }
+    return collectors[statistic_for(config)](runner, index, linears)
 
 
 def second_moments(runner: BlockRunner, index: int, linears: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """Σ over tokens of x_j² at the input of each linear layer of a block (arXiv 2409.13652, section 2.2).
-
-    Tokens that an attention mask (batch, length) excludes do not count, in experts that they are routed to
-    neither.
-
-    Args:
-        runner: stands before block `index`.
-        index: the block.
-        linears: its layers by name.
-
-    Returns:
-        Name → (d_in,) float32. A layer that did not run is absent.
-
-    Raises:
-        CalibrationError: there is padding, and it cannot be told from the tokens at the input of a layer.
-    """
+    """Σ over tokens of x_j² at the input of each layer, (d_in,) float32 (arXiv 2409.13652, section 2.2)."""
     sums = _sum_over_inputs(runner, index, linears, lambda x: x.square().sum(0).double())
     return {name: moment.float() for name, moment in sums.items()}
 
 
 def hessians(runner: BlockRunner, index: int, linears: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """``X Xᵀ`` over the tokens at the input X (d_in, tokens) of each linear layer of a block.
+    """``X Xᵀ`` over the tokens at the input X (d_in, tokens) of each layer, (d_in, d_in) float32.
 
-    Args and tokens as in :func:`second_moments`, whose result is the diagonal.
-
-    Returns:
-        Name → (d_in, d_in) float32; layers that always shared their input share the tensor. A layer that did
-        not run is absent.
+    Its diagonal is the second moments. Layers that always have the same input share the tensor.
     """
     return _sum_over_inputs(runner, index, linears, lambda x: x.mT @ x)
 
@@ -71,13 +52,7 @@ def hessians(runner: BlockRunner, index: int, linears: Mapping[str, nn.Module]) 
 def means_and_variances(
     runner: BlockRunner, index: int, linears: Mapping[str, nn.Module]
 ) -> dict[str, Tensor]:
-    """Mean and variance over the tokens of each input of each linear layer of a block.
-
-    Args and tokens as in :func:`second_moments`.
-
-    Returns:
-        Name → (2, d_in) float64. A layer that did not run is absent.
-    """
+    """Mean and variance over the tokens of each input of each layer, (2, d_in) float64."""
 
     def sums(x: Tensor) -> Tensor:
         x = x.double()
@@ -94,42 +69,35 @@ def _sum_over_inputs(
     runner: BlockRunner, index: int, linears: Mapping[str, nn.Module], statistic: Callable[[Tensor], Tensor]
 ) -> dict[str, Tensor]:
     """Sum of a statistic of the float32 inputs (tokens, d_in) of each layer, over all ranks' batches."""
-    # Of one batch: an input, its statistic, and the layers that it went to.
+    # For one batch: an input, its version, its statistic, and the layers that it went to.
     seen: list[tuple[Tensor, int, Tensor, list[str]]] = []
-    # Summed by the layers that shared it, so that q, k and v cost one statistic.
+    # By the layers that share an input: q, k and v cost one statistic.
     sums: dict[tuple[str, ...], Tensor] = {}
     routers = {
         module: experts
-        for experts in runner.block(index).modules()
+        for experts in runner.blocks[index].modules()
         if isinstance(experts, SplitExperts)
         for module in experts.modules()
     }
 
-    def collect(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(linear: nn.Module, args: tuple[Tensor, ...]) -> None:
-            given = args[0]
-            for x, version, _statistic, names in seen:
-                if x is given and version == given._version:
-                    names.append(name)
-                    return
-            rows = _counted(given.detach(), token_mask(runner.batch), routers.get(linear), name)
-            if not len(rows):
-                return  # an expert that only padding was routed to
-            value = statistic(rows.float())
-            seen.append((given, given._version, value, [name]))
+    def collect(name: str, linear: nn.Module, args: tuple[Tensor, ...]) -> None:
+        given = args[0]
+        for x, version, _statistic, names in seen:
+            if x is given and version == given._version:
+                names.append(name)
+                return
+        rows = _counted(given.detach(), token_mask(runner.batch), routers.get(linear), name)
+        if len(rows):  # else this is an expert that only padding was routed to
+            seen.append((given, given._version, statistic(rows.float()), [name]))
 
-        return hook
-
-    handles = [linear.register_forward_pre_hook(collect(name)) for name, linear in linears.items()]
-    try:
+    with ExitStack() as hooks:
+        for name, linear in linears.items():
+            hooks.enter_context(linear.register_forward_pre_hook(partial(collect, name)))
         for _ in runner.run(index):
             for *_given, value, names in seen:
                 key = tuple(names)
                 sums[key] = sums[key].add_(value) if key in sums else value
             seen.clear()
-    finally:
-        for handle in handles:
-            handle.remove()
     totals: dict[str, Tensor] = {}
     for key, value in runner.ranks.sum(sums).items():
         for name in key:
@@ -155,10 +123,3 @@ def _counted(x: Tensor, mask: Tensor | None, experts: SplitExperts | None, name:
             f"mask of shape {tuple(mask.shape)}; calibrate on sequences of one length, without padding"
         )
     return rows[counts]
-
-
-_COLLECTORS: dict[Statistic, Collector] = {
-    "second_moments": second_moments,
-    "hessians": hessians,
-    "means_and_variances": means_and_variances,
-}

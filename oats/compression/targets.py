@@ -1,4 +1,4 @@
-"""The target layers of a compression: which are taken, and why other matrices of the blocks stay dense."""
+"""Targets: the layers that a run compresses, and why other matrices of the blocks stay dense."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from oats.config import OatsConfig
 from oats.decomposition import budget
 from oats.errors import UnsupportedModelError, WeightError
-from oats.models.linear import fused_outputs, is_linear, weight_of
+from oats.models.architecture import fused_outputs
+from oats.models.linear import is_linear, weight_of
 from oats.nn.sparse_low_rank_linear import SparseLowRankLinear
 
 SKIPPED = "it matches OatsConfig.skip"
-"""Why a layer stays dense, where the user said so."""
+"""Why a layer stays dense that the user named."""
 
 SPLIT = ("qkv_proj",)
 """The fused projections that the paper decomposes one by one (arXiv 2409.13652, section 3)."""
@@ -25,18 +26,14 @@ SPLIT = ("qkv_proj",)
 
 @dataclass(frozen=True)
 class Target:
-    """A linear layer to compress.
-
-    Attributes:
-        module: what is replaced, and sees the inputs.
-        outputs: part → its number of outputs, where the parts are decomposed one by one; else empty.
-    """
+    """A linear layer to compress."""
 
     module: nn.Module
     outputs: dict[str, int]
+    """Of a fused projection whose parts are decomposed one by one: part → number of outputs; else empty."""
 
     def matrices(self) -> dict[str, tuple[Tensor, Tensor | None]]:
-        """Part → weight (d_out, d_in) and bias (d_out,), views; the part is "" where there is but one."""
+        """Part → weight (d_out, d_in) and bias (d_out,), views; the part of an unsplit layer is ""."""
         weight = weight_of(self.module).detach()
         bias = None if self.module.bias is None else cast(Tensor, self.module.bias).detach()
         if not self.outputs:
@@ -48,38 +45,34 @@ class Target:
 
 @dataclass(frozen=True)
 class Targets:
-    """The linear layers of a model's blocks, divided into those to compress and the rest.
-
-    Attributes:
-        blocks: for each block, its layers to compress, by name.
-        left_dense: name of each other matrix → why it stays as it is.
-    """
+    """What a run compresses."""
 
     blocks: list[dict[str, Target]]
+    """For each block, name → layer to compress."""
     left_dense: dict[str, str]
+    """Name of each other matrix → why it stays dense."""
 
     def __len__(self) -> int:
         """Number of matrices to decompose."""
         return sum(len(target.outputs) or 1 for block in self.blocks for target in block.values())
 
-    def check(self, config: OatsConfig) -> None:
-        """Find what would stop their compression, before anything has been changed.
+    def check_block(self, index: int, config: OatsConfig) -> None:
+        """Find what would stop the compression of a block, before anything is changed.
 
         Raises:
             ConfigError: the budget or the pattern cannot be met for a layer's shape.
-            WeightError: a weight or bias is not finite.
+            WeightError: a weight or bias has NaN or infinite entries.
         """
-        for block in self.blocks:
-            for name, target in block.items():
-                for weight, _ in target.matrices().values():
-                    d_out, d_in = weight.shape
-                    budget.check_inputs(d_in, config.pattern, name)
-                    budget.rank_for(d_out, d_in, config.compression, config.rank_ratio, config.pattern)
-                for kind, parameter in target.module.named_parameters():
-                    if not torch.isfinite(parameter).all():
-                        raise WeightError(
-                            f"{name}: the {kind} has NaN or infinite entries; the checkpoint is damaged"
-                        )
+        for name, target in self.blocks[index].items():
+            for weight, _ in target.matrices().values():
+                d_out, d_in = weight.shape
+                budget.check_pattern_divides(d_in, config.pattern, name)
+                budget.rank_for(d_out, d_in, config.compression, config.rank_ratio, config.pattern)
+            for kind, parameter in target.module.named_parameters():
+                if not torch.isfinite(parameter).all():
+                    raise WeightError(
+                        f"{name}: the {kind} has NaN or infinite entries; the checkpoint is damaged"
+                    )
 
 
 def find_targets(
@@ -89,13 +82,13 @@ def find_targets(
     config: OatsConfig,
     split: Collection[str] = SPLIT,
 ) -> Targets:
-    """Every linear layer in the blocks, but for those that `config.skip` names or that are not called.
+    """Find the linear layers in the blocks, except those that `config.skip` names or that are not called.
 
     Args:
-        model: the whole model; lists of blocks other than `blocks` are noted as left dense.
-        path: dotted path of `blocks` in it, with which the names begin.
-        blocks: from :func:`oats.models.blocks.find_blocks`.
-        config: whose `skip` is obeyed.
+        model: the whole model; layers of its other lists of blocks are noted as left dense.
+        path: dotted path of `blocks` in the model; names begin with it.
+        blocks: from :func:`oats.models.architecture.find_blocks`.
+        config: gives `skip`.
         split: names of fused projections whose parts are decomposed one by one.
 
     Raises:
@@ -121,7 +114,7 @@ def find_targets(
 
 
 def reasons(left_dense: dict[str, str]) -> str:
-    """The first few layers that stay dense and why, for a message.
+    """The first three layers that stay dense and why, for a message.
 
     >>> reasons({"fc1": "it did not run"})
     'fc1 (it did not run)'
@@ -132,7 +125,7 @@ def reasons(left_dense: dict[str, str]) -> str:
     return "; ".join(each[:3]) + (f"; and {len(each) - 3} more" if len(each) > 3 else "")
 
 
-# Their forward functions read the weights of the layers inside, and never call the layers.
+# These forward functions read the weights of the layers inside and never call the layers.
 _FUSED = (nn.TransformerEncoderLayer.forward, nn.MultiheadAttention.forward)
 
 
@@ -144,7 +137,7 @@ def _of_block(
     left_dense: dict[str, str],
     seen: set[nn.Module],
 ) -> dict[str, Target]:
-    """The layers of one block; `seen` are the modules of those before it, and grows."""
+    """Find the layers of one block; modules of the blocks before are in `seen`, to which this one's go."""
     modules = dict(block.named_modules(prefix=prefix, remove_duplicate=False))
     names: dict[nn.Module, list[str]] = {}
     fused: dict[nn.Module, str] = {}
@@ -165,9 +158,8 @@ def _of_block(
                 left_dense[name] = f"{type(module).__name__} computes in its own way"
             else:
                 owner, _, attribute = name.rpartition(".")
-                found[name] = Target(
-                    module, fused_outputs(modules.get(owner), attribute) if attribute in split else {}
-                )
+                outputs = fused_outputs(modules.get(owner), attribute) if attribute in split else {}
+                found[name] = Target(module, outputs)
         elif not isinstance(module, (nn.Embedding, SparseLowRankLinear)):
             for parameter_name, parameter in module.named_parameters(recurse=False):
                 if parameter.dim() >= 2 and min(parameter.shape[-2:]) > 1:
@@ -179,18 +171,14 @@ def _of_block(
 
 
 def _note_other_blocks(
-    model: nn.Module,
-    path: str,
-    blocks: nn.ModuleList | nn.Sequential,
-    config: OatsConfig,
-    left_dense: dict[str, str],
+    model: nn.Module, path: str, blocks: nn.Module, config: OatsConfig, left_dense: dict[str, str]
 ) -> None:
-    """Note the layers of lists of blocks that are not compressed, such as an encoder beside its decoder."""
+    """Note the layers of other lists of blocks, such as an encoder beside its decoder: they stay dense."""
     inside = set(blocks.modules())
     for list_name, modules in model.named_modules():
         if not isinstance(modules, (nn.ModuleList, nn.Sequential)) or modules in inside:
             continue
-        # A head is a list of layers, not of blocks.
+        # Blocks are of one class and hold layers. A head may be a list too, but of layers.
         if len({type(m) for m in modules}) != 1 or not all(any(m.children()) for m in modules):
             continue
         for name, module in modules.named_modules(prefix=list_name):
@@ -200,5 +188,5 @@ def _note_other_blocks(
 
 
 def is_skipped(name: str, config: OatsConfig) -> bool:
-    """Whether the user wants a layer of that name to stay dense."""
+    """True if `config.skip` names this layer."""
     return any(fnmatch(name, pattern) for pattern in config.skip)

@@ -1,1 +1,1 @@
-"""``W ≈ S + U V`` for one matrix. Nothing here knows of a model."""
+"""``W ≈ S + U V`` for one matrix. Nothing in this folder knows about models."""

@@ -1,8 +1,8 @@
-"""Settling a weight's columns one by one, where those to come make good what the settled ones miss.
+"""Change a weight's columns from left to right; the columns that follow make up for each error.
 
-The loop that SparseGPT (arXiv 2301.00774) and GPTQ (arXiv 2210.17323) share: with ``U`` the upper Cholesky
-factor of the inverse Hessian, the error of column j over ``U_jj`` times ``U_j,·`` is taken off the columns to
-its right, which is the update of the Optimal Brain Surgeon where the columns before j are fixed.
+SparseGPT (arXiv 2301.00774) and GPTQ (arXiv 2210.17323) share this loop. With the upper Cholesky factor U of
+the inverse Hessian, the error of column j, over ``U_jj``, times ``U_j,·``, is subtracted from the columns to
+its right. This is the update of the Optimal Brain Surgeon with the columns before j fixed.
 """
 
 from __future__ import annotations
@@ -19,14 +19,7 @@ DAMPING = 0.01
 
 
 def inverse_factor(hessian: Tensor, layer: str) -> Tensor:
-    """Upper U with ``Uᵀ U = (H + damping)⁻¹``.
-
-    Args:
-        hessian: (d_in, d_in), ``X Xᵀ``.
-        layer: its name, for the error message.
-
-    Returns:
-        (d_in, d_in) float64.
+    """Upper U with ``Uᵀ U = (H + damping)⁻¹``, (d_in, d_in) float64, of ``H = X Xᵀ``.
 
     Raises:
         WeightError: the Hessian is not positive semi-definite.
@@ -37,7 +30,7 @@ def inverse_factor(hessian: Tensor, layer: str) -> Tensor:
     damped = hessian.detach().double().clone()
     diagonal = damped.diagonal()
     dead = diagonal == 0
-    # Of the size of the others, whatever the scale: a constant would decide the damping of a small Hessian.
+    # The mean of the others: a constant would dominate the damping of a small Hessian.
     diagonal[dead] = diagonal[~dead].mean() if (~dead).any() else 1.0
     diagonal += DAMPING * diagonal.mean()
     try:
@@ -59,19 +52,19 @@ def settle_columns(
     Args:
         matrix: (d_out, d_in), float32.
         factor: from :func:`inverse_factor`, float32.
-        settle: called with j and what columns j up to the end of its block have become by then; returns what
-            column j shall be, (d_out,).
-        width: of a block: the columns behind it get its errors in one product.
+        settle: takes j, and columns j to the end of their block after the updates so far; returns the final
+            column j, (d_out,).
+        width: columns in a block. One product per block updates all columns behind it.
 
     >>> matrix = torch.tensor([[1.0, 1.0]])
     >>> hessian = torch.tensor([[1.0, 1.0], [1.0, 1.0]])
     >>> settle_columns(matrix, inverse_factor(hessian, "weight").float(), lambda j, block: block[:, 0] * j)
-    >>> matrix.round(decimals=1)  # the second input says what the first does
+    >>> matrix.round(decimals=1)  # both inputs are equal, so the second weight takes over the first
     tensor([[0., 2.]])
     """
     for start in range(0, matrix.shape[1], width):
         stop = min(start + width, matrix.shape[1])
-        # Its columns as rows: each is read and written as a whole.
+        # Transposed, so that each column is contiguous.
         block, rest = matrix[:, start:stop].T.contiguous(), matrix[:, stop:]
         own = factor[start:stop, start:stop]
         errors = torch.empty_like(block)

@@ -16,7 +16,7 @@ from oats import _core
 from oats.engine.cache import PagedCache, PagePool, Tokens
 from oats.engine.native import NativeDecoder
 from oats.errors import ConfigError, UnsupportedModelError
-from oats.models.context import context_limit
+from oats.models.architecture import context_limit
 from oats.models.decoders import describe_decoder
 
 CHUNK = 512

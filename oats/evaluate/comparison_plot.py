@@ -1,4 +1,4 @@
-"""The picture of a comparison: scores by stored bytes, and by parameters or speed."""
+"""The picture of a comparison: scores against stored bytes, and against parameters or speed."""
 
 from __future__ import annotations
 
@@ -7,27 +7,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oats.bench.plots import STYLE
-from oats.evaluate.comparison import CODES, DENSE, Cell, is_accuracy, is_cosine, is_dense, split_codes
+from oats.evaluate.cells import DENSE, Cell, is_dense
+from oats.evaluate.comparison import CODES, split_codes
+from oats.evaluate.comparison_table import is_accuracy, is_cosine
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Ours in greens, the others in colours that differ also without colour vision (Okabe and Ito).
+# Ours in greens; the others in colours that stay distinct for colour-blind readers (Okabe and Ito).
 _OURS = ("#0b6e4f", "#7cb518", "#2a9d8f", "#74c69d")
 _OTHERS = ("#d55e00", "#0072b2", "#e69f00", "#cc79a7", "#56b4e9", "#000000")
 _MARKERS = "osD^vPX*"
-# How the kept values are stored: lines, and how markers are filled; a method keeps its colour and marker.
+# Codes of the kept values → style of the line, and filling of the marker. Colour and marker show the method.
 _STORED = {"": ("-", "full"), **dict(zip(CODES, (("--", "none"), (":", "bottom")), strict=True))}
 
 OFF_SCALE = 10
-"""Perplexities of more than this many times the dense model's are named, and not drawn."""
+"""A perplexity above this many times the dense model's is named, not drawn."""
 
 Speeds = Mapping[tuple[str, float], float]
 """Method and compression of a cell → decoded tokens a second."""
 
 
 def draw(cells: Sequence[Cell], files: Sequence[Path], speeds: Speeds | None = None) -> None:
-    """Write the picture to each of the files, whose suffix says the kind."""
+    """Write the picture to each of the files; the suffix says the format."""
     import matplotlib
 
     with matplotlib.rc_context(STYLE):
@@ -37,11 +39,11 @@ def draw(cells: Sequence[Cell], files: Sequence[Path], speeds: Speeds | None = N
 
 
 def figure(cells: Sequence[Cell], speeds: Speeds | None = None) -> Figure:
-    """A row of panels for each score; left by bytes of the compressed layers, right by their parameters.
+    """A row of panels for each score: left against bytes of the compressed layers, right their parameters.
 
     Args:
         cells: of :func:`oats.evaluate.comparison.complete`.
-        speeds: what the right panels show instead of parameters; a cell without one is left out there.
+        speeds: if given, the right panels show these instead of parameters, and leave out cells without one.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
@@ -84,7 +86,7 @@ def figure(cells: Sequence[Cell], speeds: Speeds | None = None) -> Figure:
             }
             for i, (method, point) in enumerate(sorted(rounded.items(), key=lambda item: item[1])):
                 axes.plot(*point, "*", color="#222222", markersize=8, label=method, zorder=4)
-                # In turn above and below: formats of as many bits are neighbours.
+                # Above and below in turn: formats with as many bits are neighbours.
                 axes.annotate(method, point, (5, -9 if i % 2 else 3), textcoords="offset points", fontsize=7)
             axes.set(xlabel=label)
             axes.margins(x=0.12)  # room for names beside the points
@@ -109,20 +111,15 @@ def _axis(name: str) -> str:
 
 
 def _cut(axes: Any, highest: float) -> None:
-    """End the vertical axis at `highest`, and name the lines that have points beyond it."""
+    """End the vertical axis at `highest`, and name the lines that go beyond it."""
     beyond = [line.get_label() for line in axes.lines if max(line.get_ydata()) > highest]
     if beyond:
         inside = [y for line in axes.lines for y in line.get_ydata() if y <= highest]
         axes.set_ylim(min(inside) / 1.1, max(inside) * 1.25)
         axes.annotate(
-            f"off the scale: {', '.join(beyond)}",
-            (0.98, 0.96),
-            ha="right",
-            va="top",
-            xycoords="axes fraction",
-            fontsize=8,
-            color="#555555",
-        )
+            f"off the scale: {', '.join(beyond)}", (0.98, 0.96), ha="right", va="top",
+            xycoords="axes fraction", fontsize=8, color="#555555",
+        )  # fmt: skip
 
 
 def _look(method: str, methods: Sequence[str]) -> dict[str, Any]:
@@ -134,8 +131,6 @@ def _look(method: str, methods: Sequence[str]) -> dict[str, Any]:
     return {
         "color": palette[alike.index(plain) % len(palette)],
         "marker": _MARKERS[list(named).index(plain) % len(_MARKERS)],
-        "linestyle": _STORED[codes][0],
-        "fillstyle": _STORED[codes][1],
-        "linewidth": 2 if ours else 1.2,
-        "zorder": 3 if ours else 2,
-    }
+        "linestyle": _STORED[codes][0], "fillstyle": _STORED[codes][1],
+        "linewidth": 2 if ours else 1.2, "zorder": 3 if ours else 2,
+    }  # fmt: skip

@@ -1,6 +1,6 @@
-"""Dense weights in few bits, rounded to nearest: what a compressed model is to be compared with.
+"""Dense weights rounded to formats of few bits, to compare a compressed model with.
 
-The model goes on computing with the numbers that the codes stand for; only the bytes are those of the format.
+The model computes with the rounded numbers in its own dtype. Only the counted bytes are those of the format.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from torch import Tensor
 from oats.errors import ConfigError
 
 GROUP = 128
-"""Columns of a row that share a scale, of int8 and int4."""
+"""Columns of a row that share a scale, in int8 and int4."""
 
 
 @dataclass(frozen=True)
 class DenseFormat:
     """A format of dense weights.
 
-    int8 has a scale for each `GROUP` columns of a row, int4 a scale and a least value. The others are GGUF's,
-    as llama.cpp's quantiser makes them: Q8_0 and Q4_0 with a scale for 32 columns, Q4_K with one and a least
-    value; in a weight whose columns are no multiple of Q4_K's 256, Q5_0 takes its place.
+    int8 stores a scale for each `GROUP` columns of a row, int4 a scale and a minimum. The others are formats
+    of GGUF, as llama.cpp's quantiser writes them: Q8_0 and Q4_0 store a scale for 32 columns, Q4_K a scale
+    and a minimum. Q4_K needs a multiple of 256 columns; other weights get Q5_0 instead.
 
     Args:
         name: one of `FORMATS`.
@@ -43,19 +43,18 @@ class DenseFormat:
     name: str
 
     def __post_init__(self) -> None:
-        """Check."""
         if self.name not in FORMATS:
             raise ConfigError(f"no dense format is called {self.name!r}; choose from {', '.join(FORMATS)}")
         if self.name == "q4_k":
             _llama_cpp_library()
 
     def round(self, weight: Tensor) -> tuple[Tensor, int]:
-        """The weight (d_out, d_in) that the codes stand for, float32, and their bytes."""
+        """The rounded weight (d_out, d_in) in float32, and the bytes of its codes and scales."""
         return FORMATS[self.name](weight.float())
 
     @torch.no_grad()
     def round_(self, weights: Iterable[Tensor]) -> int:
-        """Round each weight in place; returns the bytes of all."""
+        """Round each weight in place; returns the bytes of all codes and scales."""
         size = 0
         for weight in weights:
             rounded, added = self.round(weight)
@@ -108,7 +107,7 @@ def _gguf(kind: str, otherwise: str = "") -> Callable[[Tensor], tuple[Tensor, in
         array = weight.contiguous().numpy()
         try:
             codes = quants.quantize(array, chosen)
-        except NotImplementedError:  # the package can read its K formats, and not write them
+        except NotImplementedError:  # the package reads K formats, but does not write them
             codes = _by_llama_cpp(array, chosen)
         return torch.from_numpy(quants.dequantize(codes, chosen)), codes.nbytes
 
@@ -151,4 +150,4 @@ FORMATS: dict[str, Callable[[Tensor], tuple[Tensor, int]]] = {
     "q4_0": _gguf("Q4_0"),
     "q4_k": _gguf("Q4_K", otherwise="Q5_0"),
 }
-"""Name → what rounds a weight to the format."""
+"""Name → function that rounds a weight to the format, and returns it with its bytes."""

@@ -1,4 +1,8 @@
-"""Perplexity of a causal language model, with a sliding window that counts each token once."""
+"""Perplexity of a causal language model, with a sliding window that scores each token once.
+
+Perplexity is e to the mean negative log-likelihood per token; lower is better. A value of 10 means that the
+model is as unsure as if it chose among 10 equally likely tokens.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +18,12 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from oats.errors import CalibrationError, ConfigError, OatsError
-from oats.models.context import context_limit
+from oats.models.architecture import context_limit
 
 DEFAULT_CONTEXT = 2048
-"""Context length of the pruning literature; a model with a shorter one uses its own."""
+"""The context length that papers on pruning use. A model with a shorter one uses its own."""
 
-# Rows of logits turned to fp32 at a time: the copy of a whole window is 2 GB at a vocabulary of 262144.
+# Rows of logits converted to fp32 at a time: with a vocabulary of 262144, a whole window would take 2 GB.
 _ROWS = 64
 
 
@@ -28,16 +32,13 @@ class Perplexity:
     """A perplexity, and every setting that it depends on.
 
     Attributes:
-        perplexity: exp of the mean negative log-likelihood of the scored tokens.
-        nll: that mean, in nats a token.
-        accuracy: share of the scored tokens to which the model gives the largest probability.
-        tokens: number of tokens scored, each once.
-        context: tokens of a window, at most.
+        perplexity: e to the power of `nll`.
+        nll: mean negative log-likelihood of the scored tokens, in nats per token.
+        accuracy: share of the scored tokens that the model finds most likely at their place.
+        tokens: number of scored tokens; each is scored once.
+        context: most tokens of a window.
         stride: tokens scored in each window after the first.
-        bos: whether every window starts with the tokenizer's BOS token.
-        dtype: of the model.
-        threads: that torch used.
-        seconds: that it took.
+        bos: True if every window starts with the tokenizer's BOS token.
     """
 
     perplexity: float
@@ -57,28 +58,24 @@ class Perplexity:
 
 
 def perplexity(
-    model: Any,
-    ids: Tensor,
-    *,
-    bos: int | None = None,
-    context: int | None = None,
-    stride: int | None = None,
+    model: Any, ids: Tensor, *, bos: int | None = None, context: int | None = None, stride: int | None = None,
     progress: Callable[[int, int, float], None] | None = None,
-) -> Perplexity:
+) -> Perplexity:  # fmt: skip
     """Perplexity of `model` on a tokenized text.
 
-    The text is walked in windows of `context` tokens. The first window scores every token that it
-    predicts, each later one the `stride` tokens after those already scored; what comes before them in the
-    window is context only. So each token is scored exactly once, with all of the text before it or at
-    least ``context − stride`` tokens of it. With `bos`, every window starts with that token and the
-    first token of the text is scored too; without, it has nothing to be predicted from.
+    A window of `context` tokens moves over the text. The first window scores every token that it predicts.
+    Each later window scores the next `stride` tokens; the tokens before them in the window are only context.
+    So each token is scored exactly once, and predicted from all of the text before it or from at least
+    ``context − stride`` tokens. With `bos`, every window starts with that token, and the first token of the
+    text is scored too. Without `bos`, nothing predicts the first token, so it is not scored.
 
     Args:
         model: a causal language model of transformers.
         ids: (n,) token ids without special tokens.
-        bos: token id that starts every window, or None.
-        context: tokens a window, `bos` included; None means 2048, or what the model allows if less.
-        stride: None means `context`, windows without overlap.
+        bos: id of the token that starts every window, or None.
+        context: tokens of a window, `bos` included; None means 2048, or the most that the model takes if
+            less.
+        stride: tokens scored in a window; None means `context`, so that windows do not overlap.
         progress: called as progress(scored, total, perplexity so far) after each window.
 
     Raises:
@@ -112,12 +109,13 @@ def perplexity(
     model.eval()
     try:
         with torch.inference_mode():
-            for inputs, targets in _windows(sequence, context, stride, bos):
-                scored = targets.numel()
+            for inputs, next_tokens in _windows(sequence, context, stride, bos):
+                scored = next_tokens.numel()
                 options = {"logits_to_keep": scored} if few_logits else {}
                 logits = model(input_ids=inputs[None], use_cache=False, **options).logits[0, -scored:]
-                nll += _summed_nll(logits, targets)
-                right += int((logits.argmax(-1) == targets).sum())
+                rows = zip(logits.split(_ROWS), next_tokens.split(_ROWS), strict=True)
+                nll += math.fsum(float(cross_entropy(x.float(), y, reduction="sum")) for x, y in rows)
+                right += int((logits.argmax(-1) == next_tokens).sum())
                 done += scored
                 if not math.isfinite(nll):
                     raise OatsError(
@@ -129,21 +127,14 @@ def perplexity(
     finally:
         model.train(training)
     return Perplexity(
-        perplexity=_exp(nll / total),
-        nll=nll / total,
-        accuracy=right / total,
-        tokens=total,
-        context=context,
-        stride=stride,
-        bos=bos is not None,
-        dtype=str(model.dtype).removeprefix("torch."),
-        threads=torch.get_num_threads(),
-        seconds=time.perf_counter() - started,
-    )
+        perplexity=_exp(nll / total), nll=nll / total, accuracy=right / total, tokens=total,
+        context=context, stride=stride, bos=bos is not None, dtype=str(model.dtype).removeprefix("torch."),
+        threads=torch.get_num_threads(), seconds=time.perf_counter() - started,
+    )  # fmt: skip
 
 
 def _windows(sequence: Tensor, context: int, stride: int, bos: int | None) -> list[tuple[Tensor, Tensor]]:
-    """Inputs and targets of each window; the targets are the last of the positions after the inputs."""
+    """Inputs and next tokens of each window; the last inputs are those that predict the next tokens."""
     windows = []
     scored, end = 1, min(1 + context, sequence.numel())
     while scored < sequence.numel():
@@ -156,17 +147,10 @@ def _windows(sequence: Tensor, context: int, stride: int, bos: int | None) -> li
     return windows
 
 
-def _summed_nll(logits: Tensor, targets: Tensor) -> float:
-    return math.fsum(
-        float(cross_entropy(rows.float(), wanted, reduction="sum"))
-        for rows, wanted in zip(logits.split(_ROWS), targets.split(_ROWS), strict=True)
-    )
-
-
 def _exp(nll: float) -> float:
     return math.exp(nll) if nll < 700 else math.inf
 
 
 def default_context(model: Any) -> int:
-    """Tokens of a window where none are asked for: 2048, or what the model allows if less."""
+    """Tokens of a window by default: 2048, or the most that the model takes if less."""
     return min(DEFAULT_CONTEXT, context_limit(model) or DEFAULT_CONTEXT)

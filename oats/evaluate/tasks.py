@@ -17,13 +17,11 @@ class Score:
     """One metric of one task.
 
     Attributes:
-        task: its name.
-        metric: as the harness calls it, with the filter of the answers where there is one: ``"acc"``.
-        value: of the metric.
-        stderr: its standard error over the samples; None where the harness gives none.
+        metric: name of the metric in the harness, such as ``"acc"``, and the filter of the answers if any.
+        stderr: standard error of `value` over the questions; None if the harness gives none.
         shots: examples in the prompt.
-        samples: questions asked.
-        version: of the task; scores of different versions do not compare.
+        samples: number of questions.
+        version: version of the task. Scores of different versions cannot be compared.
     """
 
     task: str
@@ -37,7 +35,7 @@ class Score:
 
 @dataclass(frozen=True)
 class TaskScores:
-    """The scores, and what else they depend on."""
+    """The scores, and the settings that they depend on."""
 
     scores: tuple[Score, ...]
     dtype: str
@@ -51,22 +49,15 @@ class TaskScores:
 
 
 def evaluate_tasks(
-    model: Any,
-    tokenizer: Any,
-    tasks: Sequence[str],
-    *,
-    task_path: str | Path | None = None,
-    shots: int | None = None,
-    limit: int | None = None,
-    batch: int = 1,
-) -> TaskScores:
+    model: Any, tokenizer: Any, tasks: Sequence[str], *, task_path: str | Path | None = None,
+    shots: int | None = None, limit: int | None = None, batch: int = 1,
+) -> TaskScores:  # fmt: skip
     """Run tasks of lm-evaluation-harness, as ``lm_eval --model hf`` does with the saved model.
 
     Args:
         model: a causal language model of transformers, dense or compressed.
-        tokenizer: that belongs to it.
-        tasks: names of tasks or groups, or patterns of them.
-        task_path: directory with YAML files of tasks; they come before the harness's own.
+        tasks: names of tasks or groups, or patterns of names.
+        task_path: directory with YAML files of tasks. A task there replaces one of the harness.
         shots: examples in the prompt; None leaves it to the task.
         limit: questions of each task at most.
         batch: sequences of one forward pass.
@@ -89,7 +80,7 @@ def evaluate_tasks(
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     include = None if task_path is None else str(task_path)
-    # The thousands of files of the harness's own tasks take seconds to read: only where they are asked for.
+    # The harness has thousands of task files. Reading them takes seconds, so read them only if needed.
     manager = TaskManager(include_path=include, include_defaults=False) if include else None
     if manager is None or _unknown(manager, tasks):
         manager = TaskManager(include_path=include)
@@ -102,28 +93,22 @@ def evaluate_tasks(
     try:
         found: Any = lm_eval.simple_evaluate(
             model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch),
-            tasks=manager.match_tasks(list(tasks)),
-            num_fewshot=shots,
-            limit=limit,
-            task_manager=manager,
+            tasks=manager.match_tasks(list(tasks)), num_fewshot=shots, limit=limit, task_manager=manager,
             log_samples=False,
-        )
+        )  # fmt: skip
     except (DatasetsError, OSError) as error:
         raise CalibrationError(f"the data of a task cannot be loaded: {error}") from error
     return TaskScores(
-        scores=tuple(_scores(found)),
-        dtype=str(model.dtype).removeprefix("torch."),
-        limit=limit,
-        harness=lm_eval.__version__,
-        seconds=time.perf_counter() - started,
-    )
+        scores=tuple(_scores(found)), dtype=str(model.dtype).removeprefix("torch."), limit=limit,
+        harness=lm_eval.__version__, seconds=time.perf_counter() - started,
+    )  # fmt: skip
 
 
 def require_harness() -> None:
-    """Check that lm-evaluation-harness is installed, before the long work rather than after it.
+    """Check that lm-evaluation-harness is installed; call it before the long work.
 
     Raises:
-        ConfigError: it is not.
+        ConfigError: it is not installed.
     """
     try:
         import lm_eval.models.huggingface  # noqa: F401
@@ -138,7 +123,7 @@ def _unknown(manager: Any, tasks: Sequence[str]) -> list[str]:
 
 
 def _scores(found: dict[str, Any]) -> list[Score]:
-    """One entry a task and metric, out of what ``simple_evaluate`` returns."""
+    """One entry for each task and metric in the result of ``simple_evaluate``."""
     scores = []
     for task, metrics in found["results"].items():
         for key, value in metrics.items():
@@ -146,15 +131,14 @@ def _scores(found: dict[str, Any]) -> list[Score]:
             if not isinstance(value, (int, float)) or name.endswith("_stderr") or not answers:
                 continue
             stderr = metrics.get(f"{name}_stderr,{answers}")
-            scores.append(
-                Score(
-                    task=task,
-                    metric=name if answers == "none" else f"{name}, {answers}",
-                    value=float(value),
-                    stderr=float(stderr) if isinstance(stderr, (int, float)) else None,
-                    shots=int(found.get("n-shot", {}).get(task) or 0),
-                    samples=int(found.get("n-samples", {}).get(task, {}).get("effective", 0)),
-                    version=str(found.get("versions", {}).get(task, "")),
-                )
+            score = Score(
+                task=task,
+                metric=name if answers == "none" else f"{name}, {answers}",
+                value=float(value),
+                stderr=float(stderr) if isinstance(stderr, (int, float)) else None,
+                shots=int(found.get("n-shot", {}).get(task) or 0),
+                samples=int(found.get("n-samples", {}).get(task, {}).get("effective", 0)),
+                version=str(found.get("versions", {}).get(task, "")),
             )
+            scores.append(score)
     return scores

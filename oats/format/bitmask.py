@@ -1,4 +1,4 @@
-"""A sparse matrix as one bit an element and the kept values (docs/format.md)."""
+"""A sparse matrix as one bit for each element, and the kept values (docs/format.md)."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ def mask_columns(d_in: int) -> int:
 
 
 def encode_mask(kept: Tensor) -> Tensor:
-    """The mask of the elements that are kept.
+    """The mask of the elements that are kept: a bit for each, least significant first.
 
     Args:
         kept: (d_out, d_in), bool.
+
+    Returns:
+        (d_out, ceil(d_in / 8)), uint8; padding bits are zero.
 
     >>> encode_mask(torch.tensor([[False, True, True]])).tolist()
     [[6]]
@@ -37,7 +40,7 @@ def encode(sparse: Tensor) -> tuple[Tensor, Tensor]:
         sparse: (d_out, d_in), zeros where nothing is kept.
 
     Returns:
-        mask (uint8) and values (dtype of `sparse`), as in the table above.
+        The mask, as :func:`encode_mask` makes it, and the values (dtype of `sparse`) in row-major order.
 
     >>> mask, values = encode(torch.tensor([[0.0, 2.0, 3.0], [4.0, 0.0, 0.0]]))
     >>> mask.tolist(), values.tolist()
@@ -73,6 +76,6 @@ def decode(mask: Tensor, values: Tensor, d_in: int) -> Tensor:
 
 
 def mask_population(mask: Tensor, d_in: int) -> int:
-    """Number of kept values of a mask (uint8, (d_out, ceil(d_in / 8))); -1 where a padding bit is set."""
+    """Number of kept values of a mask (uint8, (d_out, ceil(d_in / 8))); -1 if a padding bit is set."""
     mask = mask.cpu().contiguous()
     return _core.mask_population(mask.data_ptr(), mask.shape[0], d_in)

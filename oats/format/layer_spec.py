@@ -3,14 +3,14 @@
 ========== ============== =========================== =============================================
 tensor     dtype          shape                       content
 ========== ============== =========================== =============================================
-mask       uint8          (d_out, ceil(d_in / 8))     one bit an element, least significant first;
+mask       uint8          (d_out, ceil(d_in / 8))     one bit per element, least significant first;
                                                       padding bits are zero
 values     bf16 or fp32   (nnz,)                      kept values, in the row-major order of the mask
 low_rank_u as values      (d_out, rank)
 low_rank_v as values      (rank, d_in)
 ========== ============== =========================== =============================================
 
-Where values or factors are integer codes, a layer has more tensors, for their scales.
+Where values or factors are integer codes, a layer has more tensors (docs/format.md).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from oats.format.bitmask import decode, mask_columns, mask_population
 from oats.format.nibbles import unpack_nibbles
 
 FORMAT_VERSION = 1
-"""Version of the format of a model without codes: what readers of either version can load."""
+"""Version of the format of a model without codes, which every release reads."""
 
 CODES_VERSION = 2
 """Version of the format of a model in which a layer has codes."""
@@ -35,14 +35,14 @@ HEAD_VERSION = 3
 """Version of the format of a model whose output head has codes."""
 
 VERSIONS = (FORMAT_VERSION, CODES_VERSION, HEAD_VERSION)
-"""What this release reads."""
+"""The versions that this release reads."""
 
 TENSORS = ("mask", "values", "low_rank_u", "low_rank_v")
 """Names of the tensors that every layer has, in the order in which functions take them."""
 
 MARKER = torch.zeros(1, dtype=torch.uint8)
-"""Stored as ``weight`` of each layer: a reader who does not know the format, and expects a dense weight
-there, stops at its shape instead of going on without one (docs/format.md)."""
+"""Stored as ``weight`` of each layer. A reader who does not know the format expects a dense weight there:
+this shape makes it stop instead of going on with random weights (docs/format.md)."""
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 """Dtypes of stored values, by the name that `OatsConfig.dtype` uses."""
@@ -63,7 +63,7 @@ CODEBOOK = 16
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """The sizes of a layer and how its numbers are stored: enough to know each of its tensors.
+    """The sizes of a layer and how its numbers are stored. They determine all of its tensors.
 
     Args:
         d_out: outputs.
@@ -84,6 +84,38 @@ class LayerSpec:
     nnz: int
     dtype: torch.dtype
     storage: Storage = EXACT
+
+    @classmethod
+    def of(
+        cls,
+        tensors: Mapping[str, Tensor],
+        d_in: int,
+        storage: Storage = EXACT,
+        dtype: torch.dtype | None = None,
+    ) -> LayerSpec:
+        """The spec of a layer with these tensors, which need not be validated yet.
+
+        Args:
+            tensors: of the layer, by name.
+            d_in: inputs; the mask has up to 7 more columns.
+            storage: which of the tensors are codes.
+            dtype: of the numbers that are no codes; None means that of the values.
+
+        >>> from oats.format.bitmask import encode
+        >>> mask, values = encode(torch.eye(3))
+        >>> tensors = {"mask": mask, "values": values, "low_rank_v": torch.zeros(0, 3)}
+        >>> LayerSpec.of(tensors, 3).sizes
+        (3, 3, 0, 3)
+        """
+        mask, values = tensors["mask"], tensors["values"]
+        # Two int4 codes share a byte: only the mask tells how many there are.
+        nnz = mask_population(mask, d_in) if storage.values == "int4" else values.numel()
+        return cls(mask.shape[0], d_in, tensors["low_rank_v"].shape[0], nnz, dtype or values.dtype, storage)
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """``(d_out, d_in, rank, nnz)``."""
+        return self.d_out, self.d_in, self.rank, self.nnz
 
     def tensors(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Name → dtype and shape of each tensor."""
@@ -121,13 +153,8 @@ def tensor_names(storage: Storage) -> tuple[str, ...]:
     return tuple(LayerSpec(0, 0, 0, 0, torch.float32, storage).tensors())
 
 
-def stored_values(mask: Tensor, values: Tensor, d_in: int, storage: Storage) -> int:
-    """Number of kept values that are stored; of int4, two in a byte, only the mask tells."""
-    return mask_population(mask, d_in) if storage.values == "int4" else values.numel()
-
-
 def exact_parts(tensors: Mapping[str, Tensor], storage: Storage) -> tuple[Tensor, Tensor, Tensor]:
-    """S (d_out, d_in), U (d_out, rank) and V (rank, d_in) that the tensors stand for, in float32.
+    """S (d_out, d_in), U (d_out, rank) and V (rank, d_in) as float32 numbers, decoded where they are codes.
 
     Args:
         tensors: those of :meth:`LayerSpec.tensors`.

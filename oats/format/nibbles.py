@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:
-    """Two codes a byte, the first in the lower half; an odd last one alone.
+    """Put two codes in a byte, the first in the lower half; zero fills the half after an odd last one.
 
     Args:
         codes: (n,) uint8, below 16.

@@ -26,12 +26,12 @@ def validate(
         name: of the layer, for error messages.
         d_out: outputs.
         d_in: inputs.
-        storage: how they are stored.
+        storage: which of their numbers are codes.
         bias: (d_out,) or None.
-        tensors: ``mask``, ``values`` and the others that `storage` has.
+        tensors: all that a layer of this `storage` has, by name.
 
     Raises:
-        FormatError: they do not; the message names the layer, the tensor, and what was expected.
+        FormatError: they disagree; the message names the layer, the tensor and what was expected.
     """
     mask, values, low_rank_v = tensors["mask"], tensors["values"], tensors["low_rank_v"]
     exact = [tensors[key] for key, stored in _KINDS.items() if getattr(storage, stored) == "exact"]
@@ -43,7 +43,7 @@ def validate(
         )
     readable = mask.dtype == torch.uint8 and mask.shape == (d_out, mask_columns(d_in))
     population = mask_population(mask, d_in) if readable else 0
-    # Of int4, the number of values is only in the mask.
+    # Two int4 codes share a byte: only the mask tells how many there are.
     nnz = values.numel() if storage.values != "int4" else max(population, 0)
     rank = low_rank_v.shape[0] if low_rank_v.dim() == 2 else 0
     for tensor_name, (expected, shape) in LayerSpec(d_out, d_in, rank, nnz, dtype, storage).tensors().items():

@@ -1,1 +1,1 @@
-"""What a compressed model looks like inside: its report, and what each part attends to."""
+"""What a compressed model looks like inside: its HTML report, and what each part attends to."""

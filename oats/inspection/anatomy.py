@@ -1,4 +1,4 @@
-"""What the layers of a compressed model on disk look like: spectra, sparsity, bytes."""
+"""What the layers of a compressed model on disk look like: singular values, sparsity, bytes."""
 
 from __future__ import annotations
 
@@ -11,24 +11,25 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from oats.checkpoint.stored_model import StoredLayer, StoredModel, read_header
+from oats.checkpoint.stored_model import StoredLayer, StoredModel
+from oats.checkpoint.stored_tensor import read_header
 from oats.format.bitmask import decode_mask
 from oats.format.layer_spec import TENSORS, exact_parts, tensor_names
 
 CELLS = 64
-"""Rows and columns of a picture of a sparse part, at most."""
+"""Most rows and columns of a picture of a sparse part."""
 
 
 @dataclass(frozen=True)
 class Anatomy:
-    """Of one layer.
+    """What one layer looks like.
 
     Attributes:
         layer: its sizes.
-        block: number of its transformer block, None where its name has none.
-        kind: its name within the block, e.g. ``"mlp.up_proj"``.
-        spectrum: (rank,) float32, singular values of ``U V``, the largest first.
-        part_bytes: name of each tensor in `TENSORS` → its bytes, with those of its scales.
+        block: number of its transformer block; None if its name has no number.
+        kind: its name in the block, such as ``"mlp.up_proj"``.
+        spectrum: (rank,) float32, singular values of ``U V``, largest first.
+        part_bytes: name of each tensor in `TENSORS` → its bytes, including its scales.
     """
 
     layer: StoredLayer
@@ -39,7 +40,7 @@ class Anatomy:
 
 
 def block_and_kind(name: str) -> tuple[int | None, str]:
-    """The number of a layer's block, and the layer's name within it.
+    """The number of a layer's block, and the layer's name in it.
 
     >>> block_and_kind("model.layers.3.mlp.up_proj"), block_and_kind("head")
     ((3, 'mlp.up_proj'), (None, 'head'))
@@ -49,16 +50,10 @@ def block_and_kind(name: str) -> tuple[int | None, str]:
 
 
 def spectrum(low_rank_u: Tensor, low_rank_v: Tensor) -> Tensor:
-    """Singular values of ``U V``, the largest first, without forming the product.
+    """Singular values (r,) float32 of ``U V``, largest first, of U (d_out, r) and V (r, d_in).
 
-    With ``U = Q R`` and ``Vᵀ = P T``, ``U V = Q (R Tᵀ) Pᵀ``: those of the rank × rank matrix ``R Tᵀ``.
-
-    Args:
-        low_rank_u: (d_out, r).
-        low_rank_v: (r, d_in).
-
-    Returns:
-        (r,) float32.
+    The product is not computed. With ``U = Q R`` and ``Vᵀ = P T``, ``U V = Q (R Tᵀ) Pᵀ``: it has the singular
+    values of ``R Tᵀ``, r × r.
 
     >>> spectrum(torch.tensor([[3.0], [4.0]]), torch.tensor([[2.0, 0.0]]))
     tensor([10.])
@@ -70,38 +65,31 @@ def spectrum(low_rank_u: Tensor, low_rank_v: Tensor) -> Tensor:
 
 
 def density_picture(mask: Tensor, d_in: int, cells: int = CELLS) -> Tensor:
-    """Share of kept elements in each tile of a sparse part.
+    """Share of kept elements in each cell of a grid over a sparse part.
 
     Args:
         mask: uint8 (d_out, ⌈d_in / 8⌉), as stored.
         d_in: number of columns.
-        cells: rows and columns of the picture, at most.
-
-    Returns:
-        float32 (min(cells, d_out), min(cells, d_in)).
+        cells: most rows and columns of the grid, which is float32 (min(cells, d_out), min(cells, d_in)).
 
     >>> density_picture(torch.tensor([[0b1111], [0b0000]], dtype=torch.uint8), 8, cells=2)
     tensor([[1., 0.],
             [0., 0.]])
     """
     kept = decode_mask(mask, d_in).float()
-    tiles: Tensor = torch.nn.functional.adaptive_avg_pool2d(
+    shares: Tensor = torch.nn.functional.adaptive_avg_pool2d(
         kept[None], (min(cells, kept.shape[0]), min(cells, d_in))
     )
-    return tiles[0]
+    return shares[0]
 
 
 def anatomies(model: StoredModel) -> Iterator[Anatomy]:
-    """Every compressed layer of a model, one after another; only one is held.
-
-    Args:
-        model: of :func:`oats.checkpoint.stored_model.read_stored_model`.
-    """
+    """Every compressed layer of a model, one after another; only one is in memory."""
     tensors = _Tensors(model)
     for layer in model.layers:
         block, kind = block_and_kind(layer.name)
         names = list(tensor_names(layer.storage))
-        # Scales and what else codes need count with what they belong to.
+        # Scales and codebooks count for the tensor that they belong to.
         parts = dict.fromkeys(TENSORS, 0)
         for part in names:
             owner = next((tensor for tensor in TENSORS if part.startswith(tensor)), "values")
@@ -109,6 +97,17 @@ def anatomies(model: StoredModel) -> Iterator[Anatomy]:
         stored = {part: tensors.read(f"{layer.stored_name}.{part}") for part in names}
         _, u, v = exact_parts(stored, layer.storage)
         yield Anatomy(layer, block, kind, spectrum(u, v), parts)
+
+
+def bytes_by_kind(model: StoredModel) -> dict[str, float]:
+    """Kind of layer → stored bytes in all blocks, largest first; then the output head and everything else."""
+    sizes: dict[str, float] = {}
+    for layer in model.layers:
+        kind = block_and_kind(layer.name)[1]
+        sizes[kind] = sizes.get(kind, 0) + layer.stored_bytes
+    largest_first = dict(sorted(sizes.items(), key=lambda item: -item[1]))
+    head = {"output head": float(model.head.stored_bytes)} if model.head else {}
+    return {**largest_first, **head, "everything else": model.bytes_elsewhere}
 
 
 def pictures(model: StoredModel, names: list[str]) -> dict[str, Tensor]:

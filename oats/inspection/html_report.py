@@ -1,35 +1,30 @@
-"""One HTML file about a compressed model: sizes, errors, spectra and sparsity, with nothing to download."""
+"""The report: one HTML file about a compressed model, with sizes, errors, spectra and sparsity.
+
+It needs no network: figures and style are in the file.
+"""
 
 from __future__ import annotations
 
 import html
-import io
-import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from oats._version import __version__
-from oats.checkpoint.quantization_config import parse_quantization_config
+from oats.bench.plots import require_matplotlib
+from oats.checkpoint.config_json import parse_quantization_config
 from oats.checkpoint.record import Record, in_words
 from oats.checkpoint.stored_model import StoredModel
 from oats.config import OatsConfig
 from oats.errors import ConfigError
 from oats.inspection.anatomy import Anatomy, anatomies, pictures
+from oats.inspection.report_figures import bytes_figure, errors_figure, pictures_figure, spectra_figure, svg
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-    from torch import Tensor
-
     from oats.bench.layer_latency import Row, Timing
 
-PARTS = {"values": "#0b6e4f", "mask": "#8fbc8f", "low_rank_u": "#0072b2", "low_rank_v": "#56b4e9"}
-"""Tensors of a layer → their colours; greens are the sparse part, blues the low-rank one."""
-
 MOST_PICTURES = 8
-DISTURBED = 0.1  # share of the CPUs that other processes took
-MOST_POINTS = 200  # of a spectrum
-MOST_NAMES = 40  # on an axis
+DISTURBED = 0.1  # the report warns if other processes took more than this share of the CPUs
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 62rem;
@@ -45,33 +40,26 @@ table.about td:last-child { white-space: normal }
 
 
 def html_report(
-    model: StoredModel,
-    record: Record | None,
-    *,
-    speed: Sequence[Row] = (),
+    model: StoredModel, record: Record | None, *, speed: Sequence[Row] = (),
     progress: Callable[[int, int], None] | None = None,
-) -> str:
+) -> str:  # fmt: skip
     """Draw the report of a compressed model.
 
     Args:
-        model: of :func:`oats.checkpoint.stored_model.read_stored_model`.
-        record: with the errors of the layers; None where they were not kept.
-        speed: rows of :func:`oats.bench.layer_latency.layer_rows` for the shapes of the model;
-            none leaves the section out.
+        record: with the errors of the layers; None if they were not kept.
+        speed: rows of :func:`oats.inspection.layer_speed.time_layers`; without rows the report has no section
+            about speed.
         progress: called as progress(layers done, layers in all).
 
     Returns:
-        The text of one HTML file; pictures are in it as SVG.
+        The text of one HTML file, with the figures as SVG.
 
     Raises:
         ConfigError: the model is not a compressed one, or matplotlib is missing.
     """
     if not model.layers or model.config is None:
         raise ConfigError(f"{model.directory} has no compressed layer; there is nothing to draw")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise ConfigError("the report needs matplotlib: pip install 'oats-torch[plot]'") from None
+    require_matplotlib()
     record = record or Record()
     layers = []
     for done, anatomy in enumerate(anatomies(model), 1):
@@ -85,18 +73,18 @@ def html_report(
         f"<h1>{html.escape(name)}, compressed</h1>",
         _table(("", ""), _summary(model, record, errors), head=False),
         "<h2>Where the bytes are</h2>",
-        _svg(_bytes_figure(layers, model.bytes_elsewhere), "bytes by kind of layer"),
+        svg(bytes_figure(layers, model.bytes_elsewhere), "bytes by kind of layer"),
         "<h2>Errors of the layers</h2>",
         *_errors_section(model, record, layers, errors),
         "<h2>Spectra of the low-rank parts</h2>",
-        "<p class=note>Singular values of U V by kind of layer, each divided by its largest; from the first "
-        "block (dark) to the last (light). A curve that is still high at its end would have used more "
+        "<p class=note>Singular values of U V by kind of layer, divided by the largest one; first block "
+        "dark, last block light. A layer whose curve is still high at its end would gain from a higher "
         "rank.</p>",
-        _svg(_spectra_figure(layers), "singular values"),
+        svg(spectra_figure(layers), "singular values"),
         "<h2>Sparsity</h2>",
-        "<p class=note>Share of elements that the sparse part keeps in each tile; rows are outputs, columns "
-        "inputs. Dark columns are inputs that matter.</p>",
-        _svg(_pictures_figure(pictures(model, shown)), "sparsity pictures"),
+        "<p class=note>Share of elements that the sparse part keeps, in each cell of a grid over the weight; "
+        "rows are outputs, columns are inputs. Dark columns are inputs that matter.</p>",
+        svg(pictures_figure(pictures(model, shown)), "sparsity pictures"),
         "<h2>Layers</h2>",
         '<div class="scroll">' + _table(*_layer_table(layers, errors)) + "</div>",
     ]
@@ -110,24 +98,21 @@ def html_report(
     )
 
 
-_NO_ERRORS = (
-    "<p class=note>The errors of this model's layers were not kept. <code>oats compress</code> and "
-    "<code>oats.write_model_card(directory, report)</code> keep them.</p>"
-)
-
-
 def _errors_section(
     model: StoredModel, record: Record, layers: Sequence[Anatomy], errors: dict[str, float]
 ) -> list[str]:
     if not errors:
-        return [_NO_ERRORS]
+        return [
+            "<p class=note>The errors of this model's layers were not kept. <code>oats compress</code> and "
+            "<code>oats.write_model_card(directory, report)</code> keep them.</p>"
+        ]
     taken = record.errors_were_taken(any(layer.storage.has_codes for layer in model.layers))
-    note = f"<p class=note>Of a layer's output, relative, on the calibration data{taken}.</p>"
-    return [note, _svg(_errors_figure(layers, errors), "relative error by block")]
+    note = f"<p class=note>Relative error of a layer's output on the calibration data{taken}.</p>"
+    return [note, svg(errors_figure(layers, errors), "relative error by block")]
 
 
 def _layers_to_picture(layers: Sequence[Anatomy], errors: dict[str, float]) -> list[str]:
-    """One layer of each kind: the one with the largest error, else the first."""
+    """One layer of each kind: the one with the largest error, or the first if errors are not known."""
     chosen: dict[str, str] = {}
     for anatomy in layers:
         name, kind = anatomy.layer.name, anatomy.kind
@@ -138,15 +123,12 @@ def _layers_to_picture(layers: Sequence[Anatomy], errors: dict[str, float]) -> l
 
 def _speed_note(rows: Sequence[Row]) -> str:
     others = max(row.others for row in rows)
-    disturbed = (
-        f" Other processes took up to {others:.0%} of the CPUs meanwhile: measure again on an idle machine."
-        if others > DISTURBED
-        else ""
-    )
+    busy = f" Other processes took up to {others:.0%} of the CPUs: measure again on an idle machine."
+    disturbed = busy if others > DISTURBED else ""
     return (
-        f"<p class=note>Milliseconds of one layer on {rows[0].threads} threads, random weights of its size "
-        "cycled past the caches, both in turn: median (10th to 90th percentile). The last column is how many "
-        f"times as fast as the dense layer ours is.{disturbed}</p>"
+        f"<p class=note>Milliseconds of one call on {rows[0].threads} threads, with random weights of the "
+        "same size that no cache holds; both layers take turns. Median (10th to 90th percentile). The last "
+        f"column says how many times as fast as the dense layer ours is.{disturbed}</p>"
     )
 
 
@@ -155,56 +137,34 @@ def _speed_table(rows: Sequence[Row]) -> tuple[Sequence[str], list[Sequence[str]
         return f"{timing.ms.median:.3g} ({timing.ms.p10:.3g}–{timing.ms.p90:.3g})"
 
     head = ("layer", "shape", "batch", rows[0].ours.label, rows[0].peer.label, "times as fast")
-    return head, [
-        (
-            row.layer,
-            f"{row.d_out} × {row.d_in}",
-            str(row.batch),
-            milliseconds(row.ours),
-            milliseconds(row.peer),
-            f"{row.ratio:.2f}",
-        )
-        for row in rows
-    ]
+    cells: list[Sequence[str]] = []
+    for row in rows:
+        times = milliseconds(row.ours), milliseconds(row.peer)
+        cells.append((row.layer, f"{row.d_out} × {row.d_in}", str(row.batch), *times, f"{row.ratio:.2f}"))
+    return head, cells
 
 
 def _summary(model: StoredModel, record: Record, errors: dict[str, float]) -> list[tuple[str, str]]:
     assert model.config is not None
     settings: OatsConfig = parse_quantization_config(model.config)[0]
-    stored = sum(layer.stored_bytes for layer in model.layers)
-    dense = sum(layer.dense_bf16_bytes for layer in model.layers)
+    stored, dense = model.layer_bytes, model.dense_bf16_bytes
+    shares = f"compression {settings.compression:g}, rank ratio {settings.rank_ratio:g}"
     rows = [
-        ("linear layers", f"{len(model.layers)}, {stored / 1e6:,.1f} MB, {stored / dense:.3f} of dense bf16"),
-        *(
-            [("output head", f"{model.head.stored_bytes / 1e6:,.1f} MB, {model.head.dtype}")]
-            if model.head
-            else []
-        ),
-        ("everything else", f"{model.bytes_elsewhere / 1e6:,.1f} MB"),
-        (
-            "settings",
-            f"{settings.method}, compression {settings.compression:g}, rank ratio {settings.rank_ratio:g}, "
-            f"pattern {settings.pattern}",
-        ),
+        ("linear layers", f"{len(model.layers)}, {stored / 1e6:,.1f} MB, {stored / dense:.3f} of dense bf16")
     ]
+    if model.head:
+        rows.append(("output head", f"{model.head.stored_bytes / 1e6:,.1f} MB, {model.head.dtype}"))
+    rows.append(("everything else", f"{model.bytes_elsewhere / 1e6:,.1f} MB"))
+    rows.append(("settings", f"{settings.method}, {shares}, pattern {settings.pattern}"))
     if record.calibration:
         rows.append(("calibration", in_words(record.calibration)))
     rows += [("quantised", words) for words in record.quantizations_in_words()]
     if errors:
-        worst = max(errors, key=errors.__getitem__)
-        rows.append(
-            (
-                "error",
-                f"median {statistics.median(errors.values()):.3f}, largest {errors[worst]:.3f} in {worst}",
-            )
-        )
-    rows += [
-        (
-            "perplexity",
-            f"{entry['perplexity']:.2f} on {entry['text']} ({entry['split']}, context {entry['context']})",
-        )
-        for entry in record.evaluations
-    ]
+        worst, median = max(errors, key=errors.__getitem__), statistics.median(errors.values())
+        rows.append(("error", f"median {median:.3f}, largest {errors[worst]:.3f} in {worst}"))
+    for entry in record.evaluations:
+        text = f"{entry['text']} ({entry['split']}, context {entry['context']})"
+        rows.append(("perplexity", f"{entry['perplexity']:.2f} on {text}"))
     return [*rows, ("made by", f"oats {__version__}")]
 
 
@@ -216,17 +176,11 @@ def _layer_table(
     for anatomy in layers:
         layer = anatomy.layer
         error = errors.get(layer.name)
-        rows.append(
-            (
-                layer.name,
-                f"{layer.d_out} × {layer.d_in}",
-                str(layer.rank),
-                f"{layer.density:.3f}",
-                f"{layer.stored_bytes / 1e3:,.1f}",
-                f"{layer.share_of_dense_bf16:.3f}",
-                "–" if error is None else f"{error:.4f}",
-            )
-        )
+        rows.append((
+            layer.name, f"{layer.d_out} × {layer.d_in}", str(layer.rank), f"{layer.density:.3f}",
+            f"{layer.stored_bytes / 1e3:,.1f}", f"{layer.share_of_dense_bf16:.3f}",
+            "–" if error is None else f"{error:.4f}",
+        ))  # fmt: skip
     return head, rows
 
 
@@ -234,123 +188,5 @@ def _table(names: Sequence[str], rows: Iterable[Sequence[str]], head: bool = Tru
     def line(cells: Sequence[str], tag: str) -> str:
         return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
-    body = [line(row, "td") for row in rows]
-    return (
-        ("<table>" if head else '<table class="about">')
-        + "".join([line(names, "th")] * head + body)
-        + "</table>"
-    )
-
-
-def _figure(width: float, height: float) -> Figure:
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def _svg(figure: Figure, label: str) -> str:
-    """A figure as an SVG element, the same bytes each time."""
-    import matplotlib
-
-    buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": label, "svg.fonttype": "none", "font.family": "sans-serif"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    # Several in one page: their ids must not meet.
-    prefix = re.sub(r"\W+", "-", label)
-    text = buffer.getvalue()
-    text = re.sub(r'\bid="', f'id="{prefix}-', text[text.index("<svg") :])
-    text = re.sub(r'((?:xlink:)?href="|url\()#', rf"\1#{prefix}-", text)
-    return text.replace("<svg ", f'<svg role="img" aria-label="{html.escape(label)}" ', 1)
-
-
-def _kinds(layers: Sequence[Anatomy]) -> list[str]:
-    return list(dict.fromkeys(anatomy.kind for anatomy in layers))
-
-
-def _bytes_figure(layers: Sequence[Anatomy], elsewhere: int) -> Figure:
-    kinds = _kinds(layers)[:MOST_NAMES]
-    figure = _figure(9, 1.2 + 0.3 * (len(kinds) + 1))
-    axes = figure.subplots()
-    left = [0.0] * len(kinds)
-    for part, colour in PARTS.items():
-        sizes = [sum(a.part_bytes[part] for a in layers if a.kind == kind) / 1e6 for kind in kinds]
-        axes.barh(kinds, sizes, left=left, color=colour, label=part)
-        left = [start + size for start, size in zip(left, sizes, strict=True)]
-    dense = [sum(a.layer.dense_bf16_bytes for a in layers if a.kind == kind) / 1e6 for kind in kinds]
-    axes.plot(dense, kinds, "k|", markersize=12, label="dense bf16")
-    axes.barh(["everything else"], [elsewhere / 1e6], color="#999999")
-    axes.invert_yaxis()
-    axes.set_xlabel("MB, all blocks together")
-    axes.legend(loc="best", fontsize="small")
-    return figure
-
-
-def _errors_figure(layers: Sequence[Anatomy], errors: dict[str, float]) -> Figure:
-    from matplotlib.ticker import MaxNLocator
-
-    figure = _figure(9, 4)
-    axes = figure.subplots()
-    for kind in _kinds(layers)[:MOST_NAMES]:
-        points = [
-            (anatomy.block or 0, errors[anatomy.layer.name])
-            for anatomy in layers
-            if anatomy.kind == kind and anatomy.layer.name in errors
-        ]
-        axes.plot(*zip(*points, strict=True), "o-", markersize=3, linewidth=1, label=kind)
-    axes.set_xlabel("block")
-    axes.set_ylabel("relative error")
-    axes.set_ylim(bottom=0)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend(fontsize="small", ncols=2)
-    return figure
-
-
-def _spectra_figure(layers: Sequence[Anatomy]) -> Figure:
-    import matplotlib
-
-    kinds = _kinds(layers)[:MOST_NAMES]
-    columns = min(len(kinds), 3)
-    rows = -(-len(kinds) // columns)
-    figure = _figure(3 * columns, 2.2 * rows)
-    grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
-    colours = matplotlib.colormaps["viridis"]
-    for place, kind in enumerate(kinds):
-        axes = grid[place // columns][place % columns]
-        same = [anatomy for anatomy in layers if anatomy.kind == kind]
-        for index, anatomy in enumerate(same):
-            values = anatomy.spectrum
-            if values.numel() == 0 or values[0] == 0:
-                continue
-            step = max(1, values.numel() // MOST_POINTS)
-            axes.plot(
-                range(1, values.numel() + 1, step),
-                (values / values[0])[::step].tolist(),
-                color=colours(0.9 * index / max(1, len(same) - 1)),
-                linewidth=0.8,
-            )
-        axes.set_title(kind, fontsize="small")
-        axes.set_ylim(0, 1.05)
-        axes.tick_params(labelsize="x-small")
-    for place in range(len(kinds), rows * columns):
-        grid[place // columns][place % columns].set_axis_off()
-    return figure
-
-
-def _pictures_figure(images: dict[str, Tensor]) -> Figure:
-    columns = min(len(images), 4)
-    rows = -(-len(images) // columns)
-    figure = _figure(2.6 * columns, 2.6 * rows)
-    grid = figure.subplots(rows, columns, squeeze=False)
-    highest = max(float(image.max()) for image in images.values())
-    for place, (name, image) in enumerate(images.items()):
-        axes = grid[place // columns][place % columns]
-        drawn = axes.imshow(
-            image.numpy(), cmap="Greens", vmin=0, vmax=highest, aspect="auto", interpolation="none"
-        )
-        axes.set_title(name.removeprefix("model."), fontsize="x-small")
-        axes.set_xticks([])
-        axes.set_yticks([])
-    for place in range(len(images), rows * columns):
-        grid[place // columns][place % columns].set_axis_off()
-    figure.colorbar(drawn, ax=grid.ravel().tolist(), shrink=0.6, label="kept")
-    return figure
+    lines = [line(names, "th")] * head + [line(row, "td") for row in rows]
+    return ("<table>" if head else '<table class="about">') + "".join(lines) + "</table>"

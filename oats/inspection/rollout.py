@@ -1,7 +1,7 @@
-"""Attention rollout: which patches of an image a vision transformer looks at, in whole and in part.
+"""Attention rollout: which patches of an image a vision transformer looks at.
 
-A compressed layer is ``S + U V``. The rollout of a model that has S alone, or U V alone, in all of its layers
-shows what each of the two attends to (arXiv 2409.13652, section 4).
+A compressed layer is ``S + U V``. If all layers use only S, or only U V, the rollout shows what each of the
+two parts attends to (arXiv 2409.13652, section 4).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from oats.compression.block_runner import replaced_forward
+from oats.compression.temporary import replaced_forward
 from oats.errors import ConfigError, UnsupportedModelError
 from oats.format.bitmask import decode
 from oats.nn.sparse_low_rank_linear import SparseLowRankLinear
@@ -30,8 +30,8 @@ PARTS: tuple[Part, ...] = ("sparse", "low-rank")
 def attention_rollout(model: Any, pixel_values: Tensor) -> Tensor:
     """How much of each patch reaches the class token (Abnar and Zuidema, arXiv 2005.00928).
 
-    The attention of a block, averaged over its heads, is mixed with the residual connection,
-    ``(A + I) / 2``; the rollout is the product over the blocks.
+    The rollout is the product of ``(A + I) / 2`` over the blocks. A is the attention of a block, averaged
+    over its heads; I stands for the residual connection.
 
     Args:
         model: a vision transformer of transformers with a class token, loaded with
@@ -39,11 +39,10 @@ def attention_rollout(model: Any, pixel_values: Tensor) -> Tensor:
         pixel_values: (images, channels, height, width).
 
     Returns:
-        (images, rows, columns) of patches, float32; what is not here comes from the class token itself.
+        (images, rows, columns) of patches, float32. The rest up to a sum of 1 is the class token itself.
 
     Raises:
-        UnsupportedModelError: the model gives no attention, or its tokens are not a square of patches behind
-            one class token.
+        UnsupportedModelError: there is no attention, or the tokens are not a class token and a square.
     """
     attentions = model(pixel_values, output_attentions=True).attentions
     if not attentions or attentions[0] is None:
@@ -64,7 +63,7 @@ def attention_rollout(model: Any, pixel_values: Tensor) -> Tensor:
 
 @contextmanager
 def only(model: nn.Module, part: Part) -> Iterator[None]:
-    """For a while, the compressed layers of a model compute with one part of their weight; biases stay.
+    """In this context the compressed layers of a model use one part of their weight; biases stay.
 
     Raises:
         UnsupportedModelError: the model has no such part.
@@ -92,7 +91,7 @@ def _partial(layer: SparseLowRankLinear, part: Part) -> Any:
 
 
 def rollouts(model: Any, pixel_values: Tensor) -> dict[str, Tensor]:
-    """The rollout of the whole model, and of each of its parts: name → (images, rows, columns)."""
+    """The rollouts of the whole model and of each part alone: name → (images, rows, columns)."""
     found = {"whole model": attention_rollout(model, pixel_values)}
     for part in PARTS:
         try:
@@ -104,13 +103,9 @@ def rollouts(model: Any, pixel_values: Tensor) -> dict[str, Tensor]:
 
 
 def draw(pixel_values: Tensor, maps: dict[str, Tensor], file: Path, names: Sequence[str] = ()) -> None:
-    """Write the images, and over each of them the rollouts, as one picture.
+    """Write one picture, .png or .svg, with the images (count, channels, height, width) and their rollouts.
 
-    Args:
-        pixel_values: (images, channels, height, width).
-        maps: from :func:`rollouts`.
-        file: to write, .png or .svg.
-        names: of the images.
+    `maps` is from :func:`rollouts`; `names` are those of the images.
 
     Raises:
         ConfigError: the file cannot be written.
@@ -123,7 +118,7 @@ def draw(pixel_values: Tensor, maps: dict[str, Tensor], file: Path, names: Seque
 
 
 def figure(pixel_values: Tensor, maps: dict[str, Tensor], names: Sequence[str] = ()) -> Figure:
-    """A row an image: the image, then the image under each rollout, from its least to its most attention."""
+    """A row for each image: the image, then the image under each rollout."""
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LinearSegmentedColormap
@@ -137,7 +132,7 @@ def figure(pixel_values: Tensor, maps: dict[str, Tensor], names: Sequence[str] =
     if channels != 3:
         images = images.mean(1, keepdim=True).expand(-1, 3, -1, -1)
     images = images.permute(0, 2, 3, 1)
-    # Clear to glowing: what is not attended to shows as it is, only dimmer.
+    # From transparent to glowing: a patch without attention shows the image, dimmed.
     glow = colormaps["plasma"](torch.linspace(0.35, 1, 256).numpy())
     glow[:, 3] = torch.linspace(0, 0.95, 256).numpy()
     colours = LinearSegmentedColormap.from_list("attention", glow)
@@ -163,14 +158,8 @@ def figure(pixel_values: Tensor, maps: dict[str, Tensor], names: Sequence[str] =
             axes.imshow(colours(fine.numpy()), extent=(-0.5, width - 0.5, height - 0.5, -0.5))
         if i < len(names):
             panels[0].set_ylabel(names[i], fontsize=10)
-    bar = made.colorbar(
-        ScalarMappable(cmap=colours),
-        ax=grid[-1, 1:].tolist(),
-        location="bottom",
-        aspect=50,
-        pad=0.02,
-        shrink=0.6,
-    )
+    below = {"ax": grid[-1, 1:].tolist(), "location": "bottom"}
+    bar = made.colorbar(ScalarMappable(cmap=colours), **below, aspect=50, pad=0.02, shrink=0.6)
     bar.set_ticks([0, 1], labels=["least attention of this map", "most"])
     bar.ax.tick_params(length=0, labelsize=9)
     bar.ax.set_facecolor("#333333")

@@ -1,1 +1,1 @@
-"""Other libraries: transformers, PEFT, and vision models."""
+"""Connects compressed models to other libraries: transformers, PEFT, and images through Pillow."""

@@ -1,14 +1,14 @@
 """LoRA adapters (PEFT) beside compressed layers.
 
-Importing this module lets PEFT put LoRA beside a :class:`~oats.nn.SparseLowRankLinear`; where torch's entry
-points are on, that happens by itself when PEFT is imported (:mod:`oats._autoload`), and ``get_peft_model``,
-``PeftModel.from_pretrained``, ``model.add_adapter`` and ``target_modules="all-linear"`` work as on a dense
-model.
+Importing this module lets PEFT put LoRA beside a :class:`~oats.nn.SparseLowRankLinear`; if torch's entry
+points are on, that happens by itself when PEFT is imported (:mod:`oats._autoload`). ``get_peft_model``,
+``PeftModel.from_pretrained``, ``model.add_adapter`` and ``target_modules="all-linear"`` then work as on a
+dense model.
 
 ``y = S x + U (V x) + b + scaling · B (A x)``: gradients reach A, B and the input; S, U and V are fixed. So
-what would write to the weight is refused: merging an adapter, and initialisations that take something out of
-the weight (PiSSA, OLoRA, …). ``model.dequantize()`` before adding the adapter gives dense layers, which can
-be merged.
+everything that would change the weight is refused: merging an adapter, and initialisations that subtract
+from the weight (PiSSA, OLoRA, …). Call ``model.dequantize()`` before adding an adapter that you want to
+merge.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from peft.tuners.lora import layer as lora
 from peft.tuners.lora import model as lora_model
 from torch import nn
 
+from oats.checkpoint.layer_table import replacements
 from oats.errors import ConfigError
 from oats.nn.sparse_low_rank_linear import SparseLowRankLinear
 from oats.nn.split_linear import SplitLinear
 
 INITIALISATIONS = (True, False, "gaussian")
-"""Values of ``init_lora_weights`` that leave the weight as it is."""
+"""Values of ``init_lora_weights`` that do not change the weight."""
 
 
 class SparseLowRankLoraLinear(lora.Linear):
     """A compressed layer with LoRA adapters; made by PEFT.
 
     Raises:
-        ConfigError: the adapter needs the weight itself: DoRA and other variants, initialisations that
-            change it.
+        ConfigError: the adapter reads or changes the weight: DoRA and other variants, some initialisations.
     """
 
     @property
     def lora_variants(self) -> dict[tuple[str, ...], None]:
-        """Plain LoRA only: the others read the weight at every step."""
+        """Plain LoRA only: other variants read the weight at every step."""
         return {(): None}
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: Any, **kwargs: Any) -> None:
@@ -53,7 +53,7 @@ class SparseLowRankLoraLinear(lora.Linear):
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
 
     def resolve_lora_variant(self, *, config: Any, **kwargs: Any) -> None:
-        """Refuse what is not plain LoRA."""
+        """Refuse variants of LoRA."""
         try:
             super().resolve_lora_variant(config=config, **kwargs)
         except ValueError as error:
@@ -72,20 +72,21 @@ class SparseLowRankLoraLinear(lora.Linear):
         return module.in_features, module.out_features
 
     def _get_base_layer_device_and_dtype(self, base_layer: Any) -> tuple[torch.device, torch.dtype]:
-        # Not from its `weight`, which is computed at each access.
+        # PEFT would ask for `weight`, which is computed at each access.
         layer = next(m for m in base_layer.modules() if isinstance(m, SparseLowRankLinear))
         return torch.device("cpu"), layer.dtype
 
 
 def _register() -> None:
-    """Teach PEFT the layers, once."""
+    """Make PEFT know compressed layers; does nothing the second time."""
     create_new_module = lora_model.LoraModel._create_new_module
     if getattr(create_new_module, "_knows_oats", False):
         return
     replace_module = lora_model.LoraModel._replace_module
     all_linear = tuners_utils._maybe_include_all_linear_layers
 
-    # Not a dispatcher among PEFT's own: those before it would ask for `weight`, which is computed each time.
+    # A dispatcher of our own in PEFT's list would come too late: those before it ask for `weight`, which is
+    # computed at each access.
     @functools.wraps(create_new_module)
     def create(lora_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
         base = target.get_base_layer() if isinstance(target, tuners_utils.BaseTunerLayer) else target
@@ -98,7 +99,7 @@ def _register() -> None:
         self: Any, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
     ) -> None:
         if isinstance(new_module, SparseLowRankLoraLinear):
-            setattr(parent, child_name, new_module)  # its adapter is where the layer is, on the CPU
+            setattr(parent, child_name, new_module)  # its adapter is on the CPU already, like the layer
         else:
             replace_module(self, parent, child_name, new_module, child)
 
@@ -107,24 +108,13 @@ def _register() -> None:
         asked = getattr(config, "target_modules", None)
         config = all_linear(config, model)
         if isinstance(asked, str) and config.target_modules != asked:
-            config.target_modules |= compressed_layers(model)
+            config.target_modules |= replacements(model).keys()
         return config
 
     create._knows_oats = True  # type: ignore[attr-defined]
     lora_model.LoraModel._create_new_module = staticmethod(create)
     lora_model.LoraModel._replace_module = replace
     tuners_utils._maybe_include_all_linear_layers = include_all_linear_layers
-
-
-def compressed_layers(model: nn.Module) -> set[str]:
-    """Names of the layers beside which an adapter can be put; a fused projection is one, not its parts."""
-    split = [name for name, module in model.named_modules() if isinstance(module, SplitLinear)]
-    parts = tuple(f"{name}." for name in split)
-    return {
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, (SparseLowRankLinear, SplitLinear)) and not name.startswith(parts)
-    }
 
 
 _register()

@@ -1,7 +1,8 @@
-"""Vision transformers on disk: the model as it was saved, and images as it wants them."""
+"""Vision transformers: loads a model from disk, and images in the form that it takes."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,17 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oats.errors import CalibrationError, CheckpointError, OatsError
+from oats.checkpoint.config_json import read_config, saved_class
+from oats.checkpoint.loading import load_model
+from oats.errors import CalibrationError, CheckpointError
 
 HALF = 0.5
-"""Mean and standard deviation of the channels, where the model's directory does not say."""
+"""Mean and standard deviation of each channel if the model's directory does not give them."""
 
 CALIBRATION_IMAGES = 2048
-"""How many calibrate a vision model (arXiv 2409.13652, section 4)."""
+"""Images that calibrate a vision model (arXiv 2409.13652, section 4)."""
 
 
 def load_vision_model(directory: str | Path, **options: Any) -> Any:
-    """Load a vision model of transformers by the class that saved it.
+    """Load a vision model of transformers with the class that saved it.
 
     Args:
         directory: of the model, dense or compressed.
@@ -27,41 +30,30 @@ def load_vision_model(directory: str | Path, **options: Any) -> Any:
 
     Raises:
         CheckpointError: there is no vision model in the directory, or it cannot be loaded.
-        FormatError: it is a compressed one, and damaged.
+        FormatError: config.json is damaged, or the model is compressed and damaged.
     """
-    import transformers
-
-    from oats.checkpoint.stored_model import read_config
-
     file = Path(directory) / "config.json"
     if not file.is_file():
         raise CheckpointError(f"{directory} is no model directory: it has no config.json; check the path")
-    config = read_config(file)
-    names = config.get("architectures") or [""]
-    kind: Any = getattr(transformers, str(names[0]), None)
-    if getattr(kind, "main_input_name", None) != "pixel_values":
+    names = read_config(file).get("architectures") or [""]
+    if getattr(saved_class(names), "main_input_name", None) != "pixel_values":
         raise CheckpointError(
             f"{file}: architectures is {names}, expected a class of transformers that takes images"
         )
-    try:
-        return kind.from_pretrained(directory, **options).eval()
-    except OatsError:
-        raise
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        raise CheckpointError(f"cannot load the model {directory}: {error}") from error
+    return load_model(directory, as_saved=True, **options)[0]
 
 
 def read_images(paths: Sequence[str | Path], model: Any, directory: str | Path) -> Tensor:
-    """Images as a model takes them: the square in the middle, resized, scaled to [0, 1] and normalised.
+    """Read images: cut out the square in the middle, resize it, scale it to [0, 1] and normalise it.
 
     Args:
         paths: of the files, of any kind that Pillow reads.
-        model: whose ``config`` gives the size and the number of channels.
-        directory: of the model; its ``preprocessor_config.json`` gives means and standard deviations, and a
-            size that goes before that of `model`.
+        model: its ``config`` gives the size and the number of channels.
+        directory: of the model; its ``preprocessor_config.json`` gives means and standard deviations, and
+            maybe a size, which overrides that of `model`.
 
     Returns:
-        (images, channels, height, width), the dtype of the model.
+        (images, channels, height, width), in the dtype of the model.
 
     Raises:
         CalibrationError: a file cannot be read as an image.
@@ -69,8 +61,6 @@ def read_images(paths: Sequence[str | Path], model: Any, directory: str | Path) 
     """
     import numpy as np
     from PIL import Image, ImageOps
-
-    from oats.checkpoint.stored_model import read_config
 
     file, channels = Path(directory) / "preprocessor_config.json", model.config.num_channels
     settings = read_config(file) if file.is_file() else {}
@@ -92,11 +82,11 @@ def read_images(paths: Sequence[str | Path], model: Any, directory: str | Path) 
 
 
 def calibration_images(directory: str | Path, count: int | None = None) -> list[Path]:
-    """Choose image files from a directory and those inside it, evenly over their sorted paths.
+    """Choose image files from a directory and those below it, evenly over their sorted paths.
 
     Args:
-        directory: with files whose suffix is one of an image.
-        count: how many; None means all, and at most `CALIBRATION_IMAGES`.
+        directory: with files that have the suffix of an image.
+        count: number of files; None means all, but at most `CALIBRATION_IMAGES`.
 
     Raises:
         CalibrationError: there are none, or fewer than `count`.
@@ -115,8 +105,17 @@ def calibration_images(directory: str | Path, count: int | None = None) -> list[
     return [found[i * len(found) // count] for i in range(count)]
 
 
+def identify_images(files: Sequence[Path], directory: Path) -> dict[str, Any]:
+    """What identifies images from a directory, as plain JSON values."""
+    content = hashlib.sha256()
+    for file in files:
+        content.update(file.read_bytes())
+    digest = content.hexdigest()[:12]
+    return {"images": directory.resolve().name, "sha256": digest, "samples": len(files)}
+
+
 def _side(settings: Mapping[str, Any]) -> int | None:
-    """Of the square that an image processor makes of an image, where its settings say."""
+    """Side in pixels of the square that an image processor makes; None if its settings do not give it."""
     size = settings.get("crop_size") if settings.get("do_center_crop") else settings.get("size")
     side = size.get("height", size.get("shortest_edge")) if isinstance(size, Mapping) else size
     return side if isinstance(side, int) else None

@@ -1,4 +1,4 @@
-"""Experts of a mixture as linear layers."""
+"""Experts of a mixture of experts, as linear layers."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from oats.kernels import ops
-from oats.nn.sparse_low_rank_linear import SparseLowRankLinear, projections_of
+from oats.kernels.sparse_low_rank_linear import linear_many
+from oats.nn.projections import projections_of
+from oats.nn.sparse_low_rank_linear import SparseLowRankLinear
 
 
 class Expert(nn.Module):
@@ -28,7 +29,7 @@ class Expert(nn.Module):
         self.act_fn = activation
 
     def forward(self, x: Tensor) -> Tensor:
-        """Compute it.
+        """Compute ``down(act(gate x) * up x)``.
 
         Args:
             x: (tokens, d).
@@ -37,31 +38,31 @@ class Expert(nn.Module):
             (tokens, d).
         """
         projections = projections_of((self.gate, self.up), x)
-        gate, up = (self.gate(x), self.up(x)) if projections is None else ops.linear_many(x, projections)
+        gate, up = (self.gate(x), self.up(x)) if projections is None else linear_many(x, projections)
         return cast(Tensor, self.down(self.act_fn(gate) * up))
 
 
 class SplitExperts(nn.ModuleList):
-    """What stands in the place of experts that were 3-D parameters; an :class:`Expert` each.
+    """Replaces experts that were 3-D parameters: one :class:`Expert` for each.
 
     Attributes:
-        routed: (n,), which tokens the expert that is running has been given, for hooks inside it; None while
-            none is.
+        routed: (n,), the indices of the tokens that the running expert got, for hooks inside it; None while
+            no expert runs.
     """
 
     routed: Tensor | None = None
 
     def __init__(self, experts: list[Expert]) -> None:
         super().__init__(experts)
-        self.register_state_dict_post_hook(_as_it_was)  # type: ignore[no-untyped-call]
+        self.register_state_dict_post_hook(_save_dense_experts_fused)  # type: ignore[no-untyped-call]
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Sum of what the chosen experts make of each token, times their weights.
+        """Sum the outputs of each token's chosen experts, times their weights.
 
         Args:
             hidden_states: (tokens, d).
-            top_k_index: (tokens, k), which experts each token goes to.
-            top_k_weights: (tokens, k).
+            top_k_index: (tokens, k), the experts of each token.
+            top_k_weights: (tokens, k), what their outputs are multiplied by.
 
         Returns:
             (tokens, d), in the dtype of `hidden_states`; summed in float32.
@@ -77,11 +78,7 @@ class SplitExperts(nn.ModuleList):
 
 
 def fused_weights(experts: SplitExperts) -> dict[str, Tensor]:
-    """The way back: the 3-D parameters of experts, by their names.
-
-    Args:
-        experts: whose layers have a ``weight``.
-    """
+    """The 3-D parameters that experts were made from, by name; their layers need a ``weight``."""
     each: list[Any] = list(experts)
     return {
         "gate_up_proj": torch.stack([torch.cat([e.gate.weight, e.up.weight]) for e in each]).detach(),
@@ -89,8 +86,8 @@ def fused_weights(experts: SplitExperts) -> dict[str, Tensor]:
     }
 
 
-def _as_it_was(module: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
-    """Experts of which none is compressed, as after a walk that was interrupted, are saved as before."""
+def _save_dense_experts_fused(module: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
+    """If no expert is compressed, as after an interrupted walk, save the 3-D parameters as before."""
     if not any(isinstance(layer, SparseLowRankLinear) for layer in module.modules()):
         for name in [key for key in state_dict if key.startswith(prefix)]:
             del state_dict[name]

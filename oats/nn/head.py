@@ -1,4 +1,4 @@
-"""An input embedding that reads its rows from the output head that it is tied to."""
+"""An input embedding that reads its rows from the packed output head that it is tied to."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from oats.kernels import ops
+from oats.kernels.read_rows import read_rows
 from oats.nn.sparse_low_rank_linear import SparseLowRankLinear
 
 
 class RowsOfHead(nn.Embedding):
-    """An embedding without a weight of its own: its rows are those of the head that it is tied to.
+    """An embedding without a weight: it reads its rows from the head that it is tied to.
 
-    Made by :func:`rows_of_head`. A conversion reaches the head through the model, not through this.
+    :func:`rows_of_head` makes it. ``.to()`` converts the head as a module of the model, not through this.
     """
 
     _head: tuple[SparseLowRankLinear]
@@ -23,17 +23,17 @@ class RowsOfHead(nn.Embedding):
 
     @property
     def head(self) -> SparseLowRankLinear:
-        """The head; not a submodule, or the model would have it twice."""
+        """The head. It is not a submodule here: the model would list it twice."""
         return self._head[0]
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """Its shape and dtype, on the meta device: whatever wants to read it as a whole fails there."""
+        """An empty tensor of its shape and dtype on the meta device; reading values of it fails."""
         size = (self.num_embeddings, self.embedding_dim)
         return torch.empty(size, dtype=self.head.dtype, device="meta")
 
     def forward(self, input: Tensor) -> Tensor:
-        """Read rows.
+        """Read the rows of some tokens.
 
         Args:
             input: token ids, of any shape.
@@ -46,12 +46,12 @@ class RowsOfHead(nn.Embedding):
         if packed is None:
             packed = head.pack_().packed
             assert packed is not None
-        rows: Tensor = ops.read_rows(packed, input, self.embedding_dim, head.dtype)
+        rows: Tensor = read_rows(packed, input, self.embedding_dim, head.dtype)
         return rows
 
 
 def rows_of_head(embedding: nn.Embedding, head: SparseLowRankLinear) -> RowsOfHead:
-    """What replaces an embedding that is tied to a head: of its class, but for where the rows come from."""
+    """A replacement of the same class for an embedding that is tied to `head`; it reads its rows there."""
     reads = _restore(type(embedding))
     reads.__dict__.update(embedding.__dict__)
     reads._parameters = {name: p for name, p in embedding._parameters.items() if name != "weight"}
@@ -70,11 +70,11 @@ def own_rows(reads: RowsOfHead, weight: nn.Parameter) -> nn.Embedding:
 
 @functools.cache
 def _kind(kind: type[nn.Embedding]) -> type[RowsOfHead]:
-    # `kind` first: what its forward calls nn.Embedding's for, scaling or the like, is done to the rows.
+    # `kind` first: its forward, which may scale the rows, finds ours where it calls nn.Embedding's.
     bases = (RowsOfHead,) if kind is nn.Embedding else (kind, RowsOfHead)
 
     def reduce(self: RowsOfHead, protocol: Any) -> tuple[Any, ...]:
-        # pickle finds a class by its name, and this one has the name of another.
+        # pickle finds a class by its name, and by this name it would find `kind`.
         return (_restore, (kind,), *object.__reduce_ex__(self, protocol)[2:])
 
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}

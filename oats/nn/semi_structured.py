@@ -12,7 +12,7 @@ from oats.format.bitmask import decode_mask
 from oats.format.layer_spec import exact_parts
 from oats.nn.sparse_low_rank_linear import SparseLowRankLinear
 
-# Rows and columns of which the libraries behind torch.sparse take whole multiples.
+# The libraries behind torch.sparse take only multiples of these.
 _ROWS, _COLUMNS = 32, 64
 
 
@@ -22,10 +22,10 @@ class SemiStructuredLinear(nn.Module):
     It has no `state_dict`: save the model before :func:`use_semi_structured_`.
 
     Args:
-        layer: for which :func:`fits` holds, on a CUDA device.
+        layer: on a CUDA device; :func:`fits` must be true of it.
 
     Raises:
-        DeviceError: it does not hold.
+        DeviceError: it is not.
     """
 
     def __init__(self, layer: SparseLowRankLinear) -> None:
@@ -43,7 +43,7 @@ class SemiStructuredLinear(nn.Module):
         self.bias = layer.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        """Compute it.
+        """Compute ``S x + U (V x) + b``.
 
         Args:
             x: (…, in_features), bfloat16, on the layer's device.
@@ -62,7 +62,7 @@ class SemiStructuredLinear(nn.Module):
 
 
 def fits(layer: SparseLowRankLinear) -> bool:
-    """Whether no four inputs side by side have more than two values of S, and the sizes suit the hardware.
+    """True if a bfloat16 layer has sizes that suit torch.sparse, and at most two values in each four inputs.
 
     >>> from oats import OatsConfig
     >>> linear = nn.Linear(64, 32, dtype=torch.bfloat16)

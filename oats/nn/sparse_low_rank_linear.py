@@ -4,64 +4,58 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.nn.modules.module import _has_any_global_hook
 
 from oats.config import EXACT, Storage
 from oats.errors import ConfigError, FormatError
 from oats.format.bitmask import encode
-from oats.format.layer_spec import (
-    DTYPES,
-    MARKER,
-    LayerSpec,
-    exact_parts,
-    storage_dtype,
-    stored_values,
-    tensor_names,
-)
+from oats.format.layer_spec import DTYPES, MARKER, LayerSpec, exact_parts, storage_dtype, tensor_names
 from oats.format.validation import validate
-from oats.kernels import cuda, ops
+from oats.kernels.cuda.availability import check_cuda_kernels, computes_unpacked
+from oats.kernels.eager import is_plain
+from oats.kernels.packing import clone_packed, pack, packed_isa, unpack
+from oats.kernels.sparse_low_rank_linear import linear
+from oats.kernels.to_dense import to_dense
 
 if TYPE_CHECKING:
     from oats.config import OatsConfig
-    from oats.decomposition.alternating import Decomposition
+    from oats.decomposition.result import Decomposition
 
-
-_LINEAR = torch.ops.oats.sparse_low_rank_linear
-
-_CUDA_LINEAR = torch.ops.oats.cuda_sparse_low_rank_linear
-
-# By name here: it is called for every product.
+# By name here: they are called for every product.
+_OPERATOR = torch.ops.oats.sparse_low_rank_linear
 _is_grad_enabled = torch.is_grad_enabled
 
 
 class SparseLowRankLinear(nn.Module):
     """``y = S x + U (V x) + b``, in one fused kernel.
 
-    The weight has two forms. *Canonical* are the buffers ``mask``, ``values``, ``low_rank_u`` and
-    ``low_rank_v`` (docs/format.md): what a checkpoint holds. *Packed* is the layout of this
-    machine's kernels. :meth:`pack_` goes from the first to the second and drops the first, so that a
-    layer is held once; `state_dict` and `pickle` always give the canonical form.
+    The weight has two forms. The *canonical* one is what a checkpoint holds: the buffers ``mask``,
+    ``values``, ``low_rank_u`` and ``low_rank_v`` (docs/format.md). The *packed* one is what the kernels of
+    this machine read. :meth:`pack_` makes the packed form and drops the canonical one, so memory holds the
+    weight once. `state_dict` and `pickle` always give the canonical form.
 
-    The constructor makes an uninitialised canonical layer for a checkpoint loader to fill in; to make
-    one from a weight use :meth:`from_linear` or :meth:`from_decomposition`.
+    The constructor makes an uninitialised canonical layer, which a checkpoint loader fills in. To make a
+    layer from a weight, use :meth:`from_linear` or :meth:`from_decomposition`.
 
     Args:
         in_features: d_in.
         out_features: d_out.
         rank: of the low-rank part.
         nnz: number of values kept in the sparse part.
-        bias: whether there is a bias.
-        dtype: torch.bfloat16 or torch.float32, of inputs, outputs, and what is stored exactly; None means
-            torch's default dtype.
-        device: where the canonical buffers are made; "meta" makes none.
-        storage: whether values and factors are stored exactly or as codes, which adds buffers for their
-            scales (docs/format.md).
+        bias: True to have a bias.
+        dtype: torch.bfloat16 or torch.float32, of inputs, outputs and the numbers that are no codes; None
+            means torch's default dtype.
+        device: of the canonical buffers; "meta" allocates nothing.
+        storage: which of values and factors are codes; codes add buffers for their scales (docs/format.md).
+
+    Attributes:
+        spec: the layer's sizes, dtype and storage.
 
     >>> from oats import OatsConfig
     >>> layer = SparseLowRankLinear.from_linear(nn.Linear(64, 32), torch.ones(64), OatsConfig())
@@ -89,11 +83,11 @@ class SparseLowRankLinear(nn.Module):
         storage: Storage = EXACT,
     ) -> None:
         super().__init__()
-        dtype = self._dtype = _supported(dtype or torch.get_default_dtype())
+        dtype = _supported(dtype or torch.get_default_dtype())
         self.in_features, self.out_features, self.rank, self.nnz = in_features, out_features, rank, nnz
-        self.storage = storage
-        tensors = LayerSpec(out_features, in_features, rank, nnz, dtype, storage).tensors()
-        for name, (kind, shape) in tensors.items():
+        # One attribute for forward(): reading a module's takes several times as long as a dataclass's.
+        self.spec = LayerSpec(out_features, in_features, rank, nnz, dtype, storage)
+        for name, (kind, shape) in self.spec.tensors().items():
             self.register_buffer(name, torch.empty(shape, dtype=kind, device=device))
         self.register_buffer("packed", None, persistent=False)
         self.register_parameter(
@@ -118,24 +112,20 @@ class SparseLowRankLinear(nn.Module):
 
         Args:
             tensors: ``mask``, ``values``, ``low_rank_u``, ``low_rank_v``, and the scales that `storage` has.
-            in_features: d_in, which the mask alone does not tell.
+            in_features: d_in; the mask has up to 7 more columns.
             bias: (d_out,) or None.
             name: of the layer, for error messages.
-            storage: how values and factors are stored.
-            dtype: of inputs and outputs; None means that of the values, which codes do not tell.
+            storage: which of values and factors are codes.
+            dtype: of inputs and outputs; None means that of the values, which must not be codes then.
 
         Raises:
             FormatError: the tensors disagree.
         """
-        mask, values = tensors["mask"], tensors["values"]
-        nnz = stored_values(mask, values, in_features, storage)
+        spec = LayerSpec.of(tensors, in_features, storage, dtype)
         layer = cls(
-            in_features,
-            mask.shape[0],
-            tensors["low_rank_v"].shape[0],
-            nnz,
+            *(spec.d_in, spec.d_out, spec.rank, spec.nnz),
             bias=bias is not None,
-            dtype=dtype or values.dtype,
+            dtype=spec.dtype,
             device="meta",
             storage=storage,
         )
@@ -175,9 +165,9 @@ class SparseLowRankLinear(nn.Module):
 
         Args:
             linear: (d_in → d_out); left as it is.
-            statistic: what the method needs to know of the inputs: for "oats" (d_in,), the sum or mean over
-                tokens of x_j²; for "oats-hessian" that of x xᵀ, (d_in, d_in).
-            config: the compression's settings.
+            statistic: of the inputs, a sum or mean over tokens: for "oats" of x_j², (d_in,); for
+                "oats-hessian" of x xᵀ, (d_in, d_in).
+            config: settings of the compression.
 
         Raises:
             WeightError: the weight or the statistic cannot be used.
@@ -191,17 +181,22 @@ class SparseLowRankLinear(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the inputs, the outputs, and what is stored exactly."""
+        """The dtype of inputs, outputs and the numbers that are no codes."""
         if self.values is None or self.storage.values != "exact":
-            return self._dtype
+            return self.spec.dtype
         return self.values.dtype
+
+    @property
+    def storage(self) -> Storage:
+        """Which of the stored numbers are codes."""
+        return self.spec.storage
 
     def _stored_names(self) -> list[str]:
         return list(tensor_names(self.storage))
 
     @property
     def weight(self) -> Tensor:
-        """The dense ``S + U V``, (d_out, d_in). Computed at each access: for inspection, not for speed."""
+        """The dense ``S + U V``, (d_out, d_in). Each access computes it: for inspection, not for speed."""
         return self.to_dense()
 
     def to_dense(self) -> Tensor:
@@ -211,37 +206,21 @@ class SparseLowRankLinear(nn.Module):
             return sparse.addmm_(u, v).to(self.dtype)
         if self.packed is None:
             self.pack_()
-        assert self.packed is not None
-        dense: Tensor
-        if self.packed.is_cuda:
-            dense = cuda.to_dense(self.packed, *self._sizes, self.dtype)
-            return dense
-        dense = ops.to_dense(self.packed, self.out_features, self.in_features, self.dtype)
-        return dense
+        return to_dense(self.packed, *self.spec.sizes, self.spec.dtype)  # type: ignore[no-any-return]
 
     def canonical(self) -> dict[str, Tensor]:
-        """The tensors of :mod:`oats.format.layer_spec`; computed where the layer is packed."""
-        if self.packed is not None and self.packed.is_cuda:
-            return cuda.unpack(self.packed, self._sizes, self._dtype)
+        """The tensors of :mod:`oats.format.layer_spec` by name; a packed layer is unpacked for it."""
         if self.packed is not None:
-            return ops.unpack(self.packed)
+            return unpack(self.packed, self.spec)
         tensors = {name: getattr(self, name) for name in self._stored_names()}
-        # A conversion of the module converts its scales, which come back without loss.
+        # .to(dtype) converts the scales too. They are bfloat16 numbers, so this restores them without loss.
         return {n: t.bfloat16() if n.endswith("_scale") else t for n, t in tensors.items()}
 
-    @property
-    def _sizes(self) -> cuda.Sizes:
-        return cuda.Sizes(self.out_features, self.in_features, self.rank, self.nnz)
-
     def _computes_unpacked(self) -> bool:
-        """Whether products are dense ones, for want of kernels for the CUDA device that the weight is on."""
-        return (
-            self.packed is None
-            and self.values is not None
-            and self.values.is_cuda
-            and (self.storage.has_codes or not cuda.is_built())
-            and cuda.fallback()
-        )
+        """True if this layer must multiply by its unpacked weight because no CUDA kernel supports it."""
+        if self.packed is not None or self.values is None:
+            return False
+        return computes_unpacked(self.values.device, codes=self.storage.has_codes)
 
     def pack_(self, name: str = "layer") -> SparseLowRankLinear:
         """Check the canonical tensors, lay them out for the device they are on, and drop them.
@@ -251,7 +230,7 @@ class SparseLowRankLinear(nn.Module):
 
         Raises:
             FormatError: the tensors disagree with each other or with the layer's shape.
-            DeviceError: they are on a CUDA device, and there are no kernels for it, or for codes on it.
+            DeviceError: they are on a CUDA device, and it has no kernels, or none for codes.
         """
         if self.packed is not None:
             return self
@@ -263,38 +242,35 @@ class SparseLowRankLinear(nn.Module):
                 f"{name}: the weight is on {', '.join(map(str, {device, *devices}))}; kernels exist for the "
                 'CPU and for one CUDA device, load or move the model with device "cpu" or "cuda"'
             )
-        if device.type == "cuda":
-            cuda.require(name, codes=self.storage.has_codes)
+        check_cuda_kernels(name, device, codes=self.storage.has_codes)
         validate(name, self.out_features, self.in_features, storage=self.storage, bias=self.bias, **tensors)
-        nnz = stored_values(tensors["mask"], tensors["values"], self.in_features, self.storage)
-        if tensors["low_rank_v"].shape[0] != self.rank or nnz != self.nnz:
+        spec = LayerSpec.of(tensors, self.in_features, self.storage, self._exact_dtype(tensors))
+        if (spec.rank, spec.nnz) != (self.rank, self.nnz):
             raise FormatError(
-                f"{name}: rank {tensors['low_rank_v'].shape[0]} and {nnz} values, "
-                f"expected rank {self.rank} and {self.nnz}; the checkpoint does not match its config"
+                f"{name}: rank {spec.rank} and {spec.nnz} values, expected rank {self.rank} and {self.nnz}; "
+                "the checkpoint does not match its config"
             )
-        self._dtype = _supported(self._exact_dtype(tensors))
+        _supported(spec.dtype)
+        self.spec = spec
         if self.bias is not None:
-            self.bias.data = self.bias.data.to(self._dtype).contiguous()
-        if device.type == "cuda":
-            self.packed = cuda.pack(**tensors, dtype=self._dtype)
-        else:
-            self.packed = ops.pack(**tensors, storage=self.storage, dtype=self._dtype)  # type: ignore[arg-type]
+            self.bias.data = self.bias.data.to(spec.dtype).contiguous()
+        self.packed = pack(tensors, spec)
         for tensor_name in tensors:
             setattr(self, tensor_name, None)
         return self
 
     def _exact_dtype(self, tensors: Mapping[str, Tensor]) -> torch.dtype:
-        """The dtype of what is stored exactly, or the layer's own where nothing is."""
+        """The dtype of the numbers that are no codes, or the layer's dtype if all are codes."""
         if self.storage.values == "exact":
             return tensors["values"].dtype
-        return self._dtype if self.storage.low_rank != "exact" else tensors["low_rank_u"].dtype
+        return self.spec.dtype if self.storage.low_rank != "exact" else tensors["low_rank_u"].dtype
 
     def store_(self, tensors: Mapping[str, Tensor], storage: Storage, name: str = "layer") -> None:
-        """Replace what the layer stores by other tensors of the same shape of layer, and pack them.
+        """Replace the stored tensors by others of the same sizes, and pack them.
 
         Args:
-            tensors: those that `storage` has.
-            storage: how they are stored.
+            tensors: all that a layer of this `storage` has, by name.
+            storage: which of their numbers are codes.
             name: of the layer, for error messages.
 
         Raises:
@@ -302,7 +278,7 @@ class SparseLowRankLinear(nn.Module):
         """
         for old in self._stored_names():
             del self._buffers[old]
-        self.packed, self.storage = None, storage
+        self.packed, self.spec = None, replace(self.spec, storage=storage)
         for new in self._stored_names():
             self.register_buffer(new, tensors[new])
         self.pack_(name)
@@ -326,51 +302,28 @@ class SparseLowRankLinear(nn.Module):
             ValueError: `x` has another size, dtype or device.
             DeviceError: the layer is on a CUDA device, and there are no kernels for it.
         """
-        # Past nn.Module's attribute lookup, which costs as much as a small product.
-        packed, bias = self._buffers["packed"], self._parameters["bias"]
+        # Not self.packed: nn.Module's attribute lookup costs as much as a small product.
+        packed, bias, spec = self._buffers["packed"], self._parameters["bias"], self.spec
         if packed is None:
             if self._computes_unpacked():
                 return nn.functional.linear(self._accept(x), self.to_dense(), bias)
-            packed = self.pack_().packed
+            packed, spec = self.pack_().packed, self.spec
             assert packed is not None
-        if packed.is_cuda:
-            return self._forward_on_cuda(x, packed, bias)
-        if x.dtype is not self._dtype or x.dim() == 0 or x.shape[-1] != self.in_features or not x.is_cpu:
+        shape = x.shape
+        if x.dtype is not spec.dtype or not shape or shape[-1] != spec.d_in or x.is_cpu is not packed.is_cpu:
             x = self._accept(x)
-        # The operator knows autograd and the compiler, and checks a bias that was replaced.
+        # The operator works with autograd and compilers, and checks a bias that somebody replaced.
         if (
-            not ops.is_plain(x)
+            not is_plain(x)
             or (x.requires_grad and _is_grad_enabled())
-            or (bias is not None and not self._is_plain(bias))
+            or (bias is not None and not fits_kernel(bias, spec))
         ):
             _refuse_tangent(x)
-            return _LINEAR(x, packed, bias, self.out_features)  # type: ignore[no-any-return]
-        return ops.linear(x, packed, bias, self.out_features)
-
-    def _forward_on_cuda(self, x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
-        if x.dtype is not self._dtype or x.dim() == 0 or x.shape[-1] != self.in_features or not x.is_cuda:
-            x = self._accept(x)
-        if (
-            ops.is_plain(x)
-            and not (x.requires_grad and _is_grad_enabled())
-            and x.device == packed.device
-            and (bias is None or (self._is_plain(bias) and bias.device == x.device))
-        ):
-            return cuda.linear(x, packed, bias, self._sizes)
-        _refuse_tangent(x)
-        return _CUDA_LINEAR(x, packed, bias, self.out_features, self.rank, self.nnz)  # type: ignore[no-any-return]
-
-    def _is_plain(self, bias: Tensor | None) -> bool:
-        """Whether the kernels can take `bias` as it is, and no gradient of it is wanted."""
-        return bias is None or (
-            bias.dtype is self._dtype
-            and bias.shape == (self.out_features,)
-            and bias.is_contiguous()
-            and not (bias.requires_grad and _is_grad_enabled())
-        )
+            return _OPERATOR(x, packed, bias, spec.d_out, spec.rank, spec.nnz)  # type: ignore[no-any-return]
+        return linear(x, packed, bias, spec)
 
     def _accept(self, x: Tensor) -> Tensor:
-        """`x` where it is unusual but right, else an error."""
+        """`x`, converted where autocast is on; raises an error that says what is wrong with it."""
         if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise ValueError(f"input has shape {tuple(x.shape)}, expected (..., {self.in_features})")
         stored = self.values if self.packed is None else self.packed
@@ -393,9 +346,7 @@ class SparseLowRankLinear(nn.Module):
         """Shape, rank, density, dtype and the instruction set in use."""
         elements = max(self.in_features * self.out_features, 1)
         stored = self.nnz + self.rank * (self.in_features + self.out_features)
-        isa = "unpacked"
-        if self.packed is not None:
-            isa = "cuda" if self.packed.is_cuda else ops.packed_isa(self.packed)
+        isa = "unpacked" if self.packed is None else packed_isa(self.packed)
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, rank={self.rank}, "
@@ -403,7 +354,7 @@ class SparseLowRankLinear(nn.Module):
             f"dtype={str(self.dtype).removeprefix('torch.')}, isa={isa}"
         )
 
-    # What follows keeps the packed form out of everything that leaves the process.
+    # The rest keeps the packed form inside this process: whatever is saved or pickled is canonical.
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -416,7 +367,8 @@ class SparseLowRankLinear(nn.Module):
         if marker is not None and marker.shape == MARKER.shape:
             del state_dict[prefix + "weight"]
         if self.packed is not None and not any(key.startswith(prefix) for key in state_dict):
-            # The tensors of an adapter, for one: the layer stays packed, what it lacks is named as ever.
+            # Nothing here is for this layer, as when an adapter is loaded. It stays packed, and the caller
+            # still learns which tensors were missing.
             _, strict, missing, *_ = args
             missing.extend(prefix + name for name in self._stored_names() if strict)
             super()._load_from_state_dict(state_dict, prefix, *args)
@@ -426,22 +378,24 @@ class SparseLowRankLinear(nn.Module):
         self._pack_again(prefix.removesuffix(".") or "layer")
 
     def _pack_again(self, name: str = "layer") -> None:
-        """Pack what has come, unless it is on a device that computes with the unpacked weight, or on none."""
+        """Pack the canonical tensors, except on the meta device and where products use the dense weight."""
         if self.values is not None and not self.values.is_meta and not self._computes_unpacked():
             self.pack_(name)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLowRankLinear:
-        # What `fn` changes (dtype, device, contents) it must change in the canonical form.
+        # `fn` changes dtype, device or contents, and that makes sense for the canonical form only.
         probe = torch.empty(0, dtype=self.dtype, device=None if self.packed is None else self.packed.device)
         changed = fn(probe)
-        if changed.is_cuda and not cuda.fallback():
-            cuda.require("the layer", codes=self.storage.has_codes)
+        codes = self.storage.has_codes
+        if not computes_unpacked(changed.device, codes=codes):
+            check_cuda_kernels("the layer", changed.device, codes=codes)
         if self.packed is None or changed is probe:
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-            self._dtype = changed.dtype
+            self.spec = replace(self.spec, dtype=changed.dtype)
             return self
-        self._dtype = _supported(changed.dtype)
+        _supported(changed.dtype)
         self._unpack_()
+        self.spec = replace(self.spec, dtype=changed.dtype)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         with contextlib.suppress(FormatError):  # to_empty leaves nothing that can be packed
             self._pack_again()
@@ -452,10 +406,7 @@ class SparseLowRankLinear(nn.Module):
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
         if self.packed is not None:
-            # As kernels need it; CUDA's allocator always aligns.
-            new = torch.empty_like if self.packed.is_cuda else lambda old: ops._aligned(old.numel())
-            packed = new(self.packed).copy_(self.packed)
-            memo[id(self.packed)] = packed
+            memo[id(self.packed)] = clone_packed(self.packed)
         copied.__dict__ = copy.deepcopy(self.__dict__, memo)
         return copied
 
@@ -472,37 +423,14 @@ class SparseLowRankLinear(nn.Module):
         self._pack_again()
 
 
-def projections_of(layers: Iterable[nn.Module | None], x: Tensor) -> list[ops.Projection] | None:
-    """What :func:`oats.kernels.ops.linear_many` needs to do the work of several layers that all read `x`.
-
-    Returns:
-        None where only calling each layer does what the caller expects: it is of another kind, or has hooks;
-        or `x` has another dtype or size, or is one that autograd, a compiler or a tracer follows.
-    """
-    if not x.is_cpu or not ops.is_plain(x) or x.dim() == 0 or (torch.is_grad_enabled() and x.requires_grad):
-        return None
-    if _has_any_global_hook():
-        return None
-    dtype, d_in = x.dtype, x.shape[-1]
-    projections: list[ops.Projection] = []
-    for layer in layers:
-        if type(layer) is not SparseLowRankLinear or layer.in_features != d_in:
-            return None
-        packed, bias = layer._buffers["packed"], layer._parameters["bias"]
-        if (
-            packed is None
-            or packed.is_cuda
-            or layer._dtype is not dtype
-            or not layer._is_plain(bias)
-            or layer._forward_hooks
-            or layer._forward_pre_hooks
-            or layer._backward_hooks
-            or layer._backward_pre_hooks
-            or "forward" in layer.__dict__
-        ):
-            return None
-        projections.append((packed, bias, layer.out_features))
-    return projections
+def fits_kernel(bias: Tensor, spec: LayerSpec) -> bool:
+    """True if a kernel can read `bias` as it is, and nobody wants a gradient of it."""
+    return (
+        bias.dtype is spec.dtype
+        and bias.shape == (spec.d_out,)
+        and bias.is_contiguous()
+        and not (bias.requires_grad and _is_grad_enabled())
+    )
 
 
 def _refuse_tangent(x: Tensor) -> None:

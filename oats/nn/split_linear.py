@@ -1,4 +1,4 @@
-"""`SplitLinear`: a fused projection as its parts."""
+"""`SplitLinear`: a projection that was fused of several, as its parts."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from oats.format.layer_spec import MARKER
-from oats.kernels import ops
-from oats.nn.sparse_low_rank_linear import SparseLowRankLinear, projections_of
+from oats.kernels.sparse_low_rank_linear import linear_joined
+from oats.nn.projections import projections_of
+from oats.nn.sparse_low_rank_linear import SparseLowRankLinear
 
 
 class SplitLinear(nn.ModuleDict):
-    """A projection that computes several at once, as its parts: their outputs, one after another.
+    """Several projections of one input, such as a fused QKV; returns their outputs one after another.
 
-    The parts are computed in one call of the kernels, where nothing (a hook, autograd, a compiler) needs to
-    see each of them.
+    One call of the core computes all parts, unless a hook, autograd or a compiler needs to see each of them.
 
     Args:
         parts: name → :class:`SparseLowRankLinear` of the same inputs, in the order of their outputs.
@@ -35,7 +35,7 @@ class SplitLinear(nn.ModuleDict):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight, (d_out, d_in). Computed at each access: for inspection, not for speed."""
+        """The dense weight, (d_out, d_in). Each access computes it: for inspection, not for speed."""
         return torch.cat([cast(SparseLowRankLinear, part).to_dense() for part in self.values()])
 
     @property
@@ -56,12 +56,12 @@ class SplitLinear(nn.ModuleDict):
         projections = projections_of(self._modules.values(), x)
         if projections is None:
             return torch.cat([part(x) for part in self.values()], dim=-1)
-        return ops.linear_joined(x, projections)
+        return linear_joined(x, projections)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if all(part.packed is not None for part in self.values()):
-            # For readers who expect one dense weight; the markers of the parts do not stop them.
+            # Readers who expect one dense weight stop at this; they do not look for the parts' markers.
             destination[prefix + "weight"] = MARKER.clone()
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:

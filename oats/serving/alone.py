@@ -1,4 +1,4 @@
-"""A request by itself through ``generate``, for models whose texts cannot be continued together."""
+"""One request at a time through ``generate``, for models that cannot continue several texts together."""
 
 from __future__ import annotations
 
@@ -10,52 +10,42 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from oats.serving.request import Generation
+from oats.serving.request import Request
 
 
 class _Listener(BaseStreamer, StoppingCriteria):
     """transformers hands it each token, and asks it whether to stop."""
 
-    def __init__(self, generation: Generation, closed: Callable[[], bool]) -> None:
-        self._generation, self._closed, self._prompt_seen = generation, closed, False
+    def __init__(self, request: Request, closed: Callable[[], bool]) -> None:
+        self._request, self._closed, self._prompt_seen = request, closed, False
 
     def put(self, value: Tensor) -> None:
-        """Take the prompt, then each token."""
+        """Called with the prompt first, then with each token."""
         if not self._prompt_seen:
             self._prompt_seen = True
             return
         for token in value.reshape(-1).tolist():
-            self._generation.push(token)
+            self._request.push(token)
 
     def end(self) -> None:
-        """Nothing: what was held back is delivered with the end."""
+        """Do nothing: :meth:`Request.finish` delivers the rest."""
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        """Whether to stop here."""
-        return torch.full((input_ids.shape[0],), self._generation.stopped or self._closed(), dtype=torch.bool)
+        """True to stop here."""
+        return torch.full((input_ids.shape[0],), self._request.stopped or self._closed(), dtype=torch.bool)
 
 
-def generate_alone(model: Any, config: Any, generation: Generation, closed: Callable[[], bool]) -> int:
-    """Generate for one request, and deliver its text.
+def generate_alone(model: Any, config: Any, request: Request, closed: Callable[[], bool]) -> int:
+    """Generate for one request with a generation config, deliver its text, and return the last token.
 
-    Args:
-        model: of transformers.
-        config: the generation config.
-        generation: the request.
-        closed: whether to stop after the next token.
-
-    Returns:
-        the last token.
+    `closed` is asked after each token; True stops.
     """
-    if generation.sampling.seed is not None:
-        torch.manual_seed(generation.sampling.seed)
-    ids = torch.tensor([generation.ids])
-    listener = _Listener(generation, closed)
+    if request.sampling.seed is not None:
+        torch.manual_seed(request.sampling.seed)
+    ids = torch.tensor([request.ids])
+    listener = _Listener(request, closed)
     output = model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        generation_config=config,
-        streamer=listener,
+        input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config, streamer=listener,
         stopping_criteria=StoppingCriteriaList([listener]),
-    )
+    )  # fmt: skip
     return int(output[0, -1])

@@ -1,9 +1,9 @@
-"""Texts that are continued together: one token of each in one call of the model.
+"""Texts that a model continues together: each call computes one token of every text.
 
-At a few rows the time of a linear layer is the time of reading its weights, so that a token for each of eight
-texts takes little more than a token for one. Texts come and go between two calls: the keys and values of all
-are one cache of transformers, each text's at the right end of its row, and padding on the left is masked. A
-layer that sees a window of the text keeps no more than that.
+With a few rows a linear layer takes as long as it takes to read its weights. So one token for each of eight
+texts takes little longer than one token for one text. Texts are added and removed between two calls. Their
+keys and values are in one cache of transformers, a row for each text. A short text is at the right end of its
+row; the padding on its left is masked. A layer with sliding-window attention keeps the window only.
 """
 
 from __future__ import annotations
@@ -18,16 +18,17 @@ from torch.nn import functional
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from oats.serving.request import Generation
+from oats.serving.request import Request
 
 CHUNK = 256
-"""Tokens of a prompt that are computed in one call: how long the texts that run may have to wait."""
+"""Tokens of a prompt in one call. The other texts wait for that call, so more would let them wait longer."""
 
 
 def can_batch(model: Any) -> bool:
-    """Whether the memory of a model's past is keys and values only, which can be padded.
+    """True if a model remembers past tokens by keys and values only, because padding can mask those.
 
-    A recurrent state cannot, and attention in chunks counts from the first element of a row, padding or not.
+    A recurrent state cannot be masked. Attention in chunks counts them from the left end of a row, where the
+    padding is.
     """
     config = model.config.get_text_config(decoder=True)
     if model.config.is_encoder_decoder or "chunked_attention" in (getattr(config, "layer_types", None) or ()):
@@ -42,15 +43,15 @@ class NextToken:
     """Chooses tokens as ``generate`` does, by transformers' own processors of logits.
 
     Args:
-        model: of transformers.
-        config: a generation config for greedy search or sampling, for this text alone; it is changed.
+        model: a causal language model of transformers.
+        config: a generation config for greedy search or sampling. It is changed: give each text its own.
         prompt: the tokens that the text begins with.
-        seed: of the sampling; None goes on with torch's random state.
+        seed: seed of the sampling; None continues with torch's random state.
     """
 
     def __init__(self, model: Any, config: Any, prompt: list[int], seed: int | None) -> None:
         model._prepare_special_tokens(config, kwargs_has_attention_mask=True, device="cpu")
-        # Some processors look for the prompt's tokens again.
+        # Some processors need the tokens of the prompt.
         self._processors = model._get_logits_processor(
             config, len(prompt), torch.tensor([prompt]), device="cpu", model_kwargs={}
         )
@@ -58,11 +59,7 @@ class NextToken:
         self._random = None if seed is None else torch.Generator().manual_seed(seed)
 
     def __call__(self, logits: Tensor) -> int:
-        """The token after those so far.
-
-        Args:
-            logits: (1, vocabulary).
-        """
+        """Choose the next token from logits (1, vocabulary), and remember it."""
         scores = logits.to(torch.float32, copy=True)
         if self._processors:
             scores = self._processors(torch.tensor([self._ids]), scores)
@@ -75,18 +72,18 @@ class NextToken:
 
 
 @dataclass(eq=False)
-class Text:
-    """One text: its request, how its tokens are chosen, and, while the prompt is computed, its own cache.
+class RunningText:
+    """A text that is being continued.
 
     Attributes:
-        generation: the request.
-        next_token: chooses.
-        length: tokens that were computed, whose keys and values are there.
-        last: the newest token, not computed yet; -1 while the prompt is.
-        cache: of this text alone; None before the prompt is begun, and once it is in the batch.
+        request: what to generate, and where the text goes.
+        next_token: chooses its tokens.
+        length: number of tokens whose keys and values are in a cache.
+        last: the newest token, which the model has not seen yet; -1 while the prompt is computed.
+        cache: its own cache while the prompt is computed; None before that, and once it is in the batch.
     """
 
-    generation: Generation
+    request: Request
     next_token: NextToken
     length: int = 0
     last: int = -1
@@ -94,47 +91,36 @@ class Text:
 
 
 class Batch:
-    """The texts that a model continues together, in step.
-
-    Args:
-        model: one that :func:`can_batch`.
-    """
+    """The texts that a model continues together; :func:`can_batch` must be True of it."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
-        # Releases of transformers differ in what they call it.
+        # The name of this argument depends on the release of transformers.
         names = inspect.signature(type(model).forward).parameters
         self._cache_name = "cache" if "cache" in names else "past_key_values"
-        self.texts: list[Text] = []
+        self.texts: list[RunningText] = []
         self._cache: Any = None
 
     @torch.no_grad()
-    def prefill(self, text: Text) -> bool:
-        """Compute the next `CHUNK` of a prompt; after the last, choose the first token.
+    def prefill(self, text: RunningText) -> bool:
+        """Compute the next `CHUNK` of a prompt; after the last, choose the first token and return True.
 
-        Returns:
-            whether the prompt is done: the text can be added, if it goes on.
+        Then :meth:`add` may follow.
         """
         if text.cache is None:
             text.cache = DynamicCache(config=self._model.config)
-        ids = torch.tensor([text.generation.ids[text.length : text.length + CHUNK]])
+        ids = torch.tensor([text.request.ids[text.length : text.length + CHUNK]])
         end = text.length + ids.shape[1]
-        output = self._model(
-            input_ids=ids,
-            attention_mask=torch.ones(1, end, dtype=torch.long),
-            position_ids=torch.arange(text.length, end)[None],
-            use_cache=True,
-            logits_to_keep=1,
-            **{self._cache_name: text.cache},
-        )
+        mask = torch.ones(1, end, dtype=torch.long)
+        output = self._run(ids, mask, torch.arange(text.length, end)[None], text.cache, logits_to_keep=1)
         text.length = end
-        if end < len(text.generation.ids):
+        if end < len(text.request.ids):
             return False
         text.last = text.next_token(output.logits[:, -1])
         return True
 
-    def add(self, text: Text) -> None:
-        """Take in a text whose prompt is done."""
+    def add(self, text: RunningText) -> None:
+        """Add a text whose prompt is done."""
         new, text.cache = text.cache, None
         if not self.texts:
             self._cache = new
@@ -149,24 +135,20 @@ class Batch:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Compute the newest token of each text, and choose the next."""
+        """Give the model the newest token of each text, and choose the next one."""
         longest = self._longest() + 1
         mask = torch.zeros(len(self.texts), longest, dtype=torch.long)
         for row, text in enumerate(self.texts):
             mask[row, longest - text.length - 1 :] = 1
-        output = self._model(
-            input_ids=torch.tensor([[text.last] for text in self.texts]),
-            attention_mask=mask,
-            position_ids=torch.tensor([[text.length] for text in self.texts]),
-            use_cache=True,
-            **{self._cache_name: self._cache},
-        )
+        newest = torch.tensor([[text.last] for text in self.texts])
+        positions = torch.tensor([[text.length] for text in self.texts])
+        output = self._run(newest, mask, positions, self._cache)
         for row, text in enumerate(self.texts):
             text.length += 1
             text.last = text.next_token(output.logits[row : row + 1, -1])
 
-    def keep(self, going_on: list[Text]) -> None:
-        """Leave out the other texts, and the padding that only they needed."""
+    def keep(self, going_on: list[RunningText]) -> None:
+        """Remove all other texts, and the padding that only they needed."""
         if len(going_on) == len(self.texts):
             return
         rows = torch.tensor(
@@ -180,27 +162,28 @@ class Batch:
             layer.keys, layer.values = layer.keys[rows], layer.values[rows]
             _fit(layer, self._longest())
 
+    def _run(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any, **options: Any) -> Any:
+        options = {"position_ids": positions, "use_cache": True, self._cache_name: cache, **options}
+        return self._model(input_ids=ids, attention_mask=mask, **options)
+
     def _longest(self) -> int:
         return max(text.length for text in self.texts)
 
 
 def _layers(cache: Any) -> list[Any]:
-    """Those that hold something: some models have layers that read the keys of others."""
+    """The layers that hold keys and values; in some models a layer reads those of another layer."""
     return [layer for layer in cache.layers if layer.is_initialized]
 
 
 def _fit(layer: Any, longest: int) -> None:
-    """Make a layer's keys and values, (rows, heads, tokens, features), as wide as those of a batch.
+    """Pad or cut the keys and values of a layer, (rows, heads, tokens, features), to the width of a batch.
 
-    Zeros are added on the left, or tokens left out there, which are padding or outside of the window.
-
-    Args:
-        layer: of a cache.
-        longest: tokens of the longest text in the batch.
+    Both happen on the left. What is cut is padding, or outside of the sliding window. `longest` is the number
+    of tokens of the longest text in the batch.
     """
     width = longest
     if isinstance(layer, DynamicSlidingWindowLayer):
         width = min(longest, layer.sliding_window - 1)
-        layer.cumulative_length = longest  # where the window is in the mask
+        layer.cumulative_length = longest  # the mask finds the window by it
     padding = (0, 0, width - layer.keys.shape[2], 0)
     layer.keys, layer.values = functional.pad(layer.keys, padding), functional.pad(layer.values, padding)

@@ -1,22 +1,22 @@
-"""Token by token into text: whole characters, and nothing of a stop string."""
+"""Tokens into text, one by one: whole characters only, and no part of a stop string."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-_UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what decoders make of the first bytes of a character
+_UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # the decoded text of an incomplete character
 
 
 class IncrementalDecoder:
-    """Turns tokens into text as they come; the pieces together are the whole text, up to a stop string.
+    """Turns tokens into text as they arrive. The pieces together are the whole text, up to a stop string.
 
     Args:
         tokenizer: of transformers.
-        stop: texts at which the output ends; they are not part of it.
+        stop: texts that end the output; they are not part of it.
 
     Attributes:
-        stopped: whether a stop string was found; nothing comes after it.
+        stopped: True once a stop string was found; no text follows.
 
     >>> class Letters:
     ...     def decode(self, ids, **options):
@@ -29,14 +29,14 @@ class IncrementalDecoder:
     def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
         self._tokenizer, self._stop = tokenizer, [text for text in stop if text]
         self._ids: list[int] = []
-        # The text of a token depends on the one before it (spaces), not on all: the window that is decoded
-        # again starts at the last tokens that were shown.
+        # The text of a token depends on the tokens just before it (spaces), not on all of them. So only the
+        # tokens shown last are decoded again, together with the new ones.
         self._start = self._shown = 0
         self._held = ""  # may be the beginning of a stop string
         self.stopped = False
 
     def push(self, token: int) -> str:
-        """Take one token; returns what can be shown now, "" for nothing yet."""
+        """Take one token; returns the text that can be shown now, which may be empty."""
         if self.stopped:
             return ""
         self._ids.append(token)
@@ -48,7 +48,7 @@ class IncrementalDecoder:
         return self._until_stop(text[len(before) :])
 
     def flush(self) -> str:
-        """What is left at the end: text that was held back, and a character that was never finished."""
+        """The rest at the end: text that was held back, and the bytes of an unfinished character."""
         if self.stopped:
             return ""
         before = self._decode(self._ids[self._start : self._shown])
@@ -71,7 +71,7 @@ class IncrementalDecoder:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that `stop` begins with.
+    """Length of the longest suffix of `text` that is a prefix of `stop`.
 
     >>> _overlap("one tw", "two"), _overlap("one", "two")
     (2, 0)

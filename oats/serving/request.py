@@ -18,9 +18,10 @@ class Sampling:
     Args:
         max_tokens: tokens to generate at most.
         temperature: 0 takes the most likely token each time; None leaves it to the model's generation config.
-        top_p: share of the probability that is sampled from, in (0, 1]; None leaves it to the model.
-        stop: texts that end the output, without being part of it.
-        seed: of the sampling; None goes on with torch's random state.
+        top_p: sample from the most likely tokens that have this probability together, in (0, 1]; None leaves
+            it to the model's generation config.
+        stop: texts that end the output; they are not part of it.
+        seed: seed of the sampling; None continues with torch's random state.
     """
 
     max_tokens: int
@@ -32,12 +33,12 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Finished:
-    """How a generation ended.
+    """How a request ended.
 
     Attributes:
         reason: ``"stop"`` at the end of the text or a stop string, ``"length"`` after `Sampling.max_tokens`,
             ``"cancelled"``.
-        tokens: that were generated.
+        tokens: number of generated tokens.
     """
 
     reason: Literal["stop", "length", "cancelled"]
@@ -45,36 +46,33 @@ class Finished:
 
 
 Event = str | Finished | Exception
-"""What a generation delivers: pieces of text, and at the end how it finished, or what went wrong."""
+"""What a request delivers: pieces of text, and at the end how it finished, or what went wrong."""
 
 
-class Generation:
-    """A request on its way; :meth:`oats.serving.engine.Engine.submit` makes it."""
+class Request:
+    """One request and what it has delivered so far; :meth:`oats.serving.engine.Engine.submit` makes it."""
 
     def __init__(
-        self,
-        ids: Sequence[int],
-        sampling: Sampling,
-        decoder: IncrementalDecoder,
+        self, ids: Sequence[int], sampling: Sampling, decoder: IncrementalDecoder,
         deliver: Callable[[Event], None],
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.ids, self.sampling, self.deliver = list(ids), sampling, deliver
         self.tokens = 0
         self.submitted = time.perf_counter()
         self._decoder, self._cancelled = decoder, threading.Event()
 
     def cancel(self) -> None:
-        """Stop after the token that is being computed; from any thread, at any time."""
+        """Stop after the token that is being computed. Any thread may call this at any time."""
         self._cancelled.set()
 
     @property
     def cancelled(self) -> bool:
-        """Whether :meth:`cancel` was called."""
+        """True after :meth:`cancel`."""
         return self._cancelled.is_set()
 
     @property
     def stopped(self) -> bool:
-        """Whether no more tokens are wanted: it was cancelled, or a stop string was found."""
+        """True if it needs no more tokens: it was cancelled, or a stop string was found."""
         return self.cancelled or self._decoder.stopped
 
     def push(self, token: int) -> None:

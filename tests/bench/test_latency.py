@@ -13,7 +13,8 @@ from oats.bench.random_layer import RandomWeight, Reference, random_input
 from oats.bench.shapes import MODELS, LayerShape, shapes_of
 from oats.bench.spread import Spread
 from oats.errors import ConfigError, OatsError, OutputExistsError
-from oats.kernels import ops
+from oats.kernels.isa import active_isa, available_isas
+from oats.kernels.packing import packed_isa
 
 SMALL = LayerShape("96 x 200", 96, 200)
 
@@ -91,9 +92,9 @@ def test_rows_pair_ours_with_peers_of_the_same_dtype():
     ours = [compressed("bf16"), compressed("fp32"), compressed("bf16", form="unstructured")]
     rows = rows_of(ours, [torch_dense("bf16"), torch_dense("fp32")])
     assert [(row.batch, row.ours.label, row.peer.label) for row in rows if row.batch == 3] == [
-        (3, f"oats bf16 {ops.active_isa()}", "torch bf16 dense"),
-        (3, f"oats fp32 {ops.active_isa()}", "torch fp32 dense"),
-        (3, f"oats bf16 unstructured {ops.active_isa()}", "torch bf16 dense"),
+        (3, f"oats bf16 {active_isa()}", "torch bf16 dense"),
+        (3, f"oats fp32 {active_isa()}", "torch fp32 dense"),
+        (3, f"oats bf16 unstructured {active_isa()}", "torch bf16 dense"),
     ]
     row = rows[0]
     assert (row.ours.rank, row.ours.nnz, row.peer.nnz) == (8, 96 * 75, 96 * 200)
@@ -118,13 +119,13 @@ def test_a_peer_without_bf16_meets_ours_in_both_dtypes():
     ]
 
 
-@pytest.mark.parametrize("isa", ops.available_isas())
+@pytest.mark.parametrize("isa", available_isas())
 def test_ours_is_packed_for_the_isa_that_was_asked_for(isa, monkeypatch):
     monkeypatch.setenv("OATS_ISA", "scalar")
     contender = compressed("bf16", isa=isa)
     contender.load(RandomWeight.make("oats", 96, 200, OatsConfig()))
-    assert {ops.packed_isa(layer.packed) for layer in contender._layers} == {isa}
-    assert ops.active_isa() == "scalar"
+    assert {packed_isa(layer.packed) for layer in contender._layers} == {isa}
+    assert active_isa() == "scalar"
 
 
 def test_a_small_layer_has_few_copies(monkeypatch):
@@ -137,8 +138,8 @@ def test_a_contender_is_timed_at_its_own_batches_only():
     lower.batches = [3]
     rows = rows_of([compressed("bf16"), lower], [torch_dense("bf16")])
     assert [(row.batch, row.ours.isa) for row in rows] == [
-        (1, ops.active_isa()),
-        (3, ops.active_isa()),
+        (1, active_isa()),
+        (3, active_isa()),
         (3, "scalar"),
     ]
 
@@ -241,7 +242,7 @@ def test_markdown_has_every_contender_with_its_ratio(measured):
 
 def test_json_is_complete(measured):
     values = json.loads(json.dumps(summary.to_dict(measured, [])))
-    assert values["machine"]["isa"] == ops.active_isa()
+    assert values["machine"]["isa"] == active_isa()
     assert {"ms", "weight_bytes", "share_of_bandwidth", "gflops", "error"} <= values["rows"][0]["peer"].keys()
     assert len(values["rows"]) == len(measured) == 4
 

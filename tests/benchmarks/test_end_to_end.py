@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Phi3Config
 
 import oats
-from oats.bench.model_latency import bytes_per_token, decode_time
+from oats.bench.model_speed import bytes_per_token, decode_time
 from oats.bench.random_model import random_model
 from oats.decomposition import budget
 from oats.nn.sparse_low_rank_linear import SparseLowRankLinear
@@ -104,8 +104,8 @@ def test_memory_stays_near_that_of_the_packed_model() -> None:
 import torch
 from transformers import LlamaConfig
 from oats import OatsConfig
-from oats.evaluate.generation import bytes_per_token
-from oats.evaluate.random_model import random_model
+from oats.bench.model_speed import bytes_per_token
+from oats.bench.random_model import random_model
 def status(field):
     return next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith(field))
 sizes = dict(vocab_size=32, hidden_size=1024, intermediate_size=4096, num_attention_heads=8)

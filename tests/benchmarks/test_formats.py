@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 from transformers import LlamaConfig
 
-from oats.evaluate.comparison import Cell, Cells
+from oats.evaluate.cells import Cell, Cells
 from tests.scripts import load_script
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -59,6 +59,6 @@ def test_each_form_is_timed_once(benchmark, monkeypatch, tmp_path, capsys) -> No
     assert (folder / "formats.png").read_bytes().startswith(b"\x89PNG")
 
     # All is there: nothing is timed again.
-    monkeypatch.setattr(benchmark, "generation_speed", None)
+    monkeypatch.setattr(benchmark, "model_speeds", None)
     benchmark.main()
     assert (folder / "formats.md").read_text() == table

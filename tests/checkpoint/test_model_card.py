@@ -1,4 +1,4 @@
-"""What is kept and said beside a compressed model: oats_report.json, the card, `oats info`, `oats report`."""
+"""The record (oats_report.json), the model card, `oats info` and `oats report` of a compressed model."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from oats.errors import FormatError
 from oats.inspection.anatomy import anatomies, block_and_kind, density_picture, pictures, spectrum
 from oats.nn.sparse_low_rank_linear import SparseLowRankLinear
 from tests.conftest import random_layer
+from tests.rounding import assert_equal_sums
 from tests.tiny import TEXT, byte_tokenizer, compressed_llama, save_dense
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -240,7 +241,7 @@ def test_spectrum_is_that_of_the_product() -> None:
     tensors = random_layer(40, 56, 5, 0.4, torch.float32)
     u, v = tensors["low_rank_u"], tensors["low_rank_v"]
     expected = torch.linalg.svdvals(u.double() @ v.double())[:5]
-    torch.testing.assert_close(spectrum(u, v).double(), expected, rtol=1e-5, atol=1e-5)
+    assert_equal_sums(spectrum(u, v), expected, 40 + 56)
     assert spectrum(u[:, :0], v[:0]).shape == (0,)
 
 
@@ -316,7 +317,7 @@ def test_the_speed_of_a_model_with_codes_is_that_of_codes(
     compressed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'oats-torch[plot]'")
-    monkeypatch.setattr("oats.cli.report.BATCHES", (1,))
+    monkeypatch.setattr("oats.inspection.layer_speed.BATCHES", (1,))
     run("quantize", compressed, tmp_path / "int4", "--values", "int4")
     run("report", tmp_path / "int4", "--speed", "--out", tmp_path / "report.html")
     speed = (tmp_path / "report.html").read_text().partition("<h2>Speed</h2>")[2]

@@ -20,9 +20,10 @@ from safetensors.torch import load_file, save_file
 
 import oats
 from oats.checkpoint.loading import load_dense_source, load_model
+from oats.checkpoint.record import Record
 from oats.checkpoint.saving import save_model
 from oats.checkpoint.staging import Staging
-from oats.checkpoint.streaming import _tokens_per_batch, compress_directory
+from oats.checkpoint.streaming import _choose_tokens_per_batch, compress_directory
 from oats.cli import app
 from oats.compression.memory import Limit, block_bytes, resident_bytes
 from oats.compression.targets import find_targets
@@ -142,8 +143,8 @@ def test_files_of_another_dtype_than_the_result(dense, tmp_path) -> None:
 def test_a_large_model_stays_in_files_of_one_block(dense, tmp_path, monkeypatch, head) -> None:
     config = oats.OatsConfig(iterations=2, head=head)
     expected = stream(dense, tmp_path / "one", config)
-    monkeypatch.setattr("oats.checkpoint.streaming.JOINED_BYTES", 0)
-    monkeypatch.setattr("oats.checkpoint.streaming.SHARD_BYTES", 12_000)
+    monkeypatch.setattr("oats.checkpoint.shards.JOINED_BYTES", 0)
+    monkeypatch.setattr("oats.checkpoint.shards.SHARD_BYTES", 12_000)
     files = stream(dense, tmp_path / "many", config)
     # Embedding, head and norm beside four blocks.
     shards = [f"model-{i + 1:05}-of-00006.safetensors" for i in range(6)]
@@ -306,6 +307,34 @@ def test_killed_at_any_write_it_goes_on_to_the_same_bytes(dense, text, finished,
     assert len(blocks) >= 3 and blocks == sorted(blocks) and blocks[-1] >= 3
     assert content(out) == finished
     assert sorted(path.name for path in tmp_path.iterdir()) == ["log", "out"]
+
+
+def test_what_was_not_written_to_the_end_is_not_delivered(dense, text, finished, tmp_path) -> None:
+    out, log = tmp_path / "out", tmp_path / "log"
+    assert wait(child(command(dense, out, text), log, killed_at_rename(5))) == -signal.SIGKILL
+    (Staging(out).model / ".tmpX4gT0a").write_text("")  # as safetensors names what it writes
+    assert wait(child(command(dense, out, text), log)) == 0, log.read_text()
+    assert content(out) == finished
+
+
+@pytest.mark.parametrize("name", CARD)
+def test_killed_while_it_writes_the_card_the_next_run_leaves_no_part_of_it(
+    dense, text, finished, tmp_path, name
+) -> None:
+    out, log = tmp_path / "out", tmp_path / "log"
+
+    def before() -> None:
+        def hook(event: str, arguments: tuple) -> None:
+            if event == "os.rename" and Path(arguments[1]).name == name:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(hook)
+
+    assert wait(child(command(dense, out, text), log, before)) == -signal.SIGKILL
+    assert not out.exists()
+    assert wait(child(command(dense, out, text), log)) == 0, log.read_text()
+    assert sorted(path.name for path in out.iterdir()) == sorted([*finished, *CARD])
+    assert content(out) == finished and Record.read(out).errors
 
 
 @pytest.mark.parametrize("number", [1, 2, 3, 4, 5])
@@ -497,7 +526,7 @@ def test_batches_shrink_to_keep_a_limit() -> None:
 
     def tokens(limit: int | None, config: oats.OatsConfig) -> int:
         targets = find_targets(model, "model.layers", model.model.layers, config)
-        return _tokens_per_batch(source, targets, staging, config, torch.bfloat16, Limit(limit))
+        return _choose_tokens_per_batch(source, targets, staging, config, torch.bfloat16, Limit(limit))
 
     def need(tokens: int, config: oats.OatsConfig) -> int:
         targets = find_targets(model, "model.layers", model.model.layers, config)
@@ -539,9 +568,9 @@ def test_a_log_gets_lines_with_the_error_and_the_time_left(dense, text, tmp_path
 
 
 def test_ctrl_c_says_that_finished_blocks_are_kept(dense, text, tmp_path) -> None:
-    from oats.compression import walk
+    from oats.compression import block_decomposition
 
-    decompose, calls = walk.decompose_by_method, []
+    decompose, calls = block_decomposition.decompose_by_method, []
 
     def stop_in_the_third_block(*arguments):
         calls.append(arguments)
@@ -551,7 +580,7 @@ def test_ctrl_c_says_that_finished_blocks_are_kept(dense, text, tmp_path) -> Non
 
     def before() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        walk.decompose_by_method = stop_in_the_third_block
+        block_decomposition.decompose_by_method = stop_in_the_third_block
 
     log = tmp_path / "log"
     assert wait(child(command(dense, tmp_path / "out", text), log, before)) == 130

@@ -17,7 +17,7 @@ from oats.bench.spread import Spread
 from oats.checkpoint import loading, saving
 from oats.cli import app
 from oats.errors import CheckpointError, ConfigError, OatsError, OutputExistsError
-from oats.kernels import ops
+from oats.kernels.isa import available_isas
 from tests.tiny import TEXT, save_dense
 
 transformers = pytest.importorskip("transformers")
@@ -391,7 +391,7 @@ def test_a_run_stopped_while_it_saves_leaves_nothing_that_looks_finished(
     monkeypatch.setattr(loading, "load_dense_source", lambda *_: None)
     command = ["compress", dense, tmp_path / "out", "--calibration", text, *SMALL]
     # Every file is written by then; only the name is missing.
-    patch = f"{IN_MEMORY}; from oats.checkpoint import saving; saving.flush = hang"
+    patch = f"{IN_MEMORY}; from oats.checkpoint import atomic; atomic.flush = hang"
     pid = interrupted(patch, command, how)
     assert entries(tmp_path) == ([f".out.partial-{pid}"] if how == signal.SIGKILL else [])
     assert run(*command).exit_code == 0
@@ -411,7 +411,7 @@ def test_what_other_runs_are_writing_is_left_alone(dense, text, tmp_path, monkey
 def test_a_run_stopped_while_it_compresses_leaves_no_output(dense, text, tmp_path, how):
     command = ["compress", dense, tmp_path / "out", "--calibration", text, *SMALL]
     interrupted(
-        "import oats.compression.walk; oats.compression.walk.decompose_by_method = hang", command, how
+        "from oats.compression import block_decomposition as b; b.decompose_by_method = hang", command, how
     )
     assert entries(tmp_path) == ([".out.unfinished"] if how == signal.SIGKILL else [])
     assert run(*command).exit_code == 0
@@ -533,7 +533,7 @@ def test_bench_of_a_grid(quick_bench):
     small = ["--d-out", 64, "--d-in", 64, "--repetitions", 1]
     rows = json.loads(run("bench", *small, *options, "--json").stdout)["rows"]
     cases = {(r["batch"], r["compression"], r["ours"]["dtype"], r["ours"]["isa"]) for r in rows}
-    assert len(rows) == len(cases) == 2 * 2 * 2 * len(ops.available_isas())
+    assert len(rows) == len(cases) == 2 * 2 * 2 * len(available_isas())
 
 
 @pytest.mark.parametrize(("p90", "busy"), [(1.4, False), (1.6, True)])

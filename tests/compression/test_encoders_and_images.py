@@ -17,7 +17,8 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from oats.checkpoint.companions import copy_companions
-from oats.compression.calibration_text import Text, calibration_windows, framing_tokens
+from oats.compression.calibration_text import Text
+from oats.compression.tokenization import calibration_windows, framing_tokens
 from oats.errors import CalibrationError, FormatError
 from oats.integrations.vision import CALIBRATION_IMAGES, calibration_images, read_images
 from oats.nn.sparse_low_rank_linear import SparseLowRankLinear

@@ -23,16 +23,17 @@ from oats import (
     compress_,
     quantize_,
 )
-from oats.bench.model_latency import bytes_per_token
+from oats.bench.model_speed import bytes_per_token
 from oats.compression.head import quantize_head_
 from oats.config import EXACT, Storage
 from oats.decomposition.codes import quantize_tensors
 from oats.errors import DeviceError
 from oats.format.bitmask import decode
 from oats.format.layer_spec import exact_parts
-from oats.kernels import ops
+from oats.kernels.packing import pack
+from oats.kernels.read_rows import read_rows
 from oats.nn.head import RowsOfHead
-from tests.conftest import DTYPES, ISAS, random_layer
+from tests.conftest import DTYPES, ISAS, random_layer, spec_of
 
 transformers = pytest.importorskip("transformers")
 
@@ -83,39 +84,40 @@ def test_rows_are_those_of_the_sparse_part(d_out, d_in, density, isa, dtype, sto
     tensors = random_layer(d_out, d_in, 0, density, dtype, seed)
     if storage.has_codes:
         tensors = quantize_tensors(tensors, d_in, storage)
-    packed = ops.pack(**tensors, storage=storage, dtype=dtype, isa=isa)
+    packed = pack(tensors, spec_of(tensors, storage, dtype), isa=isa)
     rows = torch.randint(d_out, (2, 7), generator=torch.Generator().manual_seed(seed))
     if storage.has_codes:
         sparse, _, _ = exact_parts(tensors, storage)
     else:
         sparse = decode(tensors["mask"], tensors["values"], d_in)
-    got = ops.read_rows(packed, rows, d_in, dtype)
+    got = read_rows(packed, rows, d_in, dtype)
     torch.testing.assert_close(got, sparse.to(dtype)[rows], rtol=torch.finfo(dtype).eps, atol=0)
 
 
 @pytest.mark.parametrize("kind", [torch.int32, torch.int64])
 def test_rows_of_any_number(kind: torch.dtype) -> None:
     tensors = random_layer(50, 30, 0, 0.5, torch.float32)
-    packed = ops.pack(**tensors)
+    packed = pack(tensors, spec_of(tensors))
     dense = decode(tensors["mask"], tensors["values"], 30)
     for rows in (torch.tensor(7), torch.arange(50).repeat(20), torch.arange(50)[::3], torch.empty(0)):
-        assert torch.equal(ops.read_rows(packed, rows.to(kind), 30, torch.float32), dense[rows.long()])
+        assert torch.equal(read_rows(packed, rows.to(kind), 30, torch.float32), dense[rows.long()])
 
 
 def test_rows_that_are_not_there_are_refused() -> None:
-    packed = ops.pack(**random_layer(5, 8, 0, 0.5, torch.float32))
+    tensors = random_layer(5, 8, 0, 0.5, torch.float32)
+    packed = pack(tensors, spec_of(tensors))
     for rows in ([5], [0, -1]):
         with pytest.raises(IndexError, match="the packed weight has 5"):
-            ops.read_rows(packed, torch.tensor(rows), 8, torch.float32)
+            read_rows(packed, torch.tensor(rows), 8, torch.float32)
     with pytest.raises(ValueError, match=r"rows are torch\.float32"):
-        ops.read_rows(packed, torch.tensor([1.0]), 8, torch.float32)
+        read_rows(packed, torch.tensor([1.0]), 8, torch.float32)
     for d_in, dtype in ((9, torch.float32), (8, torch.bfloat16)):
         with pytest.raises(ValueError, match=f"expected {dtype} with {d_in} and rank 0"):
-            ops.read_rows(packed, torch.tensor([1]), d_in, dtype)
+            read_rows(packed, torch.tensor([1]), d_in, dtype)
+    tensors = random_layer(5, 8, 2, 0.5, torch.float32)
+    packed = pack(tensors, spec_of(tensors))
     with pytest.raises(ValueError, match="rank 2, expected"):
-        ops.read_rows(
-            ops.pack(**random_layer(5, 8, 2, 0.5, torch.float32)), torch.tensor([1]), 8, torch.float32
-        )
+        read_rows(packed, torch.tensor([1]), 8, torch.float32)
 
 
 # Models.

@@ -20,8 +20,9 @@ from oats.errors import ConfigError, FormatError, WeightError
 from oats.format.bitmask import decode, decode_mask, encode
 from oats.format.layer_spec import exact_parts
 from oats.format.nibbles import pack_nibbles, unpack_nibbles
-from oats.kernels import ops
-from tests.conftest import DTYPES, ISAS, random_layer
+from oats.kernels.packing import pack, unpack
+from oats.kernels.sparse_low_rank_linear import linear, linear_many
+from tests.conftest import DTYPES, ISAS, random_layer, spec_of
 from tests.tiny import compressed_llama
 
 STORAGES = [
@@ -95,11 +96,12 @@ def assert_close(y: Tensor, tensors: dict[str, Tensor], storage: Storage, x: Ten
 def test_kernels_against_float64(isa: str, dtype: torch.dtype, storage: Storage) -> None:
     for shape in SHAPES:
         tensors = coded(shape, storage, dtype)
-        packed = ops.pack(**tensors, storage=storage, dtype=dtype, isa=isa)
-        assert all(torch.equal(t, tensors[name]) for name, t in ops.unpack(packed).items())
+        spec = spec_of(tensors, storage, dtype)
+        packed = pack(tensors, spec, isa=isa)
+        assert all(torch.equal(t, tensors[name]) for name, t in unpack(packed, spec).items())
         for batch in BATCHES:
             x = torch.randn(batch, shape[1]).to(dtype)
-            assert_close(ops.linear(x, packed, None, shape[0]), tensors, storage, x)
+            assert_close(linear(x, packed, None, spec), tensors, storage, x)
 
 
 @given(
@@ -116,23 +118,25 @@ def test_kernels_against_float64(isa: str, dtype: torch.dtype, storage: Storage)
 @settings(max_examples=60, deadline=None)
 def test_any_shape(d_out, d_in, rank, density, batch, isa, dtype, storage, seed) -> None:
     tensors = coded((d_out, d_in, rank, density), storage, dtype, seed)
-    packed = ops.pack(**tensors, storage=storage, dtype=dtype, isa=isa)
-    assert all(torch.equal(t, tensors[name]) for name, t in ops.unpack(packed).items())
+    spec = spec_of(tensors, storage, dtype)
+    packed = pack(tensors, spec, isa=isa)
+    assert all(torch.equal(t, tensors[name]) for name, t in unpack(packed, spec).items())
     x = torch.randn(batch, d_in, generator=torch.Generator().manual_seed(seed)).to(dtype)
     # Inputs of very different size, as the outlier features of language models have.
     x *= (10.0 ** torch.randint(-3, 4, (d_in,), generator=torch.Generator().manual_seed(seed))).to(dtype)
-    assert_close(ops.linear(x, packed, None, d_out), tensors, storage, x)
+    assert_close(linear(x, packed, None, spec), tensors, storage, x)
 
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("storage", STORAGES[:2], ids=str)
 def test_inputs_that_are_not_finite_or_tiny(isa: str, storage: Storage) -> None:
     tensors = coded((32, 130, 4, 1.0), storage, torch.bfloat16)
-    packed = ops.pack(**tensors, storage=storage, dtype=torch.bfloat16, isa=isa)
+    spec = spec_of(tensors, storage, torch.bfloat16)
+    packed = pack(tensors, spec, isa=isa)
     x = torch.zeros(4, 130, dtype=torch.bfloat16)
     x[0, 3], x[1, 129], x[2, 100] = float("nan"), float("inf"), 1e-38
     for rows in (x, x.repeat(40, 1)):
-        y = ops.linear(rows, packed, None, 32)
+        y = linear(rows, packed, None, spec)
         assert not y[0].isfinite().any() and not y[1].isfinite().any()
         assert (y[2].abs() < 1e-30).all() and (y[3] == 0).all()
 
@@ -142,12 +146,13 @@ def test_inputs_that_are_not_finite_or_tiny(isa: str, storage: Storage) -> None:
 def test_bit_equal_for_any_thread_count(isa: str, batch: int) -> None:
     storage = STORAGES[1]
     tensors = coded((400, 700, 150, 0.4), storage, torch.bfloat16)
-    packed = ops.pack(**tensors, storage=storage, dtype=torch.bfloat16, isa=isa)
+    spec = spec_of(tensors, storage, torch.bfloat16)
+    packed = pack(tensors, spec, isa=isa)
     x = torch.randn(batch, 700).bfloat16()
     outputs = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        outputs += [ops.linear(x, packed, None, 400) for _ in range(2)]
+        outputs += [linear(x, packed, None, spec) for _ in range(2)]
     assert all(torch.equal(outputs[0], y) for y in outputs[1:])
 
 
@@ -157,10 +162,11 @@ def test_projections_of_different_storage_in_one_call() -> None:
     for storage in (EXACT, *STORAGES, EXACT):
         layer = random_layer(40, 96, 5, 0.4, torch.bfloat16)
         tensors = quantize_tensors(layer, 96, storage) if storage.has_codes else layer
-        packed = ops.pack(**tensors, storage=storage, dtype=torch.bfloat16)
-        projections.append((packed, None, 40))
-        alone.append(ops.linear(x, packed, None, 40))
-    assert all(torch.equal(a, b) for a, b in zip(ops.linear_many(x, projections), alone, strict=True))
+        spec = spec_of(tensors, storage, torch.bfloat16)
+        packed = pack(tensors, spec)
+        projections.append((packed, None, spec))
+        alone.append(linear(x, packed, None, spec))
+    assert all(torch.equal(a, b) for a, b in zip(linear_many(x, projections), alone, strict=True))
 
 
 def error_of(tensors: dict[str, Tensor], storage: Storage, sparse: Tensor, importance: Tensor) -> float:

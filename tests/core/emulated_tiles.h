@@ -1,6 +1,6 @@
-// The tile instructions that kernels_amx_bf16.cpp uses, on any CPU: included before it by `make
-// test-sanitize`, which so sees each access to memory, and runs these kernels where there is no AMX. By the
-// Intel SDM, volume 2.
+// Emulates the tile instructions that kernels/amx_bf16.cpp uses, after the Intel SDM, volume 2. `make
+// test-sanitize` includes this before that file: it sees each access to memory, and runs these kernels on
+// CPUs without AMX.
 #pragma once
 
 #include <immintrin.h>
@@ -12,7 +12,7 @@
 #include <initializer_list>
 
 #define OATS_TILE_STATE
-#include "tile_kernels.h"
+#include "linear/kernels/tile_kernels.h"
 
 namespace oats {
 namespace {
@@ -69,7 +69,7 @@ inline void emulated_zero(int t) {
   std::memset(&emulated_tiles.tile[t], 0, sizeof emulated_tiles.tile[t]);
 }
 
-// Without sanitizers, which see what is loaded and stored: nine tenths of a run would be spent here.
+// Not sanitized, because nine tenths of a run would be spent here; the loads and stores of tiles are.
 __attribute__((no_sanitize_address, no_sanitize_undefined, optimize("O3"))) inline void emulated_multiply(
     const uint8_t (*a)[64], const uint8_t (*b)[64], int rows, int depth, int columns, uint8_t (*sums)[64]) {
   for (int row = 0; row < rows; ++row) {

@@ -1,9 +1,9 @@
-// The core without Python, for `make test-sanitize`: every buffer has exactly the size that the headers of
-// csrc/include/oats promise, so that a read or write beside it is caught.
+// Tests the core without Python, for `make test-sanitize`. Every buffer has exactly the size that the headers
+// of csrc/include/oats promise, so that a read or write beside it is caught.
 //
-// Layers of small integers make every sum exact, in any order: their products are compared bit for bit, and
-// one term that is missing, doubled or taken from elsewhere shows. Layers of normal values, and of codes, are
-// compared within the bounds of tests/kernels/test_kernels.py.
+// Layers of small integers have exact sums in any order. Their products are compared bit for bit: a term that
+// is missing, doubled or taken from elsewhere shows. Layers of normal values, and of codes, are compared
+// within the bounds of tests/kernels/test_kernels.py.
 #include <algorithm>
 #include <cmath>
 #include <cstdarg>
@@ -19,10 +19,8 @@
 #include <vector>
 
 #include "oats/isa.h"
-#include "oats/keep_largest.h"
+#include "oats/operations.h"
 #include "oats/packed_weight.h"
-#include "oats/rms_norm.h"
-#include "oats/sparse_low_rank_linear.h"
 
 namespace {
 
@@ -73,7 +71,7 @@ Value from_float(float v) {
   }
 }
 
-// Of exactly `size` elements; null where there are none, as an empty tensor's address is.
+// Has exactly `size` elements, and is null if there are none, like the address of an empty tensor.
 template <class T>
 class Buffer {
  public:
@@ -358,7 +356,7 @@ void check_unpack(const Case<Value>& c, Isa isa, const Packed& packed) {
   check(v == c.v, "%s: unpacked V", name);
 }
 
-// In an order that is none, and some twice.
+// Reads rows in no order, some of them twice.
 template <class Value>
 void check_rows(const Case<Value>& c, Isa isa, const Packed& packed, int threads) {
   if (c.shape.d_out == 0) return;
@@ -380,7 +378,8 @@ void check_rows(const Case<Value>& c, Isa isa, const Packed& packed, int threads
   }
 }
 
-// Rows at an odd distance, and at `odd_address` one element behind an aligned one.
+// Rows are an odd number of elements apart. With `odd_address` they begin one element behind an aligned
+// address.
 template <class Value>
 void check_product(const Case<Value>& c, Isa isa, const Packed& packed, int64_t batch, int threads,
                    bool odd_address) {
@@ -529,7 +528,7 @@ void check_rms_norm() {
   }
 }
 
-// Tiles are emulated here.
+// Tiles are emulated in this program, so it tests them on every CPU with AVX-512 and BF16.
 Isa last_isa() {
   return oats::best_isa() == Isa::avx512_bf16 ? Isa::amx_bf16 : oats::best_isa();
 }

@@ -17,7 +17,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from oats.kernels import cuda
+from oats.kernels.cuda import availability, launch
 from tests.compiler import COMPILER
 
 ROOT = Path(__file__).parents[2]
@@ -63,11 +63,11 @@ def emulated(multiprocessors: int = 4) -> Iterator[None]:
     Args:
         multiprocessors: that the device seems to have; with many, blocks share the inputs of a strip.
     """
-    before = cuda._kernels, cuda._queue, cuda._multiprocessors
-    cuda._kernels = emulated_kernels()
-    cuda._queue = lambda tensor: (0, 9)  # type: ignore[assignment]
-    cuda._multiprocessors = lambda device: multiprocessors  # type: ignore[assignment]
+    before = availability.compiled, launch.stream_and_capability, launch.multiprocessors
+    availability.compiled = emulated_kernels()
+    launch.stream_and_capability = lambda tensor: (0, 9)  # type: ignore[assignment]
+    launch.multiprocessors = lambda device: multiprocessors  # type: ignore[assignment]
     try:
         yield
     finally:
-        cuda._kernels, cuda._queue, cuda._multiprocessors = before
+        availability.compiled, launch.stream_and_capability, launch.multiprocessors = before

@@ -8,13 +8,14 @@ from hypothesis import strategies as st
 
 import oats
 from oats import OatsConfig, decompose
-from oats.decomposition import alternating as decomposition
+from oats.decomposition import alternating, subspace
 from oats.decomposition.alternating import decompose_batch
 from oats.decomposition.budget import nnz_per_layer, nnz_per_row, rank_for
 from oats.decomposition.selection import keep_largest
 from oats.errors import ConfigError, WeightError
 from tests import reference
-from tests.targets import DEVICES
+from tests.backends import DEVICES
+from tests.rounding import assert_equal_sums, condition_of_truncation
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -47,7 +48,7 @@ def make_moment(kind, d_in, seed=0):
 
 
 def decompose_on(device, weight, moment, **settings):
-    """On that device, and back."""
+    """Decompose on a device, and bring the parts back to the CPU."""
     result = oats.decompose(weight.to(device), moment.to(device), **settings)
     assert result.sparse.device.type == device
     parts = {name: getattr(result, name).cpu() for name in ("sparse", "low_rank_u", "low_rank_v")}
@@ -126,7 +127,7 @@ def test_what_is_returned_is_one_alternation(svd):
     root = moment.sqrt()
     residual = (weight - result.low_rank_u @ result.low_rank_v) * root
     expected = keep_largest(residual, nnz_per_row(128, 0.5, 0.25)) / root
-    assert ((expected != 0) == (result.sparse != 0)).float().mean() > 0.9999
+    assert ((expected != 0) == (result.sparse != 0)).float().mean() > 0.999  # rounding decides near-ties
     support = (expected != 0) & (result.sparse != 0)
     torch.testing.assert_close(result.sparse[support], expected[support], rtol=1e-3, atol=1e-4)
 
@@ -165,7 +166,7 @@ def test_budget_and_error_at_any_shape(d_out, d_in, compression, rank_ratio, pat
     else:
         n, m = map(int, pattern.split(":"))
         most = kept.view(d_out, -1, m).sum(dim=2), n
-    # A residual that vanishes exactly leaves fewer.
+    # Exact zeros in the residual leave fewer non-zeros.
     assert (most[0] <= most[1]).all()
     if result.relative_error > 1e-3:
         assert (most[0] == most[1]).all()
@@ -183,7 +184,8 @@ def test_one_part_empty_is_solved_at_once(svd, pattern):
     low_rank_only = oats.decompose(weight, moment, rank_ratio=1.0, svd=svd, pattern=pattern)
     assert (low_rank_only.nnz, low_rank_only.iterations) == (0, 1)
     expected = reference.truncated_svd(weight.double().numpy(), low_rank_only.rank)
-    np.testing.assert_allclose(low_rank_only.to_dense().numpy(), expected, atol=1e-4)
+    condition = condition_of_truncation(weight, low_rank_only.rank)
+    assert_equal_sums(low_rank_only.to_dense(), torch.from_numpy(expected), 60 + 90, condition=condition)
 
 
 def test_2_4_at_half_is_sparse_only():
@@ -222,7 +224,7 @@ def test_error_does_not_depend_on_the_scale_of_the_weight(scale, rounding):
 def test_products_in_bfloat16_cost_no_accuracy(kind, moment, monkeypatch):
     weight, second_moment = make_weight(kind, 160, 256), make_moment(moment, 256)
     plain = oats.decompose(weight, second_moment)
-    monkeypatch.setattr(decomposition, "difference_dtype", lambda scaled: torch.bfloat16)
+    monkeypatch.setattr(alternating, "difference_dtype", lambda scaled: torch.bfloat16)
     first, second = (oats.decompose(weight, second_moment) for _ in range(2))
     assert first.relative_error != plain.relative_error and torch.equal(first.sparse, second.sparse)
     # Two paths end within a percent of each other; one that had lost small directions would end far above.
@@ -231,21 +233,21 @@ def test_products_in_bfloat16_cost_no_accuracy(kind, moment, monkeypatch):
 
 
 def test_bfloat16_is_for_large_layers_of_cpus_that_have_it(monkeypatch):
-    small, large = torch.empty(10, 10), torch.empty(decomposition.BFLOAT16_FROM, 1)
+    small, large = torch.empty(10, 10), torch.empty(subspace.BFLOAT16_FROM, 1)
     bf16 = torch.bfloat16
     for isa, expected in (("amx_bf16", bf16), ("avx512_bf16", bf16), ("avx2", torch.float32)):
-        monkeypatch.setattr(decomposition, "active_isa", lambda isa=isa: isa)
-        assert decomposition.difference_dtype(small) == torch.float32
-        assert decomposition.difference_dtype(large) == expected
+        monkeypatch.setattr(subspace, "active_isa", lambda isa=isa: isa)
+        assert subspace.difference_dtype(small) == torch.float32
+        assert subspace.difference_dtype(large) == expected
 
 
 def test_factors_are_in_singular_order():
     weight, moment = make_weight("heavy", 96, 128), make_moment("decades", 128)
     result = oats.decompose(weight, moment)
     u, v = result.low_rank_u, result.low_rank_v * moment.sqrt()
-    torch.testing.assert_close(u.T @ u, torch.eye(result.rank), atol=1e-5, rtol=0)
+    assert_equal_sums(u.T @ u, torch.eye(result.rank), 96)
     gram = v @ v.T
-    torch.testing.assert_close(gram, gram.diagonal().diag(), atol=1e-5 * float(gram.max()), rtol=0)
+    assert_equal_sums(gram, gram.diagonal().diag(), 96 + 128)
     assert (gram.diagonal().diff() <= 0).all()
 
 
@@ -258,7 +260,7 @@ def test_dtypes(dtype):
         assert part.dtype == dtype and part.is_contiguous() and not part.requires_grad
     rounding = 8 * torch.finfo(dtype).eps if dtype in (torch.bfloat16, torch.float16) else 1e-5
     assert true_error(weight, moment, result) == pytest.approx(result.relative_error, rel=rounding)
-    # The error is the one before rounding, of the same values in float32.
+    # The error is that before rounding, so float32 weights of the same values have it too.
     same = oats.decompose(weight.float(), moment)
     assert result.relative_error == same.relative_error
 
@@ -331,7 +333,7 @@ def test_momentum_keeps_the_best_iterate():
 def test_properties_and_repr():
     result = oats.decompose(normal(40, 60), torch.ones(60))
     assert (result.d_out, result.d_in, result.rank, result.nnz) == (40, 60, 3, 40 * 23)
-    torch.testing.assert_close(result.to_dense(), result.sparse + result.low_rank_u @ result.low_rank_v)
+    assert_equal_sums(result.to_dense(), result.sparse + result.low_rank_u @ result.low_rank_v, 4)
     assert "tensor" not in repr(result)
 
 
@@ -497,7 +499,7 @@ def test_bad_settings(setting):
 def test_a_batch_is_what_each_matrix_is_alone(one_thread, device, svd, pattern) -> None:
     generator = torch.Generator().manual_seed(3)
     weights = list(torch.randn(3, 72, 96, generator=generator))
-    # Easy ones stall early, and stay as they are while the others go on.
+    # Easy matrices stall early and keep their factors while the others go on.
     weights[1] = torch.randn(72, 3, generator=generator) @ torch.randn(3, 96, generator=generator)
     weights[2] = 1e-3 * weights[2].double().pow(3).float()
     moments = list(torch.rand(3, 96, generator=generator).to(device))

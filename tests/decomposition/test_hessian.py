@@ -1,11 +1,12 @@
-"""The decomposition in the whole Hessian's metric, against float64 formulas of their own."""
+"""The decomposition in the metric of the whole Hessian, against separate formulas in float64."""
 
 import pytest
 import torch
 
 import oats
 from oats.decomposition.budget import nnz_per_row, rank_for
-from oats.decomposition.hessian import decompose_hessian, nearest_low_rank, refit_values
+from oats.decomposition.hessian import decompose_hessian, refit_values
+from oats.decomposition.metric import nearest_low_rank
 from oats.errors import ConfigError, WeightError
 from tests.decomposition.test_alternating import make_weight, normal, true_error
 
@@ -24,7 +25,8 @@ def make_hessian(kind, d_in, seed=0):
         mixed = normal(d_in, d_in, seed=seed + 53) / d_in**0.5
         inputs = torch.exp(normal(d_in, 1, seed=seed + 54)) * (inputs + mixed @ inputs)
         inputs[::31] *= 100
-    return inputs @ inputs.T
+    hessian = inputs @ inputs.T
+    return (hessian + hessian.T) / 2  # some CPUs sum the two halves in other orders
 
 
 def metric_root(hessian, damping=DAMPING):
@@ -84,7 +86,9 @@ def test_refit_is_least_squares_on_the_support():
     for row, kept in enumerate(support):
         expected[row, kept] = torch.linalg.solve(metric[kept][:, kept], (target[row] @ metric)[kept])
     result = refit_values(target, torch.zeros_like(target), support, metric, 60)
-    torch.testing.assert_close(result, expected, rtol=1e-8, atol=1e-8)
+    # What two solvers of the same equations may differ by.
+    rounding = len(metric) * torch.finfo(metric.dtype).eps * float(torch.linalg.cond(metric))
+    assert torch.linalg.norm(result - expected) <= rounding * torch.linalg.norm(expected)
     gradient = ((target - result) @ metric) * support
     assert gradient.norm() < 1e-8 * (target @ metric).norm()
 
@@ -201,7 +205,7 @@ def test_a_transposed_weight_and_one_of_low_rank():
     weight, matrix = make_weight("gaussian", 96, 128), make_hessian("correlated", 128)
     expected = decompose_hessian(weight, matrix, iterations=4)
     result = decompose_hessian(weight.T.contiguous().T, matrix.T, iterations=4)
-    torch.testing.assert_close(result.to_dense(), expected.to_dense())
+    assert torch.equal(result.to_dense(), expected.to_dense())
     outer = torch.outer(weight[:, 0], weight[0])
     assert decompose_hessian(outer, matrix).relative_error < 1e-5
     assert decompose_hessian(torch.zeros(96, 128), matrix).relative_error == 0
@@ -245,7 +249,7 @@ def test_bad_settings_are_refused_as_in_decompose():
 @pytest.mark.parametrize("kind", ["white", "correlated", "outliers"])
 @pytest.mark.parametrize(("shape", "rank"), [((40, 64), 5), ((96, 48), 12), ((30, 20), 20), ((200, 160), 8)])
 def test_the_nearest_matrix_of_a_rank(shape, rank, kind):
-    """Against a full SVD in float64; where the subspace is iterated, next to the best."""
+    """Against a full SVD in float64. Where a subspace is iterated, the result is near the best."""
     matrix, hessian = normal(*shape, seed=7), make_hessian(kind, shape[1])
     hessian[3] = hessian[:, 3] = 0  # an input that was never active
     u, v = nearest_low_rank(matrix.float(), hessian.float(), rank)
@@ -275,7 +279,7 @@ def test_products_in_bfloat16_do_not_raise_the_error(monkeypatch, pattern) -> No
             compression = 0.5 if pattern == "row" else 0.4
             result = decompose_hessian(weight, hessian, compression=compression, pattern=pattern)
             errors.append(error_of(weight, result, factor))
-        assert errors[0] != errors[1]  # they were
+        assert errors[0] != errors[1]  # bfloat16 was used
         assert errors[1] <= 1.01 * errors[0]
         ratios.append(errors[1] / errors[0])
     assert sum(ratios) / len(ratios) < 1.005

@@ -231,7 +231,7 @@ def test_nothing_leaks_over_ten_thousand_sequences() -> None:
         held.append(tokens)
         if length % 3 == 0:
             held.append(cache.fork(tokens))
-        if len(held) > 20:
+        while len(held) > 20:
             cache.release(held.pop(length % 20))
     for tokens in held:
         cache.release(tokens)

@@ -10,7 +10,9 @@ import pytest
 from oats.config import METHODS, OatsConfig
 from oats.errors import ConfigError, FormatError, OutputExistsError
 from oats.evaluate import comparison
-from oats.evaluate.comparison import Cell, Cells, complete, markdown, plan, rows
+from oats.evaluate.cells import Cell, Cells
+from oats.evaluate.comparison import complete, plan
+from oats.evaluate.comparison_table import markdown, rows
 from tests.cli import test_cli
 from tests.cli.test_cli import SMALL, entries, fails, run
 

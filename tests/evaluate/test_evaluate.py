@@ -3,9 +3,10 @@ import math
 import pytest
 import torch
 
-from oats.bench.model_latency import generation_speed
+from oats.bench.model_speed import model_speeds
 from oats.bench.spread import Spread
-from oats.compression.calibration_text import Text, builtin_text, calibration_windows, read_text, tokenize
+from oats.compression.calibration_text import Text, builtin_text, read_text
+from oats.compression.tokenization import calibration_windows, tokenize
 from oats.errors import CalibrationError, ConfigError, OatsError
 from oats.evaluate.perplexity import perplexity
 
@@ -170,7 +171,7 @@ def test_calibration_windows_refuse_a_short_text():
 
 def test_generation_speed(model):
     calls = []
-    speeds = generation_speed(
+    speeds = model_speeds(
         {"a": model, "b": model}, torch.arange(3, 13), new_tokens=4, repetitions=2,
         progress=lambda *call: calls.append(call),
     )  # fmt: skip
@@ -179,7 +180,7 @@ def test_generation_speed(model):
         assert 0 < speed.decode.p10 <= speed.decode.median <= speed.decode.p90
         assert speed.prefill.median > 0
     with pytest.raises(ConfigError, match="2 new tokens"):
-        generation_speed({"a": model}, torch.arange(3, 13), new_tokens=1)
+        model_speeds({"a": model}, torch.arange(3, 13), new_tokens=1)
 
 
 def test_spread():

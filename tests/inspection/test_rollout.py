@@ -23,6 +23,7 @@ from oats.errors import CalibrationError, CheckpointError, UnsupportedModelError
 from oats.inspection.rollout import attention_rollout, figure, only, rollouts
 from oats.integrations.vision import load_vision_model, read_images
 from tests.cli.test_cli import entries, fails, run
+from tests.rounding import assert_equal_sums, terms_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -74,19 +75,19 @@ def rolled_out(model, pixels: torch.Tensor) -> np.ndarray:
 
 def test_rollout_is_that_of_its_definition(model) -> None:
     found = attention_rollout(model, PIXELS)
-    np.testing.assert_allclose(found.numpy(), rolled_out(model, PIXELS), rtol=1e-4, atol=1e-6)
+    assert_equal_sums(found, torch.from_numpy(rolled_out(model, PIXELS)), terms_of(model))
     assert found.shape == (3, 4, 4) and found.std() > 1e-4
 
 
 def test_the_parts_add_up_to_the_layer(model) -> None:
-    layer = model.get_submodule(oats.models.blocks.find_blocks(model)[0])[1].mlp.fc1
+    layer = model.get_submodule(oats.models.architecture.find_blocks(model)[0])[1].mlp.fc1
     x = torch.randn(5, 48)
     whole = layer(x)
     with only(model, "sparse"):
         sparse = layer(x)
     with only(model, "low-rank"):
         low_rank = layer(x)
-    torch.testing.assert_close(sparse + low_rank - layer.bias, whole, atol=1e-5, rtol=1e-5)
+    assert_equal_sums(sparse + low_rank - layer.bias, whole, 48 + layer.rank)
     assert torch.equal(layer(x), whole)
     assert sparse.std() > 0.01 and low_rank.std() > 0.01
 
@@ -97,7 +98,7 @@ def test_the_rollouts_of_the_parts_are_those_of_models_made_of_them(model) -> No
     for part in ("sparse", "low-rank"):
         with only(model, part):
             expected = rolled_out(model, PIXELS)
-        np.testing.assert_allclose(found[f"{part} part alone"].numpy(), expected, rtol=1e-4, atol=1e-6)
+        assert_equal_sums(found[f"{part} part alone"], torch.from_numpy(expected), terms_of(model))
         assert not np.allclose(expected, rolled_out(model, PIXELS), rtol=1e-3)
     picture = figure(PIXELS, found, ["a", "b", "c"])
     assert len(picture.axes) == 12 + 1  # and the scale

@@ -15,8 +15,9 @@ import oats
 from oats.checkpoint.loading import load_model
 from oats.checkpoint.saving import save_model
 from oats.checkpoint.stored_model import read_stored_model
-from oats.compression.calibration_text import bos_token_id, builtin_text, calibration_windows
-from oats.compression.calibration_text import tokenize as tokenize_text
+from oats.compression.calibration_text import builtin_text
+from oats.compression.tokenization import bos_token_id, calibration_windows
+from oats.compression.tokenization import tokenize as tokenize_text
 from oats.evaluate.perplexity import perplexity
 from oats.nn.sparse_low_rank_linear import SparseLowRankLinear
 

@@ -1,6 +1,6 @@
 """The CUDA kernels and `oats.kernels.cuda`: emulated on the CPU, and on a device where there is one.
 
-What is asked of every target (products, selection) is in test_kernels.py.
+What every backend must do (products, selection) is in test_kernels.py.
 """
 
 from __future__ import annotations
@@ -20,20 +20,23 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import oats
 from oats.compression.quantize import quantize_layer_
 from oats.config import Storage
-from oats.decomposition.selection import keep_largest, split_largest
+from oats.decomposition import selection
 from oats.errors import ConfigError, DeviceError, FormatError
 from oats.format.bitmask import decode
-from oats.kernels import cuda, ops
+from oats.format.layer_spec import LayerSpec
+from oats.kernels.cuda import availability, keep_largest, packing
+from oats.kernels.cuda import sparse_low_rank_linear as product
+from oats.kernels.keep_largest import keep_largest_in_rows
 from oats.nn.semi_structured import SemiStructuredLinear, fits, use_semi_structured_
 from oats.nn.sparse_low_rank_linear import SparseLowRankLinear
+from tests.backends import BACKENDS, EMULATED, Backend, needs_cuda
 from tests.compiler import COMPILER
 from tests.conftest import random_layer
 from tests.cuda.emulation import ROOT, SOURCES, emulated, emulated_kernels
 from tests.kernels.test_kernels import assert_close
 from tests.scripts import load_script
-from tests.targets import EMULATED, TARGETS, Target, needs_cuda
 
-CUDA_TARGETS = TARGETS[-2:]
+CUDA_BACKENDS = BACKENDS[-2:]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -45,9 +48,9 @@ def test_every_index_of_the_layout(tmp_path: Path) -> None:
     compiler = shutil.which(COMPILER)
     if compiler is None or not SOURCES.is_dir():
         pytest.skip(f"no C++ compiler ({COMPILER}), or no sources in {SOURCES}")
-    program = tmp_path / "test_tiles"
+    program = tmp_path / "test_cells"
     command = [compiler, "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-I", str(SOURCES)]
-    subprocess.run([*command, str(ROOT / "tests/cuda/test_tiles.cpp"), "-o", str(program)], check=True)
+    subprocess.run([*command, str(ROOT / "tests/cuda/test_cells.cpp"), "-o", str(program)], check=True)
     result = subprocess.run([str(program)], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 
@@ -57,26 +60,26 @@ def test_the_kernels_are_compiled_where_nvcc_is() -> None:
         pytest.skip("no nvcc: the CUDA kernels are not compiled here")
     if os.environ.get("OATS_CUDA") == "0":
         pytest.skip("OATS_CUDA=0: the CUDA kernels are not compiled")
-    assert cuda.is_built(), "nvcc is there, but oats._cuda is not built; run pip install -e . again"
-    sizes = cuda.Sizes(100, 200, 3, 7000)
-    assert cuda.packed_bytes(sizes, torch.bfloat16) == emulated_kernels().layout(*sizes, 2)[5]
+    assert availability.is_built(), "nvcc is there, but oats._cuda is not built; run pip install -e . again"
+    spec = LayerSpec(100, 200, 3, 7000, torch.bfloat16)
+    assert packing.packed_bytes(spec) == emulated_kernels().layout(*spec.sizes, 2)[5]
 
 
-@pytest.mark.parametrize("target", CUDA_TARGETS, ids=str)
+@pytest.mark.parametrize("backend", CUDA_BACKENDS, ids=str)
 @pytest.mark.parametrize("shape", [(70, 200, 20, 0.4), (16, 64, 0, 1.0), (33, 2100, 40, 0.5)], ids=str)
-def test_half_precision(target: Target, shape: tuple[int, int, int, float]) -> None:
+def test_half_precision(backend: Backend, shape: tuple[int, int, int, float]) -> None:
     layer = random_layer(*shape, torch.float16)
-    packed = target.pack(layer)
+    packed = backend.pack(layer)
     assert all(torch.equal(tensor, layer[name]) for name, tensor in packed.unpack().items())
     for batch in (1, 5, 16, 32, 40):
         x, bias = torch.randn(batch, shape[1]).half(), torch.randn(shape[0]).half()
         assert_close(packed.linear(x, bias), layer, x, bias)
 
 
-@pytest.mark.parametrize("target", CUDA_TARGETS, ids=str)
-def test_rows_of_x_lie_anywhere(target: Target) -> None:
+@pytest.mark.parametrize("backend", CUDA_BACKENDS, ids=str)
+def test_rows_of_x_lie_anywhere(backend: Backend) -> None:
     layer = random_layer(70, 128, 9, 0.4, torch.bfloat16)
-    packed, memory = target.pack(layer), torch.randn(9 * 400).bfloat16().to(target.device)
+    packed, memory = backend.pack(layer), torch.randn(9 * 400).bfloat16().to(backend.device)
     for stride, first, as_it_is in (
         ((128, 1), 0, True),
         ((192, 1), 8, True),
@@ -86,9 +89,9 @@ def test_rows_of_x_lie_anywhere(target: Target) -> None:
         ((1, 9), 0, False),
     ):
         x = memory.as_strided((9, 128), stride, first)
-        with target.active():
-            y = cuda.linear(x, packed.tensor, None, packed.sizes).cpu()
-            assert (cuda._whole_tiles(x) is x) == as_it_is
+        with backend.active():
+            y = product.linear(x, packed.tensor, None, packed.spec).cpu()
+            assert (product._whole_cells(x) is x) == as_it_is
         assert_close(y, layer, x.cpu(), None)
 
 
@@ -98,46 +101,46 @@ def test_values_go_round_the_ring(density: float) -> None:
     layer = random_layer(20, 8000, 5, density, torch.bfloat16)
     packed = EMULATED.pack(layer)
     with emulated(1):
-        assert cuda._kernels.plan(20, 8000, 5, 1, 1)[0] == 1
+        assert availability.compiled.plan(20, 8000, 5, 1, 1)[0] == 1
         for batch in (1, 12):
             x = torch.randn(batch, 8000).bfloat16()
-            assert_close(cuda.linear(x, packed.tensor, None, packed.sizes), layer, x, None)
+            assert_close(product.linear(x, packed.tensor, None, packed.spec), layer, x, None)
 
 
-@pytest.mark.parametrize("target", CUDA_TARGETS, ids=str)
-def test_the_same_call_gives_the_same_bits(target: Target) -> None:
+@pytest.mark.parametrize("backend", CUDA_BACKENDS, ids=str)
+def test_the_same_call_gives_the_same_bits(backend: Backend) -> None:
     # Enough inputs that blocks share a strip; the emulation runs threads in another order each time.
     layer = random_layer(40, 3000, 20, 0.4, torch.bfloat16)
-    packed = target.pack(layer)
-    with target.active():
-        assert cuda._kernels.plan(40, 3000, 20, 3, 400)[0] > 1
+    packed = backend.pack(layer)
+    with backend.active():
+        assert availability.compiled.plan(40, 3000, 20, 3, 400)[0] > 1
     for batch in (1, 12, 30):
         x = torch.randn(batch, 3000).bfloat16()
         first = packed.linear(x)
         assert all(torch.equal(packed.linear(x), first) for _ in range(3))
 
 
-@pytest.mark.parametrize("target", CUDA_TARGETS, ids=str)
-def test_nothing_depends_on_what_memory_held(target: Target) -> None:
+@pytest.mark.parametrize("backend", CUDA_BACKENDS, ids=str)
+def test_nothing_depends_on_what_memory_held(backend: Backend) -> None:
     layer = random_layer(40, 3000, 20, 0.4, torch.bfloat16)
-    packed, x = target.pack(layer), torch.randn(40, 3000).bfloat16()
+    packed, x = backend.pack(layer), torch.randn(40, 3000).bfloat16()
     expected = [packed.linear(x[:3]), packed.linear(x)]
     # Fills what is allocated with NaN, and bytes with 255.
     torch.use_deterministic_algorithms(True)
     try:
-        assert torch.equal(target.pack(layer).tensor, packed.tensor)
+        assert torch.equal(backend.pack(layer).tensor, packed.tensor)
         assert torch.equal(packed.linear(x[:3]), expected[0]) and torch.equal(packed.linear(x), expected[1])
     finally:
         torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("target", CUDA_TARGETS, ids=str)
+@pytest.mark.parametrize("backend", CUDA_BACKENDS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_many_rows_by_several_panels(target: Target, dtype: torch.dtype, monkeypatch) -> None:
-    monkeypatch.setattr(cuda, "PANEL_ELEMENTS", 32 * 210)
+def test_many_rows_by_several_panels(backend: Backend, dtype: torch.dtype, monkeypatch) -> None:
+    monkeypatch.setattr(product, "PANEL_ELEMENTS", 32 * 210)
     # Sizes that are not multiples of 8: what fills them up must not be multiplied by what memory held.
     layer = random_layer(149, 190, 11, 0.4, dtype)
-    packed = target.pack(layer)
+    packed = backend.pack(layer)
     x, bias = torch.randn(50, 190).to(dtype), torch.randn(149).to(dtype)
     assert_close(packed.linear(x, bias), layer, x, bias)
     assert_close(packed.linear(x), layer, x, None)
@@ -152,14 +155,14 @@ def test_dense_is_what_the_tensors_stand_for() -> None:
     expected = decode(layer["mask"], layer["values"], 130).float()
     expected = expected.addmm(layer["low_rank_u"].float(), layer["low_rank_v"].float()).bfloat16()
     with emulated():
-        assert torch.equal(cuda.dense(packed.tensor, packed.sizes, torch.bfloat16), expected)
+        assert torch.equal(product.to_dense(packed.tensor, packed.spec), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_layer_is_laid_out_in_groups_of_rows(dtype: torch.dtype, monkeypatch) -> None:
     layer = random_layer(150, 330, 9, 0.4, dtype)
     whole = EMULATED.pack(layer)
-    monkeypatch.setattr(cuda, "GROUP_ELEMENTS", 3 * 16 * 384)
+    monkeypatch.setattr(packing, "GROUP_ELEMENTS", 3 * 16 * 384)
     packed = EMULATED.pack(layer)
     assert torch.equal(packed.tensor, whole.tensor)
     unpacked = packed.unpack()
@@ -182,11 +185,11 @@ def guarded(tensor: torch.Tensor) -> torch.Tensor:
 )
 def test_nothing_outside_the_buffers_is_touched(shape: tuple[int, int, int, float]) -> None:
     kernels, (d_out, d_in, rank, _) = emulated_kernels(), shape
-    for dtype in cuda.DTYPES:
+    for dtype in product.DTYPES:
         layer = random_layer(*shape, dtype)
         packed = EMULATED.pack(layer)
-        weight, sizes = guarded(packed.tensor), packed.sizes
-        name = cuda.DTYPES.index(dtype)
+        weight, sizes = guarded(packed.tensor), packed.spec.sizes
+        name = product.DTYPES.index(dtype)
         out = guarded(torch.full((d_out, d_in), torch.nan).to(dtype))
         kernels.expand(weight.data_ptr(), *sizes, name, 0, d_out, out.data_ptr(), d_in, d_in, 0, 0)
         assert torch.equal(out, decode(layer["mask"], layer["values"], d_in))
@@ -210,15 +213,15 @@ def test_selection_touches_nothing_outside_the_rows(columns: int) -> None:
         rows = torch.randn(7, columns, dtype=dtype).round()
         out = guarded(torch.full_like(rows, torch.nan))
         with emulated():
-            cuda.keep_largest_in_rows(guarded(rows), 2, out)
-        assert torch.equal(out, ops.keep_largest_in_rows(rows, 2))
+            keep_largest.keep_largest_in_rows(guarded(rows), 2, out)
+        assert torch.equal(out, keep_largest_in_rows(rows, 2))
 
 
 def test_more_than_two_to_the_31_elements() -> None:
     d_out, d_in, before, kept = 65_541, 65_600, 2**32 + 5, 2000
-    sizes = cuda.Sizes(d_out, d_in, 0, before + kept)
+    spec = LayerSpec(d_out, d_in, 0, before + kept, torch.bfloat16)
     kernels = emulated_kernels()
-    starts, masks, values, *_, size, _, _ = kernels.layout(*sizes, 2)
+    starts, masks, values, *_, size, _, _ = kernels.layout(*spec.sizes, 2)
     # Only what is touched takes memory.
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
     memory = mmap.mmap(-1, size + 128, flags)
@@ -232,7 +235,7 @@ def test_more_than_two_to_the_31_elements() -> None:
     layer |= {"low_rank_u": torch.zeros(5, 0).bfloat16(), "low_rank_v": torch.zeros(0, d_in).bfloat16()}
     small = EMULATED.pack(layer)
     with emulated():
-        parts = cuda._parts(small.tensor, small.sizes, torch.bfloat16)
+        parts = packing.parts_of(small.tensor, small.spec)
     strips, tiles = -(-d_out // 16), -(-d_in // 64)
     place = (strips - 1) * tiles
     own_starts = packed[starts + 8 * place : starts + 8 * (place + tiles + 1)].view(torch.int64)
@@ -244,11 +247,11 @@ def test_more_than_two_to_the_31_elements() -> None:
     only_block.argtypes = [ctypes.c_int64]
     x = torch.randn(2, d_in).bfloat16()
     with emulated():
-        found = cuda.expand(packed, sizes, torch.empty(5, d_in).bfloat16(), 16 * (strips - 1))
+        found = product.expand(packed, spec, torch.empty(5, d_in).bfloat16(), 16 * (strips - 1))
         assert torch.equal(found.float(), dense.bfloat16().float())
         only_block(strips - 1)
         try:
-            y = cuda.linear(x, packed, None, sizes)[:, -5:]
+            y = product.linear(x, packed, None, spec)[:, -5:]
         finally:
             only_block(-1)
     assert_close(y, layer, x, None)
@@ -262,17 +265,17 @@ def test_splitting_rows_is_keeping_and_what_is_left(dtype: torch.dtype) -> None:
             torch.randn(5, columns, generator=g, dtype=dtype),
             torch.randn(5, columns, generator=g, dtype=dtype).round(),
         ):
-            kept = ops.keep_largest_in_rows(rows, count)
+            kept = keep_largest_in_rows(rows, count)
             left, out = rows.clone(), torch.empty_like(rows)
             with emulated():
-                assert cuda.splits_in_one_pass(left, count, out)
-                norms = cuda.split_largest_in_rows(left, count, out)
+                assert keep_largest.splits_in_one_pass(left, count, out)
+                norms = keep_largest.split_largest_in_rows(left, count, out)
             assert torch.equal(out, kept) and torch.equal(left, rows - kept)
             expected = (rows - kept).double().norm(dim=1)
             torch.testing.assert_close(norms, expected, rtol=100 * torch.finfo(dtype).eps, atol=0)
     with emulated():
         square = torch.ones(700, 700)
-        assert cuda.splits_in_one_pass(square, 300, square.clone())
+        assert keep_largest.splits_in_one_pass(square, 300, square.clone())
         for rows, out in (
             (square.bfloat16(), square.bfloat16()),
             (square.T, square),
@@ -280,26 +283,26 @@ def test_splitting_rows_is_keeping_and_what_is_left(dtype: torch.dtype) -> None:
             (square, square.double()),
             (square, square[:5]),
         ):
-            assert not cuda.splits_in_one_pass(rows, 300, out)
+            assert not keep_largest.splits_in_one_pass(rows, 300, out)
 
 
 def test_long_rows_are_selected_by_torch(monkeypatch) -> None:
-    monkeypatch.setattr(cuda, "_LONG_ROW", 90)
+    monkeypatch.setattr(keep_largest, "_LONG_ROW", 90)
     for rows in (torch.randn(3, 100), torch.randn(3, 100).round()):
         for count in (1, 40, 99):
             out = torch.empty_like(rows)
             with emulated():
-                assert not cuda.splits_in_one_pass(rows, count, out)
-                cuda.keep_largest_in_rows(rows, count, out)
-            assert torch.equal(out, ops.keep_largest_in_rows(rows, count))
+                assert not keep_largest.splits_in_one_pass(rows, count, out)
+                keep_largest.keep_largest_in_rows(rows, count, out)
+            assert torch.equal(out, keep_largest_in_rows(rows, count))
 
 
 def test_sizes_are_checked() -> None:
     packed = EMULATED.pack(random_layer(40, 56, 5, 0.4, torch.bfloat16))
-    x, sizes = torch.ones(2, 56).bfloat16(), packed.sizes
-    rest = sizes.d_out, sizes.rank, sizes.nnz
+    x, spec = torch.ones(2, 56).bfloat16(), packed.spec
+    rest = spec.d_out, spec.rank, spec.nnz
     with emulated():
-        assert cuda._checked(x, packed.tensor, None, *rest) == sizes
+        assert product.checked_spec(x, packed.tensor, None, *rest) == spec
         for changed, error in [
             ((x.repeat(1, 2), packed.tensor, None, *rest), FormatError),
             ((x.double(), packed.tensor, None, *rest), ValueError),
@@ -311,7 +314,7 @@ def test_sizes_are_checked() -> None:
             ((x, packed.tensor.to("meta"), None, *rest), ValueError),
         ]:
             with pytest.raises(error, match=r"expected|is on"):
-                cuda._checked(*changed)
+                product.checked_spec(*changed)
 
 
 def unpacked(dtype: torch.dtype, storage: Storage | None = None) -> SparseLowRankLinear:
@@ -332,7 +335,7 @@ def to_fake_cuda(layer: SparseLowRankLinear) -> SparseLowRankLinear:
 
 
 def test_without_kernels_a_cuda_tensor_is_a_clear_error(monkeypatch) -> None:
-    monkeypatch.setattr(cuda, "_kernels", None)
+    monkeypatch.setattr(availability, "compiled", None)
     packed, layer = unpacked(torch.float32).pack_(), unpacked(torch.float32)
     with FakeTensorMode(allow_non_fake_inputs=True):
         layer, x = to_fake_cuda(layer), torch.ones(2, 64, device="cuda")
@@ -340,8 +343,8 @@ def test_without_kernels_a_cuda_tensor_is_a_clear_error(monkeypatch) -> None:
             lambda: layer(x),
             lambda: layer.pack_("model.q_proj"),
             lambda: packed._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device="cuda")),
-            lambda: keep_largest(x, 2),
-            lambda: split_largest(x, 2, out=torch.empty_like(x)),
+            lambda: selection.keep_largest(x, 2),
+            lambda: selection.split_largest(x, 2, out=torch.empty_like(x)),
         ):
             with pytest.raises(DeviceError, match=r"OATS_CUDA=1 pip install .*OATS_CUDA_FALLBACK=dense"):
                 call()
@@ -353,7 +356,7 @@ def test_without_kernels_a_cuda_tensor_is_a_clear_error(monkeypatch) -> None:
 @pytest.mark.parametrize("storage", [None, Storage("int4", "int8", 64)], ids=str)
 def test_the_fallback_is_for_what_has_no_kernels(storage: Storage | None, monkeypatch) -> None:
     if storage is None:
-        monkeypatch.setattr(cuda, "_kernels", None)
+        monkeypatch.setattr(availability, "compiled", None)
     layer = unpacked(torch.bfloat16, storage)
     with FakeTensorMode(allow_non_fake_inputs=True):
         layer, x = to_fake_cuda(layer), torch.ones(2, 64, device="cuda").bfloat16()
@@ -364,7 +367,7 @@ def test_the_fallback_is_for_what_has_no_kernels(storage: Storage | None, monkey
         assert layer._computes_unpacked()
     monkeypatch.setenv("OATS_CUDA_FALLBACK", "yes")
     with pytest.raises(ConfigError, match="'yes', expected 'dense'"):
-        cuda.fallback()
+        availability.dense_fallback_wanted()
 
 
 def test_the_fallback_is_the_same_product(monkeypatch) -> None:
@@ -450,14 +453,14 @@ class InTiles:
     """A layer as it is on a CUDA device, for the emulated kernels."""
 
     def __init__(self, layer: SparseLowRankLinear) -> None:
-        self.packed, self._sizes = cuda.pack(**layer.canonical()), layer._sizes
+        self.packed, self.spec = packing.pack(layer.canonical(), layer.spec), layer.spec
         self.rank, self.nnz = layer.rank, layer.nnz
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return cuda.linear(x, self.packed, None, self._sizes)
+        return product.linear(x, self.packed, None, self.spec)
 
     def to_dense(self) -> torch.Tensor:
-        return cuda.dense(self.packed, self._sizes, torch.bfloat16)
+        return product.to_dense(self.packed, self.spec)
 
 
 def test_what_the_benchmark_compares(benchmark, monkeypatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,9 +13,12 @@ from torch import Tensor
 
 from oats.errors import FormatError, WeightError
 from oats.format.bitmask import decode
-from oats.kernels import ops
-from tests.conftest import DTYPES, ISAS, random_layer
-from tests.targets import CPU_TARGETS, EMULATED, TARGETS, Target
+from oats.kernels.isa import active_isa
+from oats.kernels.keep_largest import keep_largest_in_rows
+from oats.kernels.packing import pack, packed_isa, unpack
+from oats.kernels.sparse_low_rank_linear import linear, linear_joined, linear_many
+from tests.backends import BACKENDS, CPU_BACKENDS, EMULATED, Backend
+from tests.conftest import DTYPES, ISAS, random_layer, spec_of
 
 # d_out, d_in, rank, density
 SHAPES = [
@@ -58,13 +62,13 @@ def assert_close(y: Tensor, layer: dict[str, Tensor], x: Tensor, bias: Tensor | 
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("target", TARGETS, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_against_float64(target: Target, dtype: torch.dtype, shape: tuple[int, int, int, float]) -> None:
+def test_against_float64(backend: Backend, dtype: torch.dtype, shape: tuple[int, int, int, float]) -> None:
     d_out, d_in = shape[:2]
     layer = random_layer(*shape, dtype)
-    packed = target.pack(layer)
-    assert target.is_cuda or ops.packed_isa(packed.tensor) == target.name
+    packed = backend.pack(layer)
+    assert backend.is_cuda or packed_isa(packed.tensor) == backend.name
     for batch in BATCHES:
         x = torch.randn(batch, d_in).to(dtype)
         bias = torch.randn(d_out).to(dtype) if batch % 2 else None
@@ -75,19 +79,19 @@ def test_against_float64(target: Target, dtype: torch.dtype, shape: tuple[int, i
 @pytest.mark.parametrize("isa", ISAS)
 def test_large_odd_shape(isa: str, dtype: torch.dtype) -> None:
     layer = random_layer(4097, 11008, 33, 0.05, dtype)
-    packed = ops.pack(**layer, isa=isa)
+    packed = pack(layer, spec_of(layer), isa=isa)
     for batch in (1, 6):
         x = torch.randn(batch, 11008).to(dtype)
-        assert_close(ops.linear(x, packed, None, 4097), layer, x, None)
+        assert_close(linear(x, packed, None, spec_of(layer)), layer, x, None)
 
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_more_columns_than_are_held_at_once(isa: str) -> None:
     layer = random_layer(50, 70, 9, 0.4, torch.bfloat16)
-    packed = ops.pack(**layer, isa=isa)
+    packed = pack(layer, spec_of(layer), isa=isa)
     x = torch.randn(1100, 70).bfloat16()
     bias = torch.randn(50).bfloat16()
-    assert_close(ops.linear(x, packed, bias, 50), layer, x, bias)
+    assert_close(linear(x, packed, bias, spec_of(layer)), layer, x, bias)
 
 
 @given(
@@ -96,14 +100,14 @@ def test_more_columns_than_are_held_at_once(isa: str) -> None:
     rank=st.integers(0, 40),
     density=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
     batch=st.integers(1, 150),
-    target=st.sampled_from([*CPU_TARGETS, EMULATED]),
+    backend=st.sampled_from([*CPU_BACKENDS, EMULATED]),
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 2**16),
 )
 @settings(max_examples=150, deadline=None)
-def test_any_shape(d_out, d_in, rank, density, batch, target, dtype, seed) -> None:
+def test_any_shape(d_out, d_in, rank, density, batch, backend, dtype, seed) -> None:
     layer = random_layer(d_out, d_in, rank, density, dtype, seed)
-    packed = target.pack(layer)
+    packed = backend.pack(layer)
     for name, tensor in packed.unpack().items():
         assert torch.equal(tensor, layer[name]), name
     x = torch.randn(batch, d_in, generator=torch.Generator().manual_seed(seed)).to(dtype)
@@ -111,10 +115,10 @@ def test_any_shape(d_out, d_in, rank, density, batch, target, dtype, seed) -> No
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("target", TARGETS, ids=str)
-def test_input_layouts(target: Target, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("backend", BACKENDS, ids=str)
+def test_input_layouts(backend: Backend, dtype: torch.dtype) -> None:
     layer = random_layer(48, 70, 6, 0.4, dtype)
-    packed = target.pack(layer)
+    packed = backend.pack(layer)
     wide = torch.randn(9, 100).to(dtype)
     inputs = {
         "leading dimension": wide[:, 5:75],
@@ -133,28 +137,28 @@ def test_input_layouts(target: Target, dtype: torch.dtype) -> None:
             assert_close(y, layer, x, None)
 
 
-@pytest.mark.parametrize("target", TARGETS, ids=str)
-def test_extreme_values(target: Target) -> None:
+@pytest.mark.parametrize("backend", BACKENDS, ids=str)
+def test_extreme_values(backend: Backend) -> None:
     layer = random_layer(32, 32, 0, 1.0, torch.float32)
     x = torch.zeros(2, 32)
     x[0, 3], x[1, 4] = float("nan"), float("inf")
-    y = target.pack(layer).linear(x)
+    y = backend.pack(layer).linear(x)
     assert y[0].isnan().all() and not y[1].isfinite().any()
     # A NaN sum must not round to infinity or to a number in bf16.
     layer = random_layer(32, 32, 2, 0.5, torch.bfloat16)
-    assert target.pack(layer).linear(x[:1].bfloat16()).isnan().any()
+    assert backend.pack(layer).linear(x[:1].bfloat16()).isnan().any()
 
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("batch", [1, 5, 40, 200])
 def test_bit_equal_for_any_thread_count(isa: str, batch: int) -> None:
     layer = random_layer(400, 700, 50, 0.4, torch.bfloat16)
-    packed = ops.pack(**layer, isa=isa)
+    packed = pack(layer, spec_of(layer), isa=isa)
     x = torch.randn(batch, 700).bfloat16()
     results = []
     for threads in (1, 2, 3, 2):
         torch.set_num_threads(threads)
-        results.append(ops.linear(x, packed, None, 400))
+        results.append(linear(x, packed, None, spec_of(layer)))
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
@@ -164,34 +168,34 @@ def test_many_projections_are_bit_equal_to_single_calls(isa: str, dtype: torch.d
     # d_out, rank, density: more and fewer rows than a block, no low-rank part, nothing sparse.
     shapes = [(200, 70, 0.4), (1, 1, 1.0), (150, 0, 0.5), (67, 20, 0.0), (300, 9, 0.1)]
     d_in = 190
-    projections = [
-        (
-            ops.pack(**random_layer(d_out, d_in, rank, density, dtype, seed), isa=isa),
-            torch.randn(d_out).to(dtype) if seed % 2 else None,
-            d_out,
-        )
-        for seed, (d_out, rank, density) in enumerate(shapes)
-    ]
+    projections = []
+    for seed, (d_out, rank, density) in enumerate(shapes):
+        layer = random_layer(d_out, d_in, rank, density, dtype, seed)
+        bias = torch.randn(d_out).to(dtype) if seed % 2 else None
+        projections.append((pack(layer, spec_of(layer), isa=isa), bias, spec_of(layer)))
     for batch in (1, 2, 5, 16, 40, 100, 600):
         x = torch.randn(batch, d_in).to(dtype)
-        expected = [ops.linear(x, *projection) for projection in projections]
+        expected = [linear(x, *projection) for projection in projections]
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             for part in (slice(None), slice(2, 3), slice(2)):
                 chosen, alone = projections[part], expected[part]
-                assert all(map(torch.equal, ops.linear_many(x, chosen), alone)), (batch, threads)
-                assert torch.equal(ops.linear_joined(x, chosen), torch.cat(alone, -1)), (batch, threads)
+                assert all(map(torch.equal, linear_many(x, chosen), alone)), (batch, threads)
+                assert torch.equal(linear_joined(x, chosen), torch.cat(alone, -1)), (batch, threads)
 
 
 @pytest.mark.parametrize("shape", [(70,), (2, 3, 70), (0, 70)], ids=str)
 def test_many_projections_of_any_input(shape: tuple[int, ...]) -> None:
     # Packed for several instruction sets: they cannot share their activations.
     layers = [random_layer(48, 70, 6, 0.4, torch.float32, seed) for seed in range(4)]
-    projections = [(ops.pack(**layer, isa=ISAS[-(i % 2)]), None, 48) for i, layer in enumerate(layers)]
+    projections = [
+        (pack(layer, spec_of(layer), isa=ISAS[-(i % 2)]), None, spec_of(layer))
+        for i, layer in enumerate(layers)
+    ]
     for x in (torch.randn(shape), torch.randn(*shape[:-1], 140)[..., ::2]):
-        expected = [ops.linear(x, *projection) for projection in projections]
-        assert all(map(torch.equal, ops.linear_many(x, projections), expected))
-        assert torch.equal(ops.linear_joined(x, projections), torch.cat(expected, -1))
+        expected = [linear(x, *projection) for projection in projections]
+        assert all(map(torch.equal, linear_many(x, projections), expected))
+        assert torch.equal(linear_joined(x, projections), torch.cat(expected, -1))
 
 
 def test_uneven_rows_split_by_bytes() -> None:
@@ -203,19 +207,20 @@ def test_uneven_rows_split_by_bytes() -> None:
     layer["mask"], layer["values"] = encode(sparse)
     x = torch.randn(3, 512)
     torch.set_num_threads(2)
-    assert_close(ops.linear(x, ops.pack(**layer), None, 256), layer, x, None)
+    assert_close(linear(x, pack(layer, spec_of(layer)), None, spec_of(layer)), layer, x, None)
 
 
 def test_two_python_threads_at_once() -> None:
     layer = random_layer(320, 640, 30, 0.4, torch.bfloat16)
-    packed = ops.pack(**layer)
+    spec = spec_of(layer)
+    packed = pack(layer, spec)
     inputs = [torch.randn(1 + i, 640).bfloat16() for i in range(4)]
-    expected = [ops.linear(x, packed, None, 320) for x in inputs]
+    expected = [linear(x, packed, None, spec) for x in inputs]
     wrong: list[int] = []
 
     def work(i: int) -> None:
         for _ in range(50):
-            if not torch.equal(ops.linear(inputs[i], packed, None, 320), expected[i]):
+            if not torch.equal(linear(inputs[i], packed, None, spec), expected[i]):
                 wrong.append(i)
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
@@ -229,13 +234,15 @@ def test_two_python_threads_at_once() -> None:
 def test_isa_is_forced_and_clamped(monkeypatch: pytest.MonkeyPatch) -> None:
     for isa in ISAS:
         monkeypatch.setenv("OATS_ISA", isa)
-        assert ops.active_isa() == isa
+        assert active_isa() == isa
     monkeypatch.setenv("OATS_ISA", "amx_bf16")
-    assert ops.active_isa() == ISAS[-1]
+    assert active_isa() == ISAS[-1]
 
 
 def test_damaged_packed_weight_is_refused() -> None:
-    packed = ops.pack(**random_layer(16, 16, 2, 0.5, torch.float32))
+    layer = random_layer(16, 16, 2, 0.5, torch.float32)
+    spec = spec_of(layer)
+    packed = pack(layer, spec)
     x = torch.randn(1, 16)
     header = packed.clone()
     header[16] += 1  # d_out
@@ -247,20 +254,35 @@ def test_damaged_packed_weight_is_refused() -> None:
         packed.float(),
     ):
         with pytest.raises(FormatError):
-            torch.ops.oats.sparse_low_rank_linear(x, broken, None, 16)
+            torch.ops.oats.sparse_low_rank_linear(x, broken, None, 16, 2, spec.nnz)
+
+
+def test_sizes_that_are_not_those_of_the_packed_weight_are_refused() -> None:
+    layer = random_layer(16, 24, 2, 0.5, torch.float32)
+    spec = spec_of(layer)
+    packed = pack(layer, spec)
+    for other in ({"d_out": 15}, {"d_in": 23}, {"rank": 3}, {"nnz": 1}, {"dtype": torch.bfloat16}):
+        wrong = replace(spec, **other)
+        with pytest.raises(FormatError, match="pack the weight again"):
+            unpack(packed, wrong)
+        with pytest.raises(FormatError, match="pack the weight again"):
+            torch.ops.oats.to_dense(packed, *wrong.sizes, wrong.dtype)
+    for rank, nnz in ((3, spec.nnz), (2, 1)):
+        with pytest.raises(ValueError, match=f"rank {rank} and nnz {nnz}"):
+            torch.ops.oats.sparse_low_rank_linear(torch.randn(1, 24), packed, None, 16, rank, nnz)
 
 
 def test_keep_largest_refuses_what_it_cannot_read() -> None:
     for rows in (torch.ones(2, 4).bfloat16(), torch.ones(4), torch.ones(2, 4, device="meta")):
         with pytest.raises(WeightError, match="expected 2-D float32 or float64"):
-            ops.keep_largest_in_rows(rows, 2)
+            keep_largest_in_rows(rows, 2)
 
 
 @pytest.mark.parametrize("count", [0, 1, 3, 24, 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("columns", [64, 65, 500])
-@pytest.mark.parametrize("target", [CPU_TARGETS[0], *TARGETS[len(CPU_TARGETS) :]], ids=str)
-def test_keep_largest_in_rows(target: Target, columns: int, dtype: torch.dtype, count: int) -> None:
+@pytest.mark.parametrize("backend", [CPU_BACKENDS[0], *BACKENDS[len(CPU_BACKENDS) :]], ids=str)
+def test_keep_largest_in_rows(backend: Backend, columns: int, dtype: torch.dtype, count: int) -> None:
     g = torch.Generator().manual_seed(columns + count)
     normal = torch.randn(20, columns, dtype=dtype, generator=g)
     for rows in (
@@ -271,4 +293,4 @@ def test_keep_largest_in_rows(target: Target, columns: int, dtype: torch.dtype, 
     ):
         order = rows.abs().sort(dim=1, descending=True, stable=True).indices[:, :count]
         expected = torch.zeros_like(rows).scatter(1, order, rows.gather(1, order))
-        assert torch.equal(target.keep_largest_in_rows(rows, count), expected)
+        assert torch.equal(backend.keep_largest_in_rows(rows, count), expected)

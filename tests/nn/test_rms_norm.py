@@ -16,7 +16,7 @@ from transformers.models.mistral.modeling_mistral import MistralRMSNorm
 from transformers.models.phi3.modeling_phi3 import Phi3RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from oats.kernels import ops
+from oats.nn.fusion import rms_norm
 from oats.nn.fusion.known_forward import known_class
 from oats.nn.fusion.rms_norm import fuse_norms_
 from tests.conftest import DTYPES
@@ -28,13 +28,13 @@ KINDS = [LlamaRMSNorm, Phi3RMSNorm, MistralRMSNorm, Qwen3RMSNorm, Gemma2RMSNorm,
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """The inputs of the fused norm."""
     seen: list[Tensor] = []
-    original: Callable[..., Tensor] = ops.rms_norm
+    original: Callable[..., Tensor] = rms_norm.rms_norm
 
     def counted(x: Tensor, *args: object, **options: object) -> Tensor:
         seen.append(x)
         return original(x, *args, **options)
 
-    monkeypatch.setattr(ops, "rms_norm", counted)
+    monkeypatch.setattr(rms_norm, "rms_norm", counted)
     return seen
 
 

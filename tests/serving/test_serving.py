@@ -40,7 +40,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 class Served:
     def __init__(self, model: Any, tokenizer: Any, max_waiting: int = 64, max_batch: int = 4) -> None:
-        from oats.serving.openai_api import build_app
+        from oats.serving.openai_api.app import build_app
 
         self.engine = Engine(model, tokenizer, max_waiting, max_batch)
         self.socket = socket.create_server(("127.0.0.1", 0))

@@ -21,9 +21,9 @@
 #include <cmath>
 #include <cstring>
 
-#include "../products.h"
+#include "../linear/products.h"
 #include "kernels.h"
-#include "oats/sparse_low_rank_linear.h"
+#include "oats/operations.h"
 
 namespace oats {
 

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "../bf16.h"
+#include "../elements.h"
 
 #ifdef __AVX512BF16__
 #include <immintrin.h>
@@ -61,13 +61,13 @@ inline float to_float(float value) {
   return value;
 }
 inline float to_float(uint16_t value) {
-  return float_from_bf16(value);
+  return Bf16Element::to_float(value);
 }
 inline void from_float(float value, float* to) {
   *to = value;
 }
 inline void from_float(float value, uint16_t* to) {
-  *to = bf16_from_float(value);
+  *to = Bf16Element::from_float(value);
 }
 
 inline Floats select(Ints where, Floats a, Floats b) {

@@ -1,1 +1,1 @@
-"""The pruning methods that OATS is compared with, under the same budget: W ≈ S, without a low-rank part."""
+"""Pruning methods to compare OATS with: ``W ≈ S``, no low-rank part, the same budget."""

@@ -1,4 +1,4 @@
-"""Dynamic sparse no training: swap weights so that each output keeps its mean (DSnoT, arXiv 2310.08915)."""
+"""DSnoT, dynamic sparse no training: swap weights so that each output keeps its mean (arXiv 2310.08915)."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ import torch
 from torch import Tensor
 
 from oats.config import Pattern, parse_n_m
-from oats.decomposition.alternating import Decomposition, check_all, check_second_moment, root_moment
-from oats.decomposition.baselines.pruning import check_budget, keep
-from oats.decomposition.baselines.wanda import wanda_mask
+from oats.decomposition.baselines.pruning import checked_count, keep, largest
+from oats.decomposition.checks import check_all, check_second_moment
+from oats.decomposition.result import Decomposition
+from oats.decomposition.scaling import root_moment
 from oats.errors import WeightError
 
 CYCLES = 50
-"""Swaps in a row at most (the paper's T)."""
+"""The most swaps in a row (the paper's T)."""
 
 THRESHOLD = 0.1 / 2048
-"""A row is done once the mean of its error is below this: the paper's 0.1 for the sum over 2048 tokens."""
+"""A row is done once its mean error is at most this: the paper's 0.1 for the sum over 2048 tokens."""
 
 
 @torch.no_grad()
@@ -27,29 +28,27 @@ def prune_dsnot(
     pattern: Pattern = "row",
     name: str | None = None,
 ) -> Decomposition:
-    """Start from Wanda's mask, and swap weights for the mean of what each output lost (arXiv 2310.08915).
+    """Start from Wanda's mask, and swap weights to restore the mean of each output (arXiv 2310.08915).
 
-    With ``c_ij = W_ij E[x_j]``, output i has lost ``e_i = Σ c_ij`` over its pruned weights, on average over
-    the tokens. One cycle of a row
+    With ``c_ij = W_ij E[x_j]``, output i has lost ``e_i``, the sum of ``c_ij`` over its pruned weights, on
+    average over the tokens. One cycle of a row
 
-    1. grows, of the pruned weights with ``e_i c_ij > 0``, the one of largest ``|c_ij| / Var[x_j]``;
-    2. prunes, of the kept ones with ``e_i c_ij < 0``, the one of least ``|W_ij| ‖x_j‖₂``; under N:M, whatever
-       its sign, the one of least ``|W_ij| ‖x_j‖₂`` in the group of the first.
+    1. grows the pruned weight of largest ``|c_ij| / Var[x_j]`` among those with ``e_i c_ij > 0``;
+    2. prunes the kept weight of least ``|W_ij| ‖x_j‖₂`` among those with ``e_i c_ij < 0``. Under N:M, it is
+       among those in the group of the first, with either sign.
 
-    A weight moves once at most. A row is done when ``|e_i|`` is below the threshold, when the swap would turn
-    the sign of ``e_i``, when there is nothing to swap, or after 50 cycles. In the authors' code the sign
-    always ends it under N:M, and by an option elsewhere: docs/quality.md has what the option gains.
+    A weight moves at most once. A row is done when ``|e_i|`` is at most the threshold, when the swap would
+    change the sign of ``e_i``, when no swap is left, or after 50 cycles. In the authors' code the sign ends a
+    row always under N:M, and only by an option elsewhere. docs/quality.md has what the option gains.
 
     Args:
         weight: (d_out, d_in), any floating dtype, finite.
         moments: (2, d_in): the mean and the variance of each input over the calibration tokens.
-        compression: share of the weights that is removed, in [0, 1).
-        pattern: as :func:`oats.decomposition.baselines.wanda.prune_wanda`.
-        name: of the layer, for error messages.
+        compression: this, `pattern` and `name` are those of `prune_wanda`.
 
     Returns:
-        A decomposition of rank 0; what is kept is as in the weight. Its relative_error is in Wanda's
-        metric, in which Wanda's mask is the best.
+        A decomposition of rank 0. Kept weights are unchanged. Its relative_error is in Wanda's metric, in
+        which Wanda's mask is the best.
 
     Raises:
         ConfigError, WeightError: as :func:`oats.decompose`.
@@ -60,11 +59,11 @@ def prune_dsnot(
     tensor([[5., 0., 3., 0.]])
     """
     layer = name or "weight"
-    count = check_budget(weight, compression, pattern, layer)
+    count = checked_count(weight, compression, pattern, layer)
     mean, variance = _check_moments(moments, weight.shape[1], layer)
     root = root_moment(variance + mean.square()).float()
-    mask = wanda_mask(weight, root, count, pattern)
     scores = weight.detach().float().abs() * root
+    mask = largest(scores, count, pattern)  # Wanda's
     contributions = weight.detach().float() * mean.float()
     n_m = parse_n_m(pattern)
     _swap(mask, contributions, variance.float(), scores, n_m[1] if n_m else None)
@@ -72,14 +71,14 @@ def prune_dsnot(
 
 
 def _swap(mask: Tensor, contributions: Tensor, variance: Tensor, scores: Tensor, group: int | None) -> None:
-    """Cycles of growing and pruning on all rows at once; changes the mask."""
+    """Run the cycles of all rows at once, and change the mask in place."""
     rows = torch.arange(len(mask))
     infinity = float("inf")
     error = (contributions * ~mask).sum(1)
     sign = error.sign()
-    # By how much a weight brings its row nearer to the mean, whether it is grown or pruned.
+    # How much growing a weight brings its row nearer to the mean. Pruning it does the opposite.
     aligned = contributions * sign[:, None]
-    # What may still grow, and what may still be pruned; the others are out of reach.
+    # Of the weights that may still grow, and of those that may still be pruned; infinite for the others.
     gain = (aligned / variance.clamp_min(torch.finfo(torch.float32).tiny)).masked_fill_(mask, -infinity)
     loss = scores.masked_fill(~mask, infinity)
     if group is None:

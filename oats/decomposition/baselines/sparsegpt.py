@@ -1,4 +1,4 @@
-"""SparseGPT: what is pruned is made good by the weights that come after it (arXiv 2301.00774)."""
+"""SparseGPT: the weights that follow a pruned one are updated to make up for it (arXiv 2301.00774)."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from oats.config import Pattern, parse_n_m
-from oats.decomposition.alternating import Decomposition
-from oats.decomposition.baselines.pruning import as_decomposition, check_budget
+from oats.decomposition.baselines.pruning import checked_count, largest
+from oats.decomposition.checks import check_hessian
 from oats.decomposition.error_feedback import inverse_factor, settle_columns
-from oats.decomposition.hessian import check_hessian
-from oats.decomposition.selection import keep_largest
+from oats.decomposition.result import Decomposition
 
 BLOCK = 128
 """Columns whose masks are chosen together (the paper's B_s = B)."""
@@ -27,23 +26,22 @@ def prune_sparsegpt(
     pattern: Pattern = "row",
     name: str | None = None,
 ) -> Decomposition:
-    """Prune column by column, each time with the optimal update of the columns to come.
+    """Prune column by column, each time with the optimal update of the columns to its right.
 
-    With the upper Cholesky factor U of the inverse of the damped Hessian (arXiv 2301.00774, algorithm 1):
-    blocks of 128 columns keep the weights of largest ``w² / U_jj²``; then, from left to right, the error
-    ``(w_j − s_j) / U_jj`` of a column times ``U_j,·`` is taken off the columns to its right (the update of
-    the Optimal Brain Surgeon under the masks chosen so far).
+    U is the upper Cholesky factor of the inverse of the damped Hessian (arXiv 2301.00774, algorithm 1). Each
+    block of 128 columns keeps the weights of largest ``w² / U_jj²``. Then, from left to right, the error
+    ``(w_j − s_j) / U_jj`` of a column, times ``U_j,·``, is subtracted from the columns to its right. This is
+    the update of the Optimal Brain Surgeon under the masks chosen so far.
 
     Args:
         weight: (d_out, d_in), any floating dtype, finite.
         hessian: (d_in, d_in), ``X Xᵀ`` summed over the calibration tokens; its scale does not matter.
-        compression: share of the weights that is removed, in [0, 1).
+        compression: this and `name` are those of `prune_magnitude`.
         pattern: ``"layer"``, the published one, compares all weights of a block, ``"row"`` those of a row
             of the block, ``"N:M"`` those of M contiguous inputs.
-        name: of the layer, for error messages.
 
     Returns:
-        A decomposition of rank 0. Its relative_error is ``‖(W − S) X‖_F / ‖W X‖_F``.
+        A decomposition of rank 0. Here relative_error is ``‖(W − S) X‖_F / ‖W X‖_F``.
 
     Raises:
         ConfigError, WeightError: as :func:`oats.decompose_hessian`.
@@ -53,18 +51,18 @@ def prune_sparsegpt(
     torch.Size([1, 2])
     """
     layer = name or "weight"
-    count = check_budget(weight, compression, pattern, layer)
+    count = checked_count(weight, compression, pattern, layer)
     d_in = weight.shape[1]
     check_hessian(hessian, d_in, layer)
     hessian = hessian.detach().double()
     left = weight.detach().float().clone()
-    left[:, hessian.diagonal() == 0] = 0  # what multiplies inputs that are always zero
+    left[:, hessian.diagonal() == 0] = 0  # these multiply inputs that are always zero
     factor = inverse_factor(hessian, layer).float()
     diagonal = factor.diagonal()
 
     n_m = parse_n_m(pattern)
     width = BLOCK if n_m is None else max(BLOCK // n_m[1], 1) * n_m[1]
-    # Columns whose masks are chosen together, and those masks.
+    # The number of columns whose masks are chosen together, and those masks.
     together = n_m[1] if n_m else width
     mask = torch.empty(0)
 
@@ -73,13 +71,13 @@ def prune_sparsegpt(
         if j % together == 0:
             columns = block[:, :together]
             stop = j + columns.shape[1]
-            # Every block has its share of the row's, or the layer's, budget.
+            # Each block gets its share of the budget of the row or the layer.
             kept = count if n_m else count * stop // d_in - count * j // d_in
-            mask = keep_largest((columns / diagonal[j:stop]).contiguous(), kept, pattern) != 0
+            mask = largest(columns / diagonal[j:stop], kept, pattern)
         return block[:, 0] * mask[:, j % together]
 
     settle_columns(left, factor, prune, width)
-    return as_decomposition(weight, left, _output_error(weight, left, hessian))
+    return Decomposition.of_sparse(left, weight.dtype, _output_error(weight, left, hessian))
 
 
 def _output_error(weight: Tensor, sparse: Tensor, hessian: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""What a compressed model computes in one call of the core instead of several of torch."""
+"""Modules of a model that compute in one call of the core what takes torch several."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from oats.nn.fusion.rms_norm import fuse_norms_
 
 
 def fuse_(model: nn.Module) -> None:
-    """Give the known modules of a compressed model their faster forms, in place."""
+    """Replace the forward of the modules that we know by a fused one, in place."""
     merge_gated_mlps_(model)
     fuse_norms_(model)
 

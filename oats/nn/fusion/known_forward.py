@@ -1,6 +1,6 @@
-"""Modules of transformers that are known by the code of their ``forward``, and get a faster one.
+"""Replaces the forward of modules whose bytecode we know by a fused one.
 
-Names, parameters and hooks stay what they are. Each module gets a subclass of its class.
+Each module becomes an instance of a subclass of its class. Its name, parameters and hooks stay.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ Forward = Callable[..., Any]
 
 
 def same_code(function: object, known: Forward) -> bool:
-    """Whether a function does what `known` does, instruction by instruction.
+    """True if a function has the same bytecode, names and constants as `known`.
 
     >>> same_code(lambda x: x + 1, lambda y: y + 1), same_code(lambda x: x + 1, lambda x: x + 2)
     (True, False)
@@ -30,31 +30,31 @@ def _code(function: Any) -> tuple[object, ...]:
 
 
 def set_forward_(module: nn.Module, forward: Forward) -> None:
-    """Give a module another ``forward``; :func:`known_class` of it has the one that it had.
+    """Give a module another ``forward``; :func:`known_class` still finds the old one.
 
     Args:
-        module: whose class becomes a subclass of what it was.
-        forward: a function of a module, found by its name when it is unpickled.
+        module: it gets a subclass of its class.
+        forward: takes the module first; a function that pickle can find by its name.
     """
     module.__class__ = _with_forward(type(module), forward)  # type: ignore[arg-type]
 
 
 def restore_forward_(module: nn.Module) -> None:
-    """Undo :func:`set_forward_`; a module that has its own ``forward`` stays as it is."""
+    """Undo :func:`set_forward_`; leave any other module as it is."""
     if "_known_class" in type(module).__dict__:
         module.__class__ = known_class(module)
 
 
 def known_class(module: nn.Module) -> Any:
     """The class that a module had before :func:`set_forward_`."""
-    # Not the first base: others may have made a subclass since.
+    # Not type(module).__base__: other libraries may have made a subclass of ours.
     return module._known_class
 
 
 @functools.cache
 def _with_forward(kind: type[nn.Module], forward: Forward) -> type[nn.Module]:
     def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
-        # pickle finds a class by its name, and this one has the name of another.
+        # pickle finds a class by its name, and by this name it would find `kind`.
         return (_restore, (kind, forward), *kind.__reduce_ex__(self, protocol)[2:])
 
     body = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__reduce_ex__": reduce}

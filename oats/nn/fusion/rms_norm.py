@@ -1,4 +1,4 @@
-"""Root mean square norms, in one call of the core instead of ten of torch."""
+"""Root mean square norms in one call of the core, where torch takes ten."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from oats.kernels import ops
+from oats.kernels.eager import is_plain
+from oats.kernels.rms_norm import rms_norm
 from oats.nn.fusion.known_forward import known_class, same_code, set_forward_
 
 
 def fuse_norms_(model: nn.Module) -> None:
-    """Let the norms of a model take one call each, where a text is decoded mostly of Python.
+    """Let each norm of a model take one call: Python takes most of the time of decoding a small model.
 
-    What they return differs by the rounding of a sum at most. Where autograd or a compiler follows the input,
-    or it is no contiguous tensor on the CPU, they compute as before.
+    The results differ at most by the rounding of a sum. A norm computes as before if autograd or a compiler
+    follows its input, or the input is not contiguous or not on the CPU.
 
     Args:
-        model: changed in place; only where a module's ``forward`` is that of transformers' Llama or Gemma and
-            their many relatives.
+        model: changed in place. Only modules with the ``forward`` of transformers' Llama or Gemma, which many
+            models share, are replaced.
     """
     for module in model.modules():
         kind = type(module)
@@ -29,7 +30,7 @@ def fuse_norms_(model: nn.Module) -> None:
             set_forward_(module, scale_by_one_plus)
 
 
-# Written as transformers' classes have them: a class is known by the code of its forward.
+# Exactly as in transformers: we know a class by the bytecode of its forward.
 
 
 def _llama(self: Any, hidden_states: Tensor) -> Tensor:
@@ -51,24 +52,24 @@ def _gemma_norm(self: Any, x: Tensor) -> Tensor:
 
 
 def round_then_scale(self: Any, hidden_states: Tensor) -> Tensor:
-    """What Llama's becomes: the weight multiplies what was rounded."""
+    """The fused forward of Llama's norm: round to the dtype, then multiply by the weight."""
     weight = self._parameters.get("weight")
     if weight is not None and _fusible(hidden_states, weight):
-        return ops.rms_norm(hidden_states, weight, self.variance_epsilon, one_plus=False)
+        return rms_norm(hidden_states, weight, self.variance_epsilon, one_plus=False)
     return known_class(self).forward(self, hidden_states)  # type: ignore[no-any-return]
 
 
 def scale_by_one_plus(self: Any, x: Tensor) -> Tensor:
-    """What Gemma's becomes: one plus the weight multiplies, and the product is rounded."""
+    """The fused forward of Gemma's norm: multiply by one plus the weight, then round."""
     weight = self._parameters.get("weight")
     if weight is not None and _fusible(x, weight):
-        return ops.rms_norm(x, weight, self.eps, one_plus=True)
+        return rms_norm(x, weight, self.eps, one_plus=True)
     return known_class(self).forward(self, x)  # type: ignore[no-any-return]
 
 
 def _fusible(x: Tensor, weight: Tensor) -> bool:
     return (
-        ops.is_plain(x)
+        is_plain(x)
         and x.is_cpu
         and x.dtype is weight.dtype
         and (x.dtype is torch.bfloat16 or x.dtype is torch.float32)

@@ -1,0 +1,226 @@
+// What the three orders of the product share: the arguments of a call, how blocks are divided among threads,
+// and memory to work in. csrc/README.md says how a call runs.
+#pragma once
+
+#include <omp.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+#include "kernels/strip_kernels.h"
+#include "oats/operations.h"
+
+namespace oats {
+
+// One call. All projections have the same d_in, dtype and ISA. Blocks are numbered through all projections,
+// those of U and S together and those of V by themselves.
+struct Call {
+  const Projection* projections;
+  int count;
+  const char* x;
+  int64_t batch, x_stride;
+  int team;  // threads
+
+  const PackedHeader* first() const { return projections[0].w; }
+  int64_t value_bytes() const { return static_cast<int64_t>(dtype_bytes(first()->shape.dtype)); }
+  const char* row_of_x(int64_t row) const { return x + row * x_stride * value_bytes(); }
+  char* output(int i, int64_t row, int64_t feature) const {
+    return projections[i].y + (row * projections[i].y_stride + feature) * value_bytes();
+  }
+  const char* bias_of(int i, int64_t feature) const {
+    return projections[i].bias ? projections[i].bias + feature * value_bytes() : nullptr;
+  }
+  int64_t blocks() const { return total(&PackedHeader::blocks); }
+  int64_t rank_blocks() const { return total(&PackedHeader::rank_blocks); }
+
+  // Calls visit(projection, begin, end) for each projection that has some of blocks [begin, end); what it
+  // gets are numbers of its own blocks.
+  template <class Visit>
+  void split(int64_t begin, int64_t end, const Visit& visit) const {
+    split(begin, end, &PackedHeader::blocks, visit);
+  }
+  // The same for blocks of V.
+  template <class Visit>
+  void split_rank(int64_t begin, int64_t end, const Visit& visit) const {
+    split(begin, end, &PackedHeader::rank_blocks, visit);
+  }
+  // Calls visit(projection, block) for each block of V that belongs to `part` of `parts`.
+  template <class Visit>
+  void for_rank_blocks(int part, int parts, const Visit& visit) const {
+    split_rank(rank_blocks() * part / parts, rank_blocks() * (part + 1) / parts,
+               [&](int i, int64_t begin, int64_t end) {
+                 for (int64_t b = begin; b < end; ++b) visit(i, b);
+               });
+  }
+
+ private:
+  using BlocksOf = int64_t (PackedHeader::*)() const;
+
+  int64_t total(BlocksOf blocks_of) const {
+    int64_t blocks = 0;
+    for (int i = 0; i < count; ++i) blocks += (projections[i].w->*blocks_of)();
+    return blocks;
+  }
+  template <class Visit>
+  void split(int64_t begin, int64_t end, BlocksOf blocks_of, const Visit& visit) const {
+    for (int i = 0; i < count && end > 0; ++i) {
+      const int64_t blocks = (projections[i].w->*blocks_of)();
+      if (begin < blocks) visit(i, begin, end < blocks ? end : blocks);
+      begin = begin > blocks ? begin - blocks : 0;
+      end -= blocks;
+    }
+  }
+};
+
+inline FactorBlock factor_block(const PackedHeader* w, bool is_v, int64_t block) {
+  const WeightShape& shape = w->shape;
+  const int64_t columns = is_v ? shape.d_in : shape.rank, group = w->factors_layout.group;
+  const int64_t scale_groups = is_v ? w->scale_groups : w->rank_scale_groups;
+  const int64_t first = block * kStripsPerBlock, lanes = w->layout.lanes;
+  const int64_t strip_bytes =
+      lanes * divide_up(columns, group) * group * storage_bits(shape.factors, shape.dtype) / 8;
+  return {part_at<char>(w, is_v ? w->v_at : w->u_at) + first * strip_bytes,
+          part_at<uint16_t>(w, is_v ? w->v_scale_at : w->u_scale_at) + first * scale_groups * lanes,
+          shape.scale_columns, strips_of_block(is_v ? w->rank_strips : w->strips, block)};
+}
+
+// Cuts memory into pieces aligned to 64. Without memory it only counts the bytes.
+class Cutter {
+ public:
+  explicit Cutter(char* memory) : memory_(memory) {}
+
+  template <class T>
+  T* take(int64_t count) {
+    T* piece = memory_ ? reinterpret_cast<T*>(memory_ + used_) : nullptr;
+    used_ += (count * sizeof(T) + 63) / 64 * 64;
+    return piece;
+  }
+
+  size_t used() const { return used_; }
+
+ private:
+  char* memory_;
+  size_t used_ = 0;
+};
+
+// Bytes that `cut` takes from a Cutter.
+template <class Cut>
+size_t bytes_of(const Cut& cut) {
+  Cutter counter(nullptr);
+  cut(counter);
+  return counter.used();
+}
+
+// Memory that a thread keeps between its calls, up to a size that a process with many threads can afford.
+class Workspace {
+ public:
+  static constexpr size_t kKept = 16 << 20;
+
+  // Gives `cut` all the memory that it takes. `cut` is called twice, first to count.
+  template <class Cut>
+  void provide(const Cut& cut) {
+    Cutter memory(reserve(bytes_of(cut)));
+    cut(memory);
+  }
+
+  char* reserve(size_t wanted) {
+    if (wanted > bytes_) {
+      memory_.reset();
+      bytes_ = 0;
+      wanted = (wanted + 4095) / 4096 * 4096;
+      memory_.reset(std::aligned_alloc(64, wanted));
+      if (!memory_) throw std::bad_alloc();
+      bytes_ = wanted;
+    }
+    return static_cast<char*>(memory_.get());
+  }
+
+  void trim() {
+    if (bytes_ > kKept) {
+      memory_.reset();
+      bytes_ = 0;
+    }
+  }
+
+ private:
+  std::unique_ptr<void, decltype(&std::free)> memory_{nullptr, &std::free};
+  size_t bytes_ = 0;
+};
+
+// Calls visit(begin, end) for each of `steps` pieces of [begin, end), as even as possible.
+template <class Visit>
+void in_steps(int64_t begin, int64_t end, int64_t steps, const Visit& visit) {
+  for (int64_t i = 0; i < steps; ++i)
+    visit(begin + (end - begin) * i / steps, begin + (end - begin) * (i + 1) / steps);
+}
+
+// Calls run(part, parts) on each thread of a call.
+template <class Run>
+void in_team(const Call& call, const Run& run) {
+  if (call.team == 1) {
+    run(0, 1);
+  } else {
+#pragma omp parallel num_threads(call.team)
+    run(omp_get_thread_num(), omp_get_num_threads());
+  }
+}
+
+// A barrier for the parts of one call. A call with one part must not wait: its caller may have opened a
+// parallel region of its own, whose other threads would never come.
+inline void wait_for_all(int parts) {
+  if (parts > 1) {
+#pragma omp barrier
+  }
+}
+
+// A part of a call's batch whose work is planned: stages that the parts of a team run one after the other, all
+// of them waiting for each other in between.
+struct PlannedProduct {
+  void (*run)(const void* plan, int stage, int part, int parts) = nullptr;
+  const void* plan = nullptr;
+  int stages = 0;
+  int64_t rows = 0;  // of the batch
+};
+
+// Places a panel, of whatever order of work, where its `self` points, behind the call.
+template <class Panel>
+PlannedProduct planned(const Panel& panel) {
+  return {[](const void* plan, int stage, int part, int parts) {
+            static_cast<const Panel*>(plan)->run_stage(stage, part, parts);
+          },
+          new (panel.self) Panel(panel), panel.stages(), panel.rows_planned()};
+}
+
+// A panel's stages in a team.
+template <class Panel>
+void run_stages(const Panel& panel, int part, int parts) {
+  for (int stage = 0; stage < panel.stages(); ++stage) {
+    if (stage) wait_for_all(parts);
+    panel.run_stage(stage, part, parts);
+  }
+}
+
+// The block of U and S where part `i` of `n` begins. Parts have about the same number of bytes to read: of S
+// and an even share of the blocks of V if `with_v`, else of S and U.
+int64_t block_boundary(const Call& call, int i, int n, bool with_v);
+
+// Lanes are outputs: one expansion of the weights serves all columns. For few columns, bound by memory.
+void product_by_strips(const Call& call, Workspace& workspace);
+PlannedProduct plan_by_strips(const Call& call, int64_t first, Workspace& workspace);
+
+// Lanes are columns: zero units are skipped. For many columns, bound by arithmetic.
+void product_by_columns(const Call& call, Workspace& workspace);
+PlannedProduct plan_by_columns(const Call& call, int64_t first, Workspace& workspace);
+
+// Tiles of the batch times tiles of expanded cells. Needs tile_kernels().
+void product_by_tiles(const Call& call, Workspace& workspace);
+PlannedProduct plan_by_tiles(const Call& call, int64_t first, Workspace& workspace);
+
+// The plan of the next rows of a call, from `first` on, in the best order of work. The call outlives it, and
+// its inputs are scaled already.
+PlannedProduct plan_product(const Call& call, int64_t first, Workspace& workspace);
+
+}  // namespace oats
