@@ -36,29 +36,23 @@ if TYPE_CHECKING:
 # Where torch's entry points are off (TORCH_DEVICE_BACKEND_AUTOLOAD=0), whoever imports oats gets its format.
 register()
 
-_HOME = {
-    "__version__": "oats._version",
-    "compress_": "oats.compression.compress",
-    "OatsConfig": "oats.config",
-    "Decomposition": "oats.decomposition.result",
-    "decompose": "oats.decomposition.alternating",
-    "decompose_hessian": "oats.decomposition.hessian",
-    "OatsError": "oats.errors",
-    "CalibrationError": "oats.errors",
-    "CheckpointError": "oats.errors",
-    "ConfigError": "oats.errors",
-    "DeviceError": "oats.errors",
-    "DistributedError": "oats.errors",
-    "FormatError": "oats.errors",
-    "OutputExistsError": "oats.errors",
-    "UnsupportedModelError": "oats.errors",
-    "WeightError": "oats.errors",
-    "SparseLowRankLinear": "oats.nn.sparse_low_rank_linear",
-    "quantize_": "oats.compression.quantize",
-    "TruncatedSVD": "oats.decomposition.truncated_svd",
-    "truncated_svd": "oats.decomposition.truncated_svd",
-    "write_model_card": "oats.checkpoint.model_card",
+_MODULES = {
+    "oats._version": ("__version__",),
+    "oats.checkpoint.model_card": ("write_model_card",),
+    "oats.compression.compress": ("compress_",),
+    "oats.compression.quantize": ("quantize_",),
+    "oats.config": ("OatsConfig",),
+    "oats.decomposition.alternating": ("decompose",),
+    "oats.decomposition.hessian": ("decompose_hessian",),
+    "oats.decomposition.result": ("Decomposition",),
+    "oats.decomposition.truncated_svd": ("TruncatedSVD", "truncated_svd"),
+    "oats.errors": (
+        *("OatsError", "CalibrationError", "CheckpointError", "ConfigError", "DeviceError"),
+        *("DistributedError", "FormatError", "OutputExistsError", "UnsupportedModelError", "WeightError"),
+    ),
+    "oats.nn.sparse_low_rank_linear": ("SparseLowRankLinear",),
 }
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [*_HOME]
 

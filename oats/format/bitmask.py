@@ -15,10 +15,7 @@ def mask_columns(d_in: int) -> int:
 
 
 def encode_mask(kept: Tensor) -> Tensor:
-    """The mask of the elements that are kept: a bit for each, least significant first.
-
-    Args:
-        kept: (d_out, d_in), bool.
+    """The mask of `kept`, (d_out, d_in) bool: a bit for each element, least significant first.
 
     Returns:
         (d_out, ceil(d_in / 8)), uint8; padding bits are zero.
@@ -62,10 +59,7 @@ def decode_mask(mask: Tensor, d_in: int) -> Tensor:
 
 
 def decode(mask: Tensor, values: Tensor, d_in: int) -> Tensor:
-    """The inverse of :func:`encode`.
-
-    Returns:
-        (d_out, d_in), dtype of `values`.
+    """The inverse of :func:`encode`: (d_out, d_in), dtype of `values`.
 
     >>> decode(torch.tensor([[6], [1]], dtype=torch.uint8), torch.tensor([2.0, 3.0, 4.0]), 3)
     tensor([[0., 2., 3.],

@@ -154,12 +154,7 @@ def tensor_names(storage: Storage) -> tuple[str, ...]:
 
 
 def exact_parts(tensors: Mapping[str, Tensor], storage: Storage) -> tuple[Tensor, Tensor, Tensor]:
-    """S (d_out, d_in), U (d_out, rank) and V (rank, d_in) as float32 numbers, decoded where they are codes.
-
-    Args:
-        tensors: those of :meth:`LayerSpec.tensors`.
-        storage: which of them are codes.
-    """
+    """S (d_out, d_in), U (d_out, rank) and V (rank, d_in) in float32, decoded where they are codes."""
     values, u, v = tensors["values"], tensors["low_rank_u"].float(), tensors["low_rank_v"].float()
     d_in = v.shape[1]
     if storage.values == "int4":

@@ -9,8 +9,7 @@ from torch import Tensor
 def pack_nibbles(codes: Tensor) -> Tensor:
     """Put two codes in a byte, the first in the lower half; zero fills the half after an odd last one.
 
-    Args:
-        codes: (n,) uint8, below 16.
+    Codes are (n,) uint8, below 16.
 
     >>> pack_nibbles(torch.tensor([1, 2, 3], dtype=torch.uint8)).tolist()
     [33, 3]

@@ -20,7 +20,7 @@ def validate(
     bias: Tensor | None = None,
     **tensors: Tensor,
 ) -> None:
-    """Check that the tensors of one layer agree with each other and with its shape.
+    """Check that the tensors of a layer agree with each other and with its shape.
 
     Args:
         name: of the layer, for error messages.
@@ -34,8 +34,9 @@ def validate(
         FormatError: they disagree; the message names the layer, the tensor and what was expected.
     """
     mask, values, low_rank_v = tensors["mask"], tensors["values"], tensors["low_rank_v"]
-    exact = [tensors[key] for key, stored in _KINDS.items() if getattr(storage, stored) == "exact"]
-    dtype = exact[0].dtype if exact else torch.bfloat16
+    dtype = torch.bfloat16
+    if "exact" in (storage.values, storage.low_rank):
+        dtype = tensors["values" if storage.values == "exact" else "low_rank_u"].dtype
     if dtype not in DTYPES.values():
         raise FormatError(
             f"{name}: values are {_short(dtype)}; this release stores bfloat16 or float32. "
@@ -75,10 +76,6 @@ def validate(
             raise FormatError(
                 f"{name}: {tensor_name} is not finite; download or compress the checkpoint again"
             )
-
-
-# What is stored → which field of a Storage says how.
-_KINDS = {"values": "values", "low_rank_u": "low_rank"}
 
 
 def _short(dtype: torch.dtype) -> str:

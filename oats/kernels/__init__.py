@@ -2,7 +2,7 @@
 
 `isa`: instruction sets of this CPU. `packing`: from a layer's stored tensors to the layout that kernels read,
 and back. `sparse_low_rank_linear`: the product, as an operator, as a direct call, and of several layers at
-once. `to_dense`, `read_rows`: a packed weight, or some rows of it, as a dense matrix. `keep_largest`: which
+once. `to_dense`: a packed weight, or some rows of it, as a dense matrix. `keep_largest`: which
 entries of a matrix stay. `rms_norm`: the norm. `eager`: when a kernel may be called directly. `cuda`: what is
 behind these functions on a CUDA device.
 """

@@ -26,23 +26,16 @@ def keep_largest_in_rows(rows: Tensor, count: int, out: Tensor | None = None) ->
             does not fit.
         DeviceError: `rows` is on a CUDA device, and the kernels for it are not built.
     """
-    if (
-        not (rows.is_cpu or rows.is_cuda)
-        or rows.dim() != 2
-        or rows.dtype not in (torch.float32, torch.float64)
-    ):
+    known_dtype = rows.dtype in (torch.float32, torch.float64)
+    if not (rows.is_cpu or rows.is_cuda) or rows.dim() != 2 or not known_dtype:
         raise WeightError(
             f"rows are {rows.dtype} {tuple(rows.shape)} on {rows.device}, expected 2-D float32 or float64 "
             "on the CPU or a CUDA device"
         )
     rows = rows.contiguous()
     kept = torch.empty_like(rows) if out is None else out
-    if (
-        kept.shape != rows.shape
-        or kept.dtype != rows.dtype
-        or kept.device != rows.device
-        or not kept.is_contiguous()
-    ):
+    wanted = rows.shape, rows.dtype, rows.device
+    if (kept.shape, kept.dtype, kept.device) != wanted or not kept.is_contiguous():
         raise WeightError(
             f"out is {kept.dtype} {tuple(kept.shape)} on {kept.device}, expected contiguous {rows.dtype} "
             f"{tuple(rows.shape)} on {rows.device}"
@@ -51,20 +44,16 @@ def keep_largest_in_rows(rows: Tensor, count: int, out: Tensor | None = None) ->
         cuda.keep_largest_in_rows(rows, count, kept)
         return kept
     number, columns = rows.shape
-    _core.keep_largest_in_rows(
-        rows.data_ptr(), number, columns, count, rows.element_size(), kept.data_ptr(), torch.get_num_threads()
-    )
+    size, threads = rows.element_size(), torch.get_num_threads()
+    _core.keep_largest_in_rows(rows.data_ptr(), number, columns, count, size, kept.data_ptr(), threads)
     return kept
 
 
 def split_largest_in_rows(rows: Tensor, count: int, out: Tensor) -> Tensor:
     """Move the `count` entries of largest magnitude of each row from `rows` to `out`.
 
-    Args:
-        rows: (n, columns), as for :func:`keep_largest_in_rows`, contiguous; an entry that is moved leaves a
-            zero.
-        count: at least 0; of equal magnitudes the lowest column is moved.
-        out: to write to, contiguous, of the shape and dtype of `rows`; zeros where nothing is moved.
+    The arguments are those of :func:`keep_largest_in_rows`; `rows` is contiguous. An entry that is moved
+    leaves a zero; `out` has zeros where nothing is moved.
 
     Returns:
         (n,), float64: the norm of what is left of each row.
@@ -85,5 +74,4 @@ def row_norms(rows: Tensor) -> Tensor:
     Each row is summed in its own dtype: float32 sums of one row stay short, and converting every element to
     float64 takes 25 times as long.
     """
-    norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
-    return norms.double()
+    return torch.linalg.vector_norm(rows, dim=1).double()  # type: ignore[no-any-return]

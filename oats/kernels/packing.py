@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,7 +50,7 @@ def unpack(packed: Tensor, spec: LayerSpec) -> dict[str, Tensor]:
     """
     if packed.is_cuda:
         return cuda.unpack(packed, spec)
-    found = packed_header(packed).spec
+    found = spec_of_packed(packed)
     if found != spec:
         raise FormatError(f"the packed weight is of {found}, expected {spec}; pack the weight again")
     tensors = {name: torch.empty(shape, dtype=dtype) for name, (dtype, shape) in spec.tensors().items()}
@@ -68,31 +67,28 @@ def clone_packed(packed: Tensor) -> Tensor:
 
 def packed_isa(packed: Tensor) -> str:
     """The instruction set that a packed weight was laid out for, or ``"cuda"``."""
-    return "cuda" if packed.is_cuda else packed_header(packed).isa
+    return "cuda" if packed.is_cuda else _header(packed)[1]
 
 
-class PackedHeader(NamedTuple):
-    """What a weight that is packed for the CPU says of itself."""
-
-    spec: LayerSpec
-    isa: str
-
-
-def packed_header(packed: Tensor) -> PackedHeader:
-    """Read and check the header of a weight that is packed for the CPU.
+def spec_of_packed(packed: Tensor) -> LayerSpec:
+    """The spec in the header of a weight that is packed for the CPU.
 
     Raises:
         FormatError: `packed` was not made by :func:`pack`, or for another kind of CPU.
     """
+    shape, _ = _header(packed)
+    storage = Storage(shape.values, shape.factors, shape.scale_columns)
+    return LayerSpec(shape.d_out, shape.d_in, shape.rank, shape.nnz, _DTYPES[shape.value_bytes], storage)
+
+
+def _header(packed: Tensor) -> tuple[_core.WeightShape, str]:
+    """The checked header of a weight that is packed for the CPU: its sizes and its instruction set."""
     if packed.dtype != torch.uint8 or packed.dim() != 1 or packed.device.type != "cpu":
         raise FormatError("a packed weight is a 1-D uint8 tensor on the CPU, as oats.kernels packs it")
     try:
-        shape, isa = _core.packed_header(packed.data_ptr(), packed.numel())
+        return _core.packed_header(packed.data_ptr(), packed.numel())
     except ValueError as error:
         raise FormatError(f"{error}; pack the weight again on this machine") from error
-    storage = Storage(shape.values, shape.factors, shape.scale_columns)
-    dtype = _DTYPES[shape.value_bytes]
-    return PackedHeader(LayerSpec(shape.d_out, shape.d_in, shape.rank, shape.nnz, dtype, storage), isa)
 
 
 def _shape(spec: LayerSpec) -> _core.WeightShape:

@@ -16,7 +16,7 @@ from torch import Tensor
 from oats import _core
 from oats.format.layer_spec import LayerSpec
 from oats.kernels.cuda import sparse_low_rank_linear as cuda
-from oats.kernels.packing import packed_header
+from oats.kernels.packing import spec_of_packed
 from oats.kernels.to_dense import to_dense
 
 # By name here: looking it up through its module takes as long as a call of it.
@@ -111,18 +111,15 @@ def sparse_low_rank_linear(
 
     Args:
         x: (…, d_in), the dtype of the packed weight.
-        packed: from :func:`oats.kernels.packing.pack`.
+        packed: from :func:`oats.kernels.packing.pack`, of these `d_out`, `rank` and `nnz`.
         bias: (d_out,), the dtype of the packed weight, or None.
-        d_out: number of outputs.
-        rank: of the low-rank part.
-        nnz: number of kept values.
 
     Raises:
         FormatError: `packed` was not made by :func:`~oats.kernels.packing.pack`, or for another kind of CPU.
         DeviceError: `x` is on a CUDA device, and the kernels for it are not built.
         ValueError: an argument does not fit the packed weight.
     """
-    spec = packed_header(packed).spec
+    spec = spec_of_packed(packed)
     if x.dim() == 0 or x.shape[-1] != spec.d_in or x.dtype != spec.dtype:
         raise ValueError(f"x is {x.dtype} {tuple(x.shape)}, expected {spec.dtype} (..., {spec.d_in})")
     if (d_out, rank, nnz) != (spec.d_out, spec.rank, spec.nnz):

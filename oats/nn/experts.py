@@ -29,14 +29,7 @@ class Expert(nn.Module):
         self.act_fn = activation
 
     def forward(self, x: Tensor) -> Tensor:
-        """Compute ``down(act(gate x) * up x)``.
-
-        Args:
-            x: (tokens, d).
-
-        Returns:
-            (tokens, d).
-        """
+        """Compute ``down(act(gate x) * up x)``, (tokens, d), of x, (tokens, d)."""
         projections = projections_of((self.gate, self.up), x)
         gate, up = (self.gate(x), self.up(x)) if projections is None else linear_many(x, projections)
         return cast(Tensor, self.down(self.act_fn(gate) * up))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from oats.kernels.read_rows import read_rows
+from oats.kernels.to_dense import read_rows
 from oats.nn.sparse_low_rank_linear import SparseLowRankLinear
 
 
@@ -33,21 +33,13 @@ class RowsOfHead(nn.Embedding):
         return torch.empty(size, dtype=self.head.dtype, device="meta")
 
     def forward(self, input: Tensor) -> Tensor:
-        """Read the rows of some tokens.
-
-        Args:
-            input: token ids, of any shape.
-
-        Returns:
-            (*input.shape, embedding_dim), in the dtype of the head.
-        """
+        """Rows of token ids of any shape, (*input.shape, embedding_dim), in the dtype of the head."""
         head = self.head
         packed = head._buffers["packed"]
         if packed is None:
             packed = head.pack_().packed
             assert packed is not None
-        rows: Tensor = read_rows(packed, input, self.embedding_dim, head.dtype)
-        return rows
+        return read_rows(packed, input, self.embedding_dim, head.dtype)  # type: ignore[no-any-return]
 
 
 def rows_of_head(embedding: nn.Embedding, head: SparseLowRankLinear) -> RowsOfHead:

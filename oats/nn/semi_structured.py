@@ -35,19 +35,14 @@ class SemiStructuredLinear(nn.Module):
                 f"{layer} is not of the pattern 2:4 in bfloat16 with outputs a multiple of {_ROWS} and "
                 f"inputs a multiple of {_COLUMNS}; leave it as it is"
             )
-        tensors = layer.canonical()
         self.in_features, self.out_features = layer.in_features, layer.out_features
-        exact = exact_parts(tensors, layer.storage)
+        exact = exact_parts(layer.canonical(), layer.storage)
         sparse, self.low_rank_u, self.low_rank_v = (part.to(layer.dtype) for part in exact)
         self.sparse = torch.sparse.to_sparse_semi_structured(sparse)
         self.bias = layer.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        """Compute ``S x + U (V x) + b``.
-
-        Args:
-            x: (…, in_features), bfloat16, on the layer's device.
-        """
+        """Compute ``S x + U (V x) + b`` of x, (…, in_features), bfloat16, on the layer's device."""
         rows = x.reshape(-1, self.in_features)
         y = nn.functional.linear(rows, self.sparse, self.bias)
         if len(self.low_rank_v):
@@ -77,10 +72,7 @@ def fits(layer: SparseLowRankLinear) -> bool:
 
 
 def use_semi_structured_(model: nn.Module) -> int:
-    """Replace the 2:4 layers of a model on a CUDA device by :class:`SemiStructuredLinear`, in place.
-
-    Args:
-        model: whose compressed layers are on one CUDA device.
+    """Replace the 2:4 layers of a model on one CUDA device by :class:`SemiStructuredLinear`, in place.
 
     Returns:
         The number of layers that were replaced.

@@ -15,7 +15,15 @@ from torch.autograd import forward_ad
 from oats.config import EXACT, Storage
 from oats.errors import ConfigError, FormatError
 from oats.format.bitmask import encode
-from oats.format.layer_spec import DTYPES, MARKER, LayerSpec, exact_parts, storage_dtype, tensor_names
+from oats.format.layer_spec import (
+    DTYPES,
+    MARKER,
+    TENSORS,
+    LayerSpec,
+    exact_parts,
+    storage_dtype,
+    tensor_names,
+)
 from oats.format.validation import validate
 from oats.kernels.cuda.availability import check_cuda_kernels, computes_unpacked
 from oats.kernels.eager import is_plain
@@ -90,12 +98,8 @@ class SparseLowRankLinear(nn.Module):
         for name, (kind, shape) in self.spec.tensors().items():
             self.register_buffer(name, torch.empty(shape, dtype=kind, device=device))
         self.register_buffer("packed", None, persistent=False)
-        self.register_parameter(
-            "bias",
-            nn.Parameter(torch.empty(out_features, dtype=dtype, device=device), requires_grad=False)
-            if bias
-            else None,
-        )
+        made = torch.empty(out_features, dtype=dtype, device=device) if bias else None
+        self.register_parameter("bias", None if made is None else nn.Parameter(made, requires_grad=False))
 
     @classmethod
     def from_canonical(
@@ -114,7 +118,7 @@ class SparseLowRankLinear(nn.Module):
             tensors: ``mask``, ``values``, ``low_rank_u``, ``low_rank_v``, and the scales that `storage` has.
             in_features: d_in; the mask has up to 7 more columns.
             bias: (d_out,) or None.
-            name: of the layer, for error messages.
+            name: for error messages.
             storage: which of values and factors are codes.
             dtype: of inputs and outputs; None means that of the values, which must not be codes then.
 
@@ -122,13 +126,8 @@ class SparseLowRankLinear(nn.Module):
             FormatError: the tensors disagree.
         """
         spec = LayerSpec.of(tensors, in_features, storage, dtype)
-        layer = cls(
-            *(spec.d_in, spec.d_out, spec.rank, spec.nnz),
-            bias=bias is not None,
-            dtype=spec.dtype,
-            device="meta",
-            storage=storage,
-        )
+        sizes = in_features, spec.d_out, spec.rank, spec.nnz
+        layer = cls(*sizes, bias is not None, spec.dtype, device="meta", storage=storage)
         for tensor_name in layer._stored_names():
             setattr(layer, tensor_name, tensors[tensor_name])
         if bias is not None:
@@ -151,13 +150,9 @@ class SparseLowRankLinear(nn.Module):
         """
         dtype = _supported(dtype or storage_dtype(decomposition.sparse.dtype))
         mask, values = encode(decomposition.sparse)
-        tensors = {
-            "mask": mask,
-            "values": values.to(dtype),
-            "low_rank_u": decomposition.low_rank_u.to(dtype),
-            "low_rank_v": decomposition.low_rank_v.to(dtype),
-        }
-        return cls.from_canonical(tensors, decomposition.sparse.shape[1], bias)
+        exact = values, decomposition.low_rank_u, decomposition.low_rank_v
+        tensors = dict(zip(TENSORS, (mask, *(part.to(dtype) for part in exact)), strict=True))
+        return cls.from_canonical(tensors, decomposition.d_in, bias)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, statistic: Tensor, config: OatsConfig) -> SparseLowRankLinear:
@@ -225,9 +220,6 @@ class SparseLowRankLinear(nn.Module):
     def pack_(self, name: str = "layer") -> SparseLowRankLinear:
         """Check the canonical tensors, lay them out for the device they are on, and drop them.
 
-        Args:
-            name: of the layer, for error messages.
-
         Raises:
             FormatError: the tensors disagree with each other or with the layer's shape.
             DeviceError: they are on a CUDA device, and it has no kernels, or none for codes.
@@ -271,7 +263,7 @@ class SparseLowRankLinear(nn.Module):
         Args:
             tensors: all that a layer of this `storage` has, by name.
             storage: which of their numbers are codes.
-            name: of the layer, for error messages.
+            name: for error messages.
 
         Raises:
             FormatError: they disagree.
@@ -363,9 +355,7 @@ class SparseLowRankLinear(nn.Module):
             destination[prefix + "weight"] = MARKER.clone()  # transformers refuses shared tensors
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        marker = state_dict.get(prefix + "weight")
-        if marker is not None and marker.shape == MARKER.shape:
-            del state_dict[prefix + "weight"]
+        drop_marker(state_dict, prefix)
         if self.packed is not None and not any(key.startswith(prefix) for key in state_dict):
             # Nothing here is for this layer, as when an adapter is loaded. It stays packed, and the caller
             # still learns which tensors were missing.
@@ -421,6 +411,13 @@ class SparseLowRankLinear(nn.Module):
         """Restore, and pack for this machine."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._pack_again()
+
+
+def drop_marker(state_dict: dict[str, Any], prefix: str) -> None:
+    """Remove what stands for the dense weight of a layer (:data:`oats.format.layer_spec.MARKER`)."""
+    marker = state_dict.get(prefix + "weight")
+    if marker is not None and marker.shape == MARKER.shape:
+        del state_dict[prefix + "weight"]
 
 
 def fits_kernel(bias: Tensor, spec: LayerSpec) -> bool:

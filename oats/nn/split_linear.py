@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from oats.format.layer_spec import MARKER
 from oats.kernels.sparse_low_rank_linear import linear_joined
 from oats.nn.projections import projections_of
-from oats.nn.sparse_low_rank_linear import SparseLowRankLinear
+from oats.nn.sparse_low_rank_linear import SparseLowRankLinear, drop_marker
 
 
 class SplitLinear(nn.ModuleDict):
@@ -45,14 +45,7 @@ class SplitLinear(nn.ModuleDict):
         return None if None in biases else torch.cat(cast(list[Tensor], biases))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Compute the outputs of all parts.
-
-        Args:
-            x: (…, in_features), the dtype and device of the parts.
-
-        Returns:
-            (…, out_features), in the same dtype.
-        """
+        """The outputs of all parts, (…, out_features), for x, (…, in_features), of their dtype and device."""
         projections = projections_of(self._modules.values(), x)
         if projections is None:
             return torch.cat([part(x) for part in self.values()], dim=-1)
@@ -65,7 +58,5 @@ class SplitLinear(nn.ModuleDict):
             destination[prefix + "weight"] = MARKER.clone()
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        marker = state_dict.get(prefix + "weight")
-        if marker is not None and marker.shape == MARKER.shape:
-            del state_dict[prefix + "weight"]
+        drop_marker(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)

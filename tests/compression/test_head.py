@@ -31,7 +31,7 @@ from oats.errors import DeviceError
 from oats.format.bitmask import decode
 from oats.format.layer_spec import exact_parts
 from oats.kernels.packing import pack
-from oats.kernels.read_rows import read_rows
+from oats.kernels.to_dense import read_rows
 from oats.nn.head import RowsOfHead
 from tests.conftest import DTYPES, ISAS, random_layer, spec_of
 

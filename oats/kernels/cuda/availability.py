@@ -29,16 +29,9 @@ def is_built() -> bool:
 
 
 def check_cuda_kernels(name: str, device: torch.device, *, codes: bool = False) -> None:
-    """Raise if there are no kernels for a matrix because it is on a CUDA device.
+    """Raise a DeviceError if a matrix is on a CUDA device, and no kernels for it were built.
 
-    Args:
-        name: of the matrix, for the message.
-        device: that it is on.
-        codes: True if numbers of it are stored as codes.
-
-    Raises:
-        DeviceError: the device is a CUDA device, and oats was built without kernels for it, or it has none
-            for codes.
+    Or if there are none for codes, and numbers of it are stored so. `name` is for the message.
     """
     if device.type != "cuda":
         return
@@ -56,10 +49,6 @@ def check_cuda_kernels(name: str, device: torch.device, *, codes: bool = False) 
 
 def computes_unpacked(device: torch.device, *, codes: bool) -> bool:
     """True if a layer on `device` has no kernels there, and multiplies by its unpacked weight instead.
-
-    Args:
-        device: that the layer is on.
-        codes: True if numbers of it are stored as codes.
 
     Raises:
         ConfigError: as :func:`dense_fallback_wanted`.

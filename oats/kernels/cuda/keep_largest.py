@@ -12,11 +12,7 @@ _LONG_ROW = 1 << 17
 
 
 def keep_largest_in_rows(rows: Tensor, count: int, out: Tensor) -> None:
-    """:func:`oats.kernels.keep_largest.keep_largest_in_rows` of checked, contiguous tensors.
-
-    Raises:
-        DeviceError: the kernels are not built.
-    """
+    """:func:`oats.kernels.keep_largest.keep_largest_in_rows` of checked, contiguous tensors."""
     availability.check_cuda_kernels("the matrix", rows.device)
     columns = rows.shape[1]
     if count <= 0:
@@ -40,11 +36,7 @@ def _keep_largest_in_long_rows(rows: Tensor, count: int, out: Tensor) -> None:
 
 
 def splits_in_one_pass(rows: Tensor, count: int, out: Tensor) -> bool:
-    """True if :func:`split_largest_in_rows` takes such tensors.
-
-    Raises:
-        DeviceError: the kernels are not built.
-    """
+    """True if :func:`split_largest_in_rows` takes such tensors; DeviceError if the kernels are not built."""
     availability.check_cuda_kernels("the matrix", rows.device)
     return bool(
         rows.dtype in (torch.float32, torch.float64)

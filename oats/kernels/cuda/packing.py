@@ -50,15 +50,7 @@ def parts_of(packed: Tensor, spec: LayerSpec) -> Parts:
 
 
 def pack(tensors: Mapping[str, Tensor], spec: LayerSpec) -> Tensor:
-    """Lay a layer out for the CUDA kernels, on the device of its tensors.
-
-    Args:
-        tensors: ``mask``, ``values``, ``low_rank_u`` and ``low_rank_v``, validated.
-        spec: of the layer, without codes; its dtype may also be torch.float16.
-
-    Returns:
-        uint8 (n,), opaque.
-    """
+    """:func:`oats.kernels.packing.pack` on a CUDA device; the dtype of `spec` may also be torch.float16."""
     mask, values = tensors["mask"], tensors["values"]
     packed = torch.zeros(packed_bytes(spec), dtype=torch.uint8, device=mask.device)
     parts = parts_of(packed, spec)

@@ -39,20 +39,12 @@ def linear(x: Tensor, packed: Tensor, bias: Tensor | None, spec: LayerSpec) -> T
     y = x.new_empty(*x.shape[:-1], spec.d_out)
     splits, size = compiled.plan(spec.d_out, spec.d_in, spec.rank, batch, launch.multiprocessors(x.device))
     workspace = torch.empty(size, dtype=torch.uint8, device=x.device)
+    weight = packed.data_ptr(), *spec.sizes, DTYPES.index(x.dtype)
+    inputs = rows.data_ptr(), batch, rows.stride(0)
+    outputs = 0 if bias is None else bias.data_ptr(), y.data_ptr(), spec.d_out
     with launch.on_device_of(x):
         compiled.sparse_low_rank_linear(
-            packed.data_ptr(),
-            *spec.sizes,
-            DTYPES.index(x.dtype),
-            rows.data_ptr(),
-            batch,
-            rows.stride(0),
-            0 if bias is None else bias.data_ptr(),
-            y.data_ptr(),
-            spec.d_out,
-            splits,
-            workspace.data_ptr(),
-            *launch.stream_and_capability(x),
+            *weight, *inputs, *outputs, splits, workspace.data_ptr(), *launch.stream_and_capability(x)
         )
     return y
 
@@ -127,22 +119,15 @@ def expand(packed: Tensor, spec: LayerSpec, out: Tensor, first: int = 0) -> Tens
     """Write rows of S, dense, with zeros behind the last input.
 
     Args:
-        packed: from :func:`oats.kernels.cuda.packing.pack`.
-        spec: of the layer.
+        packed: from :func:`oats.kernels.cuda.packing.pack`, of `spec`.
         out: (rows, at least d_in) of its dtype, elements of a row side by side.
         first: of the rows, a multiple of 16.
     """
+    weight = packed.data_ptr(), *spec.sizes, DTYPES.index(out.dtype)
+    rows, columns = out.shape
     with launch.on_device_of(out):
         availability.compiled.expand(
-            packed.data_ptr(),
-            *spec.sizes,
-            DTYPES.index(out.dtype),
-            first,
-            out.shape[0],
-            out.data_ptr(),
-            out.stride(0),
-            out.shape[1],
-            *launch.stream_and_capability(out),
+            *weight, first, rows, out.data_ptr(), out.stride(0), columns, *launch.stream_and_capability(out)
         )
     return out
 

@@ -16,11 +16,8 @@ def merge_gated_mlps_(model: nn.Module) -> None:
     """Let each compressed gated MLP of a model compute gate and up in one call.
 
     They return the same as before, bit for bit: gate and up are computed together where
-    :func:`oats.nn.projections.projections_of` allows it. Nothing is kept from one call to the next.
-
-    Args:
-        model: changed in place. Only modules with the ``forward`` of transformers' Llama, which many models
-            share, are replaced.
+    :func:`oats.nn.projections.projections_of` allows it. Nothing is kept from one call to the next. Only
+    modules with the ``forward`` of transformers' Llama, which many models share, are replaced.
     """
     for module in model.modules():
         gate, up = (module._modules.get(name) for name in ("gate_proj", "up_proj"))

@@ -32,9 +32,7 @@ def _code(function: Any) -> tuple[object, ...]:
 def set_forward_(module: nn.Module, forward: Forward) -> None:
     """Give a module another ``forward``; :func:`known_class` still finds the old one.
 
-    Args:
-        module: it gets a subclass of its class.
-        forward: takes the module first; a function that pickle can find by its name.
+    `forward` takes the module first; pickle must find it by its name.
     """
     module.__class__ = _with_forward(type(module), forward)  # type: ignore[arg-type]
 
@@ -57,19 +55,13 @@ def _with_forward(kind: type[nn.Module], forward: Forward) -> type[nn.Module]:
         # pickle finds a class by its name, and by this name it would find `kind`.
         return (_restore, (kind, forward), *kind.__reduce_ex__(self, protocol)[2:])
 
-    body = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__reduce_ex__": reduce}
-    replaced = {"forward": _as(forward, kind), "_known_class": kind}
-    return type(kind.__name__, (kind,), body | replaced)
-
-
-def _as(forward: Forward, kind: type[nn.Module]) -> Forward:
-    """`forward` with the name, signature and docstring of what it replaces."""
-
+    # With the name, signature and docstring of what it replaces.
     @functools.wraps(kind.forward)
     def replaced(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return forward(self, *args, **kwargs)
 
-    return replaced
+    body = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__reduce_ex__": reduce}
+    return type(kind.__name__, (kind,), {**body, "forward": replaced, "_known_class": kind})
 
 
 def _restore(kind: type[nn.Module], forward: Forward) -> nn.Module:

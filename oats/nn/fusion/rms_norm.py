@@ -16,11 +16,8 @@ def fuse_norms_(model: nn.Module) -> None:
     """Let each norm of a model take one call: Python takes most of the time of decoding a small model.
 
     The results differ at most by the rounding of a sum. A norm computes as before if autograd or a compiler
-    follows its input, or the input is not contiguous or not on the CPU.
-
-    Args:
-        model: changed in place. Only modules with the ``forward`` of transformers' Llama or Gemma, which many
-            models share, are replaced.
+    follows its input, or the input is not contiguous or not on the CPU. Only modules with the ``forward`` of
+    transformers' Llama or Gemma, which many models share, are replaced.
     """
     for module in model.modules():
         kind = type(module)
@@ -54,7 +51,7 @@ def _gemma_norm(self: Any, x: Tensor) -> Tensor:
 def round_then_scale(self: Any, hidden_states: Tensor) -> Tensor:
     """The fused forward of Llama's norm: round to the dtype, then multiply by the weight."""
     weight = self._parameters.get("weight")
-    if weight is not None and _fusible(hidden_states, weight):
+    if _fusible(hidden_states, weight):
         return rms_norm(hidden_states, weight, self.variance_epsilon, one_plus=False)
     return known_class(self).forward(self, hidden_states)  # type: ignore[no-any-return]
 
@@ -62,17 +59,18 @@ def round_then_scale(self: Any, hidden_states: Tensor) -> Tensor:
 def scale_by_one_plus(self: Any, x: Tensor) -> Tensor:
     """The fused forward of Gemma's norm: multiply by one plus the weight, then round."""
     weight = self._parameters.get("weight")
-    if weight is not None and _fusible(x, weight):
+    if _fusible(x, weight):
         return rms_norm(x, weight, self.eps, one_plus=True)
     return known_class(self).forward(self, x)  # type: ignore[no-any-return]
 
 
-def _fusible(x: Tensor, weight: Tensor) -> bool:
+def _fusible(x: Tensor, weight: Tensor | None) -> bool:
     return (
-        is_plain(x)
+        weight is not None
+        and is_plain(x)
         and x.is_cpu
         and x.dtype is weight.dtype
-        and (x.dtype is torch.bfloat16 or x.dtype is torch.float32)
+        and x.dtype in (torch.bfloat16, torch.float32)
         and weight.is_cpu
         and x.dim() > 0
         and x.shape[-1] == weight.numel()
