@@ -100,9 +100,10 @@ void bind_decoder(py::module_& m) {
       .def_readwrite("head", &Model::head);
 
   py::class_<Sequence>(m, "DecoderSequence")
-      .def(py::init([](int64_t first_row, int64_t rows, int64_t start, std::vector<std::vector<int32_t>> pages) {
-             return Sequence{first_row, rows, start, std::move(pages)};
-           }),
+      .def(py::init(
+               [](int64_t first_row, int64_t rows, int64_t start, std::vector<std::vector<int32_t>> pages) {
+                 return Sequence{first_row, rows, start, std::move(pages)};
+               }),
            py::arg("first_row"), py::arg("rows"), py::arg("start"), py::arg("pages"));
 
   m.attr("page_tokens") = oats::kPageTokens;
@@ -121,7 +122,8 @@ void bind_decoder(py::module_& m) {
             of_core.reserve(sequences.size());
             for (size_t i = 0; i < sequences.size(); ++i) {
               for (const auto& table : sequences[i].pages) pages[i].push_back(table.data());
-              of_core.push_back({sequences[i].first_row, sequences[i].rows, sequences[i].start, pages[i].data()});
+              of_core.push_back(
+                  {sequences[i].first_row, sequences[i].rows, sequences[i].start, pages[i].data()});
             }
             std::vector<oats::KvCache> of_caches;
             for (const auto& [address, layer_stride, page_stride] : caches)
@@ -131,6 +133,6 @@ void bind_decoder(py::module_& m) {
                           static_cast<int64_t>(logits_rows.size()), reinterpret_cast<void*>(logits)},
                          threads);
           },
-          py::arg("tokens"), py::arg("sequences"), py::arg("caches"), py::arg("logits_rows"), py::arg("logits"),
-          py::arg("threads"));
+          py::arg("tokens"), py::arg("sequences"), py::arg("caches"), py::arg("logits_rows"),
+          py::arg("logits"), py::arg("threads"));
 }

@@ -1,3 +1,4 @@
+from collections.abc import Sequence
 from typing import Literal
 
 class WeightShape:
@@ -54,3 +55,74 @@ def rms_norm(
 def keep_largest_in_rows(
     rows: int, number: int, columns: int, count: int, value_bytes: int, out: int, threads: int, /
 ) -> None: ...
+
+# The decoder (oats/engine/native.py fills it in); addresses are those of tensors that outlive it.
+
+page_tokens: int
+
+class Gate:
+    none: Gate
+    silu: Gate
+    gelu: Gate
+    gelu_tanh: Gate
+    relu: Gate
+
+class DecoderLinear:
+    def __init__(self, *, d_out: int, d_in: int, packed: int = 0, dense: int = 0, bias: int = 0) -> None: ...
+
+class DecoderNorm:
+    def __init__(self, *, weight: int = 0, eps: float = 0.0, one_plus: bool = False) -> None: ...
+
+class Rope:
+    def __init__(self, frequencies: Sequence[float], scale: float) -> None: ...
+
+class DecoderLayer:
+    before_attention: DecoderNorm
+    after_attention: DecoderNorm
+    before_mlp: DecoderNorm
+    after_mlp: DecoderNorm
+    q_norm: DecoderNorm
+    k_norm: DecoderNorm
+    qkv: Sequence[DecoderLinear]
+    attention_out: DecoderLinear
+    gate_up: Sequence[DecoderLinear]
+    down: DecoderLinear
+    heads: int
+    kv_heads: int
+    head_dim: int
+    attention_scale: float
+    attention_softcap: float
+    window: int
+    rope: int
+    cache: int
+    cache_layer: int
+    gate: Gate
+    gated: bool
+
+class DecoderModel:
+    embedding_scale: float
+    residual_scale: float
+    logits_scale: float
+    logits_softcap: float
+    layers: Sequence[DecoderLayer]
+    ropes: Sequence[Rope]
+    final_norm: DecoderNorm
+    head: DecoderLinear
+    def __init__(
+        self, *, value_bytes: int, hidden: int, vocabulary: int, embedding: int = 0, packed_embedding: int = 0
+    ) -> None: ...
+
+class DecoderSequence:
+    def __init__(self, first_row: int, rows: int, start: int, pages: Sequence[Sequence[int]]) -> None: ...
+
+class Decoder:
+    def __init__(self, model: DecoderModel) -> None: ...
+    def step(
+        self,
+        tokens: Sequence[int],
+        sequences: Sequence[DecoderSequence],
+        caches: Sequence[tuple[int, int, int]],
+        logits_rows: Sequence[int],
+        logits: int,
+        threads: int,
+    ) -> None: ...

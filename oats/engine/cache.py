@@ -1,7 +1,7 @@
 """Keys and values in pages: sequences of any length side by side, without padding.
 
-A page holds the keys and values of `PAGE` tokens, for all layers that see the same window. Sequences may share
-pages: a page that more than one sequence holds is copied before one of them writes to it.
+A page holds the keys and values of `PAGE` tokens, for all layers that see the same window. Sequences may
+share pages: a page that more than one sequence holds is copied before one of them writes to it.
 """
 
 from __future__ import annotations

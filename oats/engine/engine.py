@@ -61,16 +61,16 @@ class _Text:
 class Engine:
     """Runs a decoder-only model of transformers in one call of the core a step.
 
-    The model's weights are read where they are, compressed or dense. When the engine is made it runs a short
-    text through both and compares the logits with those of the model's own ``forward``. Where it does not know
-    the architecture, or does not agree, `reason` says why, and :meth:`generate` uses transformers.
+    It reads the model's weights where they are, compressed or dense. When it is made, it runs a short text
+    and compares the logits with those of the model's own ``forward``. If it does not know the architecture,
+    or the logits differ, `reason` says why, and the other methods raise.
 
     Args:
         model: a causal language model on the CPU, in evaluation mode, float32 or bfloat16.
 
     Attributes:
         reason: why the model does not run natively; None where it does.
-        difference: of the logits from transformers', relative, in the Frobenius norm; None where they were not
+        difference: of the logits from transformers', relative, in the Frobenius norm; None if they were not
             compared.
         statistics: of all calls.
     """
@@ -92,7 +92,9 @@ class Engine:
             self.context = min(decoder.longest, self.context or decoder.longest)
         keys = zip(self._native.layers_of, self._native.caches, strict=True)
         dtype = self._native.dtype
-        self._cache = PagedCache([PagePool(n, kv_heads, dim, window, dtype) for n, (window, kv_heads, dim) in keys])
+        self._cache = PagedCache(
+            [PagePool(n, kv_heads, dim, window, dtype) for n, (window, kv_heads, dim) in keys]
+        )
         self._compare(len(decoder.layers))
 
     @torch.no_grad()
@@ -104,13 +106,14 @@ class Engine:
         expected = self.model(input_ids=ids, use_cache=False).logits[0].float()
         tokens = self._cache.new()
         half = CHECKED_TOKENS // 2
-        got = [self._run([(tokens, part.tolist())], all_logits=True) for part in (ids[0, :half], ids[0, half:])]
+        got = [
+            self._run([(tokens, part.tolist())], all_logits=True) for part in (ids[0, :half], ids[0, half:])
+        ]
         self._cache.release(tokens)
         self.difference = float((torch.cat(got).float() - expected).norm() / expected.norm())
         if not self.difference <= allowed:
-            self.reason = (
-                f"the engine's logits differ from transformers' by {self.difference:.2g}, more than {allowed:.2g}"
-            )
+            apart = f"{self.difference:.2g}, more than {allowed:.2g}"
+            self.reason = f"the engine's logits differ from transformers' by {apart}"
 
     def new(self) -> Tokens:
         """A sequence without tokens; :meth:`release` it in the end."""
@@ -157,7 +160,8 @@ class Engine:
         for tokens, ids in work:
             if self.context is not None and tokens.length + len(ids) > self.context:
                 raise ConfigError(
-                    f"a text of {tokens.length + len(ids)} tokens is longer than the model's context of {self.context}"
+                    f"a text of {tokens.length + len(ids)} tokens is longer than the model's context of "
+                    f"{self.context}"
                 )
         return self._run(work)
 
@@ -171,7 +175,9 @@ class Engine:
                 sequences.append(_core.DecoderSequence(len(ids), len(new), tokens.length, tokens.tables))
                 ids += new
                 rows.append(len(ids) - 1)
-            logits = self._native.step(ids, sequences, self._cache.pages, range(len(ids)) if all_logits else rows)
+            logits = self._native.step(
+                ids, sequences, self._cache.pages, range(len(ids)) if all_logits else rows
+            )
             for tokens, new in work:
                 tokens.length += len(new)
         self.statistics.steps += 1
@@ -187,7 +193,7 @@ class Engine:
         choose: Sequence[Choose] | Choose = most_likely,
         max_batch: int = 16,
     ) -> list[list[int]]:
-        """Continue several texts: each step computes the next token of those that run, and a piece of a prompt.
+        """Continue several texts. A step computes the next token of those that run, and a piece of a prompt.
 
         Args:
             prompts: token ids of each, at least one.
@@ -204,7 +210,8 @@ class Engine:
             raise ConfigError("a prompt is empty; give some text to continue")
         chooses = [choose] * len(prompts) if callable(choose) else list(choose)
         texts = [_Text(list(p), self._cache.new(), c) for p, c in zip(prompts, chooses, strict=True)]
-        waiting, running = deque(texts), []
+        waiting = deque(texts)
+        running: list[_Text] = []
         try:
             while waiting or running:
                 while waiting and len(running) < max_batch:
@@ -243,4 +250,6 @@ class Engine:
 
     def _check_native(self) -> None:
         if self.reason is not None:
-            raise UnsupportedModelError(f"{type(self.model).__name__} does not run in the engine: {self.reason}")
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} does not run in the engine: {self.reason}"
+            )

@@ -44,7 +44,9 @@ class NativeDecoder:
         self._kept: list[Any] = []
         self.dtype = decoder.final_norm.weight.dtype
         if self.dtype not in (torch.float32, torch.bfloat16):
-            raise UnsupportedModelError(f"the engine computes in float32 and bfloat16, and the model is {self.dtype}")
+            raise UnsupportedModelError(
+                f"the engine computes in float32 and bfloat16, and the model is {self.dtype}"
+            )
         self.vocabulary, hidden = _shape(decoder.head)
         packed = dense = 0
         if isinstance(decoder.embedding, RowsOfHead):
@@ -67,7 +69,9 @@ class NativeDecoder:
         self.caches = list(dict.fromkeys(keys))
         self.layers_of = [keys.count(key) for key in self.caches]
         places = [(self.caches.index(key), keys[:index].count(key)) for index, key in enumerate(keys)]
-        model.layers = [self._layer(layer, *place) for layer, place in zip(decoder.layers, places, strict=True)]
+        model.layers = [
+            self._layer(layer, *place) for layer, place in zip(decoder.layers, places, strict=True)
+        ]
         self._decoder = _core.Decoder(model)
 
     def step(
@@ -105,7 +109,10 @@ class NativeDecoder:
                 f"heads have {layer.head_dim} dimensions; the engine takes multiples of 16 up to 512"
             )
         made = _core.DecoderLayer()
-        made.before_attention, made.before_mlp = self._norm(layer.before_attention), self._norm(layer.before_mlp)
+        made.before_attention, made.before_mlp = (
+            self._norm(layer.before_attention),
+            self._norm(layer.before_mlp),
+        )
         made.after_attention, made.after_mlp = self._norm(layer.after_attention), self._norm(layer.after_mlp)
         made.q_norm, made.k_norm = self._norm(layer.q_norm), self._norm(layer.k_norm)
         made.qkv = [self._linear(part) for module in layer.qkv for part in _parts(module)]
@@ -140,7 +147,9 @@ class NativeDecoder:
         packed = layer.pack_().packed
         assert packed is not None
         if not packed.is_cpu or layer.dtype != self.dtype:
-            raise UnsupportedModelError(f"a layer is {layer.dtype} on {packed.device}, the model {self.dtype}")
+            raise UnsupportedModelError(
+                f"a layer is {layer.dtype} on {packed.device}, the model {self.dtype}"
+            )
         self._kept.append(packed)
         return packed.data_ptr()
 

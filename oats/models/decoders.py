@@ -1,8 +1,8 @@
-"""What the engine must know of a decoder-only architecture: one entry each, and what the loaded model says itself.
+"""What the engine must know of decoder-only architectures: one entry each.
 
-An entry says how an architecture differs from Llama. Sizes, projections, biases, windows and rotary frequencies are
-read from the modules. The engine compares its logits with the model's own ``forward`` before it is used, so a wrong
-entry is found, not believed.
+An entry says how an architecture differs from Llama. Sizes, projections, biases, windows and rotary
+frequencies are read from the modules. The engine compares its logits with the model's own ``forward``
+before it is used. So a wrong entry is found.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class DecoderEntry:
         embedding_scale: of the configuration: what embeddings are multiplied by.
         residual_scale: the same, of what a block adds.
         logits_scale: the same, of the logits.
-        window_everywhere: ``config.sliding_window`` holds in all layers, where no ``layer_types`` say otherwise.
+        window_everywhere: if there are no ``layer_types``, ``config.sliding_window`` holds in all layers.
     """
 
     one_plus: bool = False
@@ -119,19 +119,22 @@ def describe_decoder(model: Any) -> Decoder:
     """Read what the engine needs from a causal language model of transformers.
 
     Raises:
-        UnsupportedModelError: the architecture has no entry, or a part of the model is not what its entry says.
+        UnsupportedModelError: the architecture has no entry, or the model is not what its entry says.
     """
     config = getattr(model, "config", None)
     entry = DECODERS.get(getattr(config, "model_type", ""))
     if entry is None or config is None:
         known = ", ".join(sorted(DECODERS))
         raise UnsupportedModelError(
-            f"{type(model).__name__} is of the type {getattr(config, 'model_type', None)!r}; the engine knows {known}"
+            f"{type(model).__name__} is of the type {getattr(config, 'model_type', None)!r}; "
+            f"the engine knows {known}"
         )
     try:
         return _describe(model, config, entry)
     except AttributeError as error:
-        raise UnsupportedModelError(f"{type(model).__name__} is not built as its type says: {error}") from error
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is not built as its type says: {error}"
+        ) from error
 
 
 def _describe(model: Any, config: Any, entry: DecoderEntry) -> Decoder:
@@ -181,7 +184,9 @@ def _describe(model: Any, config: Any, entry: DecoderEntry) -> Decoder:
             Layer(
                 before_attention=some_norm(block.input_layernorm),
                 after_attention=norm(block.post_attention_layernorm) if after else None,
-                before_mlp=some_norm(block.pre_feedforward_layernorm if after else block.post_attention_layernorm),
+                before_mlp=some_norm(
+                    block.pre_feedforward_layernorm if after else block.post_attention_layernorm
+                ),
                 after_mlp=norm(block.post_feedforward_layernorm) if after else None,
                 q_norm=norm(getattr(attention, "q_norm", None)),
                 k_norm=norm(getattr(attention, "k_norm", None)),

@@ -135,7 +135,9 @@ def test_every_instruction_set(isa: str, dtype: torch.dtype, monkeypatch: pytest
 @pytest.mark.parametrize("name", ["llama", "phi3", "gemma3"])
 def test_compressed_models(name: str, values: str | None, head: str | None) -> None:
     model = model_of(name, torch.bfloat16)
-    compress_(model, torch.tensor([text(64, seed) for seed in range(4)]), OatsConfig(values=values, head=head))
+    compress_(
+        model, torch.tensor([text(64, seed) for seed in range(4)]), OatsConfig(values=values, head=head)
+    )
     engine, ids = Engine(model), text(120)
     assert engine.reason is None
     assert_close(logits_in_chunks(engine, ids, [100, 20]), expected_logits(model, ids), torch.bfloat16)
@@ -154,7 +156,11 @@ def test_layers_that_stayed_dense() -> None:
 def test_greedy_texts_are_those_of_transformers(name: str) -> None:
     model, prompt = model_of(name), text(20)
     expected = model.generate(
-        torch.tensor([prompt]), attention_mask=torch.ones(1, 20), max_new_tokens=200, do_sample=False, eos_token_id=None
+        torch.tensor([prompt]),
+        attention_mask=torch.ones(1, 20),
+        max_new_tokens=200,
+        do_sample=False,
+        eos_token_id=None,
     )
     assert Engine(model).generate([prompt], 200)[0] == expected[0, 20:].tolist()
 
@@ -262,7 +268,9 @@ def test_a_wrong_entry_is_found_out(wrong: dict[str, Any], monkeypatch: pytest.M
 
 def test_what_is_not_known_says_why() -> None:
     opt = transformers.OPTForCausalLM(
-        transformers.OPTConfig(vocab_size=50, hidden_size=32, ffn_dim=32, num_hidden_layers=1, num_attention_heads=2)
+        transformers.OPTConfig(
+            vocab_size=50, hidden_size=32, ffn_dim=32, num_hidden_layers=1, num_attention_heads=2
+        )
     )
     assert "'opt'; the engine knows gemma" in str(Engine(opt).reason)
     narrow = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, head_dim=8))

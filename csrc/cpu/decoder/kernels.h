@@ -17,8 +17,8 @@ constexpr int64_t kRangeTokens = 512;
 // Of a head, at most; a multiple of 16.
 constexpr int64_t kMostHeadDim = 512;
 
-// What one row of queries has seen: the largest score, the sum of the weights relative to it, and the weighted
-// sum of the values, head_dim floats.
+// What one row of queries has seen: the largest score, the sum of the weights relative to it, and the
+// weighted sum of the values, head_dim floats.
 struct PartialAttention {
   float largest, sum;
 };
@@ -30,10 +30,10 @@ struct AttentionUnit {
   int64_t begin, end;        // tokens
   int64_t head_dim, window;
   float scale, softcap;
-  const int32_t* pages;  // of the sequence
-  const char* cache;     // keys of the head in page 0
-  int64_t page_bytes;    // from page to page
-  int64_t values_bytes;  // from the keys of the head to its values
+  const int32_t* pages;       // of the sequence
+  const char* cache;          // keys of the head in page 0
+  int64_t page_bytes;         // from page to page
+  int64_t values_bytes;       // from the keys of the head to its values
   PartialAttention* partial;  // [rows]
   float* sums;                // [rows][head_dim]
 };

@@ -250,10 +250,12 @@ struct DecoderLoops {
     }
     const float before = state.largest;
     state.largest = std::max(before, largest_of(largest));
-    const float kept = before == -std::numeric_limits<float>::infinity() ? 0.f : std::exp(before - state.largest);
+    const float kept =
+        before == -std::numeric_limits<float>::infinity() ? 0.f : std::exp(before - state.largest);
     if (kept != 1.f) {
       float* sums = unit.sums + row * unit.head_dim;
-      for (int64_t d = 0; d < unit.head_dim; d += kWidth) store_floats(sums + d, load_floats(sums + d) * kept);
+      for (int64_t d = 0; d < unit.head_dim; d += kWidth)
+        store_floats(sums + d, load_floats(sums + d) * kept);
     }
     Floats sum = Floats{};
     for (int64_t t = 0; t < kPageTokens; t += kWidth) {
@@ -377,8 +379,8 @@ struct DecoderLoops {
   }
 
   static const DecoderKernels& table() {
-    static const DecoderKernels kernels{norm,   add,   widen, norm_and_rotate, gate, write_key,
-                                        attend, merge, dense, cap};
+    static const DecoderKernels kernels{norm,      add,    widen, norm_and_rotate, gate,
+                                        write_key, attend, merge, dense,           cap};
     return kernels;
   }
 };

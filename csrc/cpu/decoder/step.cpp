@@ -12,8 +12,8 @@
 //   down             one product
 //   add
 //
-// with a barrier between two lines, and between the stages of a product. Products and attention at few rows are
-// bound by reading weights and cache, the rest by barriers.
+// with a barrier between two lines, and between the stages of a product. Products and attention at few rows
+// are bound by reading weights and cache, the rest by barriers.
 #include <omp.h>
 
 #include <algorithm>
@@ -107,8 +107,8 @@ struct Decoder::State {
     widest_input = model.hidden;
     plans.reserve(model.layers.size());
     for (const DecoderLayer& layer : model.layers) {
-      plans.push_back({ProductGroup(layer.qkv), ProductGroup(layer.attention_out), ProductGroup(layer.gate_up),
-                       ProductGroup(layer.down)});
+      plans.push_back({ProductGroup(layer.qkv), ProductGroup(layer.attention_out),
+                       ProductGroup(layer.gate_up), ProductGroup(layer.down)});
       const LayerPlan& plan = plans.back();
       widest_qkv = std::max(widest_qkv, plan.qkv.d_out);
       widest_mlp = std::max(widest_mlp, plan.gate_up.d_out);
@@ -213,15 +213,15 @@ struct Decoder::State {
                    inputs + i * hidden * element);
     });
     wait_for_all(parts);
-    product(head, inputs, hidden, step->logits_count, static_cast<char*>(step->logits), model.vocabulary, part,
-            parts);
+    product(head, inputs, hidden, step->logits_count, static_cast<char*>(step->logits), model.vocabulary,
+            part, parts);
     if (model.logits_scale != 1.f || model.logits_softcap != 0.f) {
       share(step->logits_count * parts, part, parts, [&](int64_t i) {
         // A row is cut into as many pieces as there are parts.
         const int64_t row = i / parts, begin = model.vocabulary * (i % parts) / parts,
                       end = model.vocabulary * (i % parts + 1) / parts;
-        kernels.cap(static_cast<char*>(step->logits) + (row * model.vocabulary + begin) * element, end - begin,
-                    model.logits_scale, model.logits_softcap);
+        kernels.cap(static_cast<char*>(step->logits) + (row * model.vocabulary + begin) * element,
+                    end - begin, model.logits_scale, model.logits_softcap);
       });
     }
   }
@@ -257,7 +257,8 @@ struct Decoder::State {
     const int64_t width = plan.down.d_in;
     // In pieces of a row, so that one row keeps all threads at work.
     share(rows * parts, part, parts, [&](int64_t i) {
-      const int64_t row = i / parts, begin = width * (i % parts) / parts, end = width * (i % parts + 1) / parts;
+      const int64_t row = i / parts, begin = width * (i % parts) / parts,
+                    end = width * (i % parts + 1) / parts;
       const char* g = mlp + (row * plan.gate_up.d_out + begin) * element;
       const void* powers = at(plan.down.powers_of_copy[0], begin);
       kernels.gate(l.gate, g, l.gated ? g + width * element : nullptr, end - begin, powers,
@@ -310,12 +311,14 @@ struct Decoder::State {
         for (int i = 0; i < group.count; ++i) {
           const ProductGroup::Part& one = group.parts[i];
           if (one.first->packed) {
-            if (done[i] < rows && stage < planned[i].stages) planned[i].run(planned[i].plan, stage, part, parts);
+            if (done[i] < rows && stage < planned[i].stages)
+              planned[i].run(planned[i].plan, stage, part, parts);
           } else if (first && stage == 0) {
             const int64_t d_out = one.first->d_out;
             // Whole cache lines of outputs.
             const int64_t lines = divide_up(d_out, 32);
-            const int64_t begin = lines * part / parts * 32, end = std::min(lines * (part + 1) / parts * 32, d_out);
+            const int64_t begin = lines * part / parts * 32,
+                          end = std::min(lines * (part + 1) / parts * 32, d_out);
             kernels.dense(*one.first, begin, end, x_rows + one.copy * copy_bytes, rows, x_stride,
                           y + one.offset * element, y_stride);
           }
@@ -337,7 +340,8 @@ struct Decoder::State {
     int64_t offset = one.offset;
     for (int j = 0; j < one.count; ++j) {
       const DecoderLinear& linear = one.first[j];
-      projections[i][j] = {linear.packed, static_cast<const char*>(linear.bias), y + offset * element, y_stride};
+      projections[i][j] = {linear.packed, static_cast<const char*>(linear.bias), y + offset * element,
+                           y_stride};
       offset += linear.d_out;
     }
     calls[i] = {projections[i], one.count, x_rows + one.copy * copy_bytes, rows, x_stride, team};
@@ -352,7 +356,8 @@ struct Decoder::State {
   int64_t head_bytes(const DecoderLayer& l) const { return kPageTokens * l.head_dim * element; }
 
   void rotate_and_store(const DecoderLayer& l, int64_t width, int part, int parts) const {
-    const int64_t heads = l.heads + l.kv_heads, q_width = l.heads * l.head_dim, kv_width = l.kv_heads * l.head_dim;
+    const int64_t heads = l.heads + l.kv_heads, q_width = l.heads * l.head_dim,
+                  kv_width = l.kv_heads * l.head_dim;
     const int64_t rotated = l.rope < 0 ? 0 : static_cast<int64_t>(model.ropes[l.rope].frequencies.size());
     share(step->rows * heads, part, parts, [&](int64_t i) {
       const int64_t row = i / heads, head = i % heads;
@@ -387,8 +392,8 @@ struct Decoder::State {
     const int64_t bytes = l.head_dim * element;
     for (int j = 0; j < unit.rows; ++j) {
       const int64_t row = s.first_row + (first + j) / group, head = kv_head * group + (first + j) % group;
-      std::memcpy(reinterpret_cast<char*>(queries) + j * bytes, qkv + (row * width + head * l.head_dim) * element,
-                  static_cast<size_t>(bytes));
+      std::memcpy(reinterpret_cast<char*>(queries) + j * bytes,
+                  qkv + (row * width + head * l.head_dim) * element, static_cast<size_t>(bytes));
       of_queries[j] = positions[row];
     }
     unit.queries = queries;
@@ -417,8 +422,8 @@ struct Decoder::State {
     const int64_t kv_head = index % l.kv_heads, first = index / l.kv_heads * kQueryRows;
     for (int j = 0; j < unit.rows; ++j) {
       const int64_t row = s.first_row + (first + j) / group, head = kv_head * group + (first + j) % group;
-      kernels.merge(partial + j, of_values + j * l.head_dim, ranges, kQueryRows, kQueryRows * l.head_dim, l.head_dim,
-                    at(plan.output.powers_of_copy[0], head * l.head_dim),
+      kernels.merge(partial + j, of_values + j * l.head_dim, ranges, kQueryRows, kQueryRows * l.head_dim,
+                    l.head_dim, at(plan.output.powers_of_copy[0], head * l.head_dim),
                     attended + (row * l.heads + head) * l.head_dim * element);
     }
   }

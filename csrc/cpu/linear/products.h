@@ -176,8 +176,8 @@ inline void wait_for_all(int parts) {
   }
 }
 
-// A part of a call's batch whose work is planned: stages that the parts of a team run one after the other, all
-// of them waiting for each other in between.
+// A part of a call's batch whose work is planned: stages that the parts of a team run one after the other,
+// all of them waiting for each other in between.
 struct PlannedProduct {
   void (*run)(const void* plan, int stage, int part, int parts) = nullptr;
   const void* plan = nullptr;

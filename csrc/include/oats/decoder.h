@@ -1,4 +1,4 @@
-// One step of a decoder-only transformer: tokens in, logits out. csrc/cpu/decoder/README.md draws it.
+// One step of a decoder-only transformer: tokens in, logits out. docs/engine.md draws it.
 #pragma once
 
 #include <cstddef>
@@ -10,7 +10,8 @@
 
 namespace oats {
 
-// y = W x + b. The weight is packed, or dense: rows of d_in elements of the decoder's dtype, one after another.
+// y = W x + b. The weight is packed, or dense: rows of d_in elements of the decoder's dtype, one after
+// another.
 struct DecoderLinear {
   const PackedHeader* packed = nullptr;
   const void* dense = nullptr;
@@ -36,12 +37,12 @@ struct DecoderLayer {
   DecoderLinear attention_out;
   std::vector<DecoderLinear> gate_up;  // gate, up; or one that returns both; or one, where nothing gates
   DecoderLinear down;
-  int64_t heads = 0, kv_heads = 0, head_dim = 0;  // head_dim is a multiple of 16
+  int64_t heads = 0, kv_heads = 0, head_dim = 0;     // head_dim is a multiple of 16
   float attention_scale = 1, attention_softcap = 0;  // no cap where 0
-  int64_t window = 0;                                // tokens that one sees, itself included; 0: all before it
-  int32_t rope = -1;                                 // which of the decoder's; -1: none
-  int32_t cache = 0;                                 // which of the step's caches, and
-  int32_t cache_layer = 0;                           // which of its layers
+  int64_t window = 0;       // tokens that one sees, itself included; 0: all before it
+  int32_t rope = -1;        // which of the decoder's; -1: none
+  int32_t cache = 0;        // which of the step's caches, and
+  int32_t cache_layer = 0;  // which of its layers
   Gate gate = Gate::silu;
   bool gated = true;
 };
@@ -56,7 +57,7 @@ struct Rope {
 struct DecoderModel {
   Dtype dtype = Dtype::bf16;
   int64_t hidden = 0, vocabulary = 0;
-  const void* embedding = nullptr;               // vocabulary x hidden; or
+  const void* embedding = nullptr;                 // vocabulary x hidden; or
   const PackedHeader* packed_embedding = nullptr;  // rows of a packed weight
   float embedding_scale = 1, residual_scale = 1, logits_scale = 1, logits_softcap = 0;
   std::vector<DecoderLayer> layers;
@@ -70,12 +71,13 @@ struct DecoderModel {
 constexpr int64_t kPageTokens = 64;
 
 struct KvCache {
-  void* pages = nullptr;      // [layer][page][keys, values][kv_heads][kPageTokens * head_dim]
-  int64_t layer_stride = 0;   // elements from layer to layer, and
-  int64_t page_stride = 0;    // from page to page
+  void* pages = nullptr;     // [layer][page][keys, values][kv_heads][kPageTokens * head_dim]
+  int64_t layer_stride = 0;  // elements from layer to layer, and
+  int64_t page_stride = 0;   // from page to page
 };
 
-// A run of tokens of one sequence: rows [first_row, first_row + rows) of the step, at positions `start` and on.
+// A run of tokens of one sequence: rows [first_row, first_row + rows) of the step, at positions `start` and
+// on.
 struct DecoderSequence {
   int64_t first_row, rows, start;
   const int32_t* const* pages;  // of each cache: page of tokens [64 i, 64 i + 64); -1 where it is gone
