@@ -1,7 +1,7 @@
 // A step in one parallel region. All rows of all sequences go through a layer together:
 //
 //   norm             rows of the residual stream → inputs of q, k and v
-//   q, k, v          one product, or one for each that scales its inputs (csrc/cpu/linear/products.h: its stages)
+//   q, k, v          one product, or one for each that scales its inputs (csrc/cpu/linear/products.h)
 //   rotate, store    q and k of each head; k and v go into the pages of the cache
 //   attend           units of at most kQueryRows queries, over ranges of kRangeTokens tokens
 //   merge            the ranges of a unit
