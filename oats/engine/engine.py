@@ -54,8 +54,8 @@ class _Text:
     @property
     def pending(self) -> list[int]:
         """Tokens that are not in the cache yet."""
-        known = self.prompt + self.output
-        return known[self.tokens.length :]
+        done, length = self.tokens.length, len(self.prompt)
+        return self.prompt[done:] if done < length else self.output[done - length :]
 
 
 class Engine:
@@ -88,6 +88,7 @@ class Engine:
         except UnsupportedModelError as error:
             self.reason = str(error)
             return
+        self._rows = int(decoder.embedding.num_embeddings)  # type: ignore[arg-type]
         if decoder.longest is not None:
             self.context = min(decoder.longest, self.context or decoder.longest)
         keys = zip(self._native.layers_of, self._native.caches, strict=True)
@@ -154,16 +155,29 @@ class Engine:
             (len(work), vocabulary): logits of what comes after the last token of each.
 
         Raises:
-            ConfigError: a sequence would become longer than the model's context.
+            ConfigError: a sequence has no new token, is there twice, or would become longer than the model's
+                context; or a token is not in the vocabulary.
         """
         self._check_native()
+        if not all(ids for _, ids in work) or len({id(tokens) for tokens, _ in work}) < len(work):
+            raise ConfigError("a step takes each sequence once, with at least one token")
         for tokens, ids in work:
-            if self.context is not None and tokens.length + len(ids) > self.context:
-                raise ConfigError(
-                    f"a text of {tokens.length + len(ids)} tokens is longer than the model's context of "
-                    f"{self.context}"
-                )
+            self._check_ids(ids)
+            self._check_length(tokens.length + len(ids))
         return self._run(work)
+
+    def _check_ids(self, ids: Sequence[int]) -> None:
+        if min(ids) < 0 or max(ids) >= self._rows:
+            raise ConfigError(
+                f"tokens are {min(ids)} to {max(ids)}, but the model has {self._rows} embeddings; "
+                "tokenise with the model's own tokenizer"
+            )
+
+    def _check_length(self, length: int) -> None:
+        if self.context is not None and length > self.context:
+            raise ConfigError(
+                f"a text of {length} tokens is longer than the model's context of {self.context}"
+            )
 
     def _run(self, work: Sequence[tuple[Tokens, Sequence[int]]], all_logits: bool = False) -> Tensor:
         started = time.perf_counter()
@@ -204,10 +218,21 @@ class Engine:
 
         Returns:
             The new tokens of each.
+
+        Raises:
+            ConfigError: a prompt is empty, has a token that is not in the vocabulary, or does not fit into
+                the model's context with the new tokens; or a number is below 1.
         """
         self._check_native()
-        if any(len(prompt) == 0 for prompt in prompts):
-            raise ConfigError("a prompt is empty; give some text to continue")
+        if max_new_tokens < 1 or max_batch < 1:
+            raise ConfigError(
+                f"max_new_tokens and max_batch must be at least 1, got {max_new_tokens}, {max_batch}"
+            )
+        for prompt in prompts:
+            if not prompt:
+                raise ConfigError("a prompt is empty; give some text to continue")
+            self._check_ids(prompt)
+            self._check_length(len(prompt) + max_new_tokens)
         chooses = [choose] * len(prompts) if callable(choose) else list(choose)
         texts = [_Text(list(p), self._cache.new(), c) for p, c in zip(prompts, chooses, strict=True)]
         waiting = deque(texts)

@@ -287,6 +287,18 @@ def test_texts_that_do_not_fit() -> None:
         engine.prefill(tokens, [])
     with pytest.raises(ConfigError, match="a prompt is empty"):
         engine.generate([[]], 3)
+    with pytest.raises(ConfigError, match="a text of 513 tokens is longer"):
+        engine.generate([text(500)], 13)
+    for ids in ([3, 101], [-1]):
+        with pytest.raises(ConfigError, match="the model has 101 embeddings"):
+            engine.prefill(tokens, ids)
+        with pytest.raises(ConfigError, match="the model has 101 embeddings"):
+            engine.generate([ids], 3)
+    for work in ([(tokens, [])], [(tokens, [3]), (tokens, [4])]):
+        with pytest.raises(ConfigError, match="each sequence once, with at least one token"):
+            engine.step(work)
+    with pytest.raises(ConfigError, match="at least 1, got 0, 16"):
+        engine.generate([[3]], 0)
 
 
 def test_quantising_again_needs_a_new_engine() -> None:

@@ -47,7 +47,6 @@ struct DecoderLoops {
     return 1.f / std::sqrt(sum / static_cast<float>(n) + eps);
   }
 
-  // visit(load, store position): the weighted, normalised elements, a vector or one at a time.
   static void norm(const float* x, int64_t n, const DecoderNorm& norm, const void* powers, void* y) {
     const float scale = norm.weight ? inverse_norm(x, n, norm.eps) : 1.f;
     const Element* w = elements(norm.weight);

@@ -17,7 +17,6 @@
 #include <omp.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstring>
 
@@ -96,7 +95,6 @@ struct Decoder::State {
   char *inputs, *qkv, *attended, *mlp, *gated, *out;
   int64_t *positions, *row_sequence;
   int64_t copy_bytes, scratch_floats;
-  std::atomic<int64_t> next_item{0};
   const DecoderStep* step;
   int team;
 
@@ -190,7 +188,7 @@ struct Decoder::State {
     }
   }
 
-  // The rows [begin, end) of a part.
+  // Calls visit(i) for a part's even share of [0, count).
   template <class Visit>
   static void share(int64_t count, int part, int parts, const Visit& visit) {
     for (int64_t i = count * part / parts; i < count * (part + 1) / parts; ++i) visit(i);
@@ -379,22 +377,35 @@ struct Decoder::State {
     });
   }
 
+  // Which queries a unit has: of a sequence and a head of keys, rows times heads of the group from `first`
+  // on.
+  struct Place {
+    const DecoderSequence& sequence;
+    int64_t kv_head, first, group;
+    int rows;
+
+    int64_t row(int j) const { return sequence.first_row + (first + j) / group; }
+    int64_t head(int j) const { return kv_head * group + (first + j) % group; }
+  };
+  Place place_of(const DecoderLayer& l, int64_t index) const {
+    const DecoderSequence* s = step->sequences;
+    for (; index >= units_of(l, *s); ++s) index -= units_of(l, *s);
+    const int64_t group = l.heads / l.kv_heads, first = index / l.kv_heads * kQueryRows;
+    return {*s, index % l.kv_heads, first, group,
+            static_cast<int>(std::min<int64_t>(kQueryRows, s->rows * group - first))};
+  }
+
   // One unit: queries gathered from their rows.
-  AttentionUnit unit_of(const DecoderLayer& l, int64_t width, int64_t index, uint32_t* queries,
+  AttentionUnit unit_of(const DecoderLayer& l, int64_t width, const Place& place, uint32_t* queries,
                         int64_t* of_queries) const {
-    const int64_t group = l.heads / l.kv_heads;
-    int64_t sequence = 0;
-    while (index >= units_of(l, step->sequences[sequence])) index -= units_of(l, step->sequences[sequence++]);
-    const DecoderSequence& s = step->sequences[sequence];
-    const int64_t kv_head = index % l.kv_heads, first = index / l.kv_heads * kQueryRows;
     AttentionUnit unit{};
-    unit.rows = static_cast<int>(std::min<int64_t>(kQueryRows, s.rows * group - first));
+    unit.rows = place.rows;
     const int64_t bytes = l.head_dim * element;
-    for (int j = 0; j < unit.rows; ++j) {
-      const int64_t row = s.first_row + (first + j) / group, head = kv_head * group + (first + j) % group;
+    for (int j = 0; j < place.rows; ++j) {
       std::memcpy(reinterpret_cast<char*>(queries) + j * bytes,
-                  qkv + (row * width + head * l.head_dim) * element, static_cast<size_t>(bytes));
-      of_queries[j] = positions[row];
+                  qkv + (place.row(j) * width + place.head(j) * l.head_dim) * element,
+                  static_cast<size_t>(bytes));
+      of_queries[j] = positions[place.row(j)];
     }
     unit.queries = queries;
     unit.positions = of_queries;
@@ -405,26 +416,21 @@ struct Decoder::State {
     unit.window = l.window;
     unit.scale = l.attention_scale;
     unit.softcap = l.attention_softcap;
-    unit.pages = s.pages[l.cache];
-    unit.cache = page_of(l, 0) + kv_head * head_bytes(l);
+    unit.pages = place.sequence.pages[l.cache];
+    unit.cache = page_of(l, 0) + place.kv_head * head_bytes(l);
     unit.page_bytes = step->caches[l.cache].page_stride * element;
     unit.values_bytes = l.kv_heads * head_bytes(l);
     return unit;
   }
 
   // A unit's outputs from the partial results of its ranges.
-  void merge(const DecoderLayer& l, const LayerPlan& plan, int64_t index, const AttentionUnit& unit,
-             PartialAttention* partial, const float* of_values, int64_t ranges) const {
-    const int64_t group = l.heads / l.kv_heads;
-    int64_t sequence = 0;
-    while (index >= units_of(l, step->sequences[sequence])) index -= units_of(l, step->sequences[sequence++]);
-    const DecoderSequence& s = step->sequences[sequence];
-    const int64_t kv_head = index % l.kv_heads, first = index / l.kv_heads * kQueryRows;
-    for (int j = 0; j < unit.rows; ++j) {
-      const int64_t row = s.first_row + (first + j) / group, head = kv_head * group + (first + j) % group;
+  void merge(const DecoderLayer& l, const LayerPlan& plan, const Place& place, PartialAttention* partial,
+             const float* of_values, int64_t ranges) const {
+    for (int j = 0; j < place.rows; ++j) {
+      const int64_t head = place.head(j);
       kernels.merge(partial + j, of_values + j * l.head_dim, ranges, kQueryRows, kQueryRows * l.head_dim,
                     l.head_dim, at(plan.output.powers_of_copy[0], head * l.head_dim),
-                    attended + (row * l.heads + head) * l.head_dim * element);
+                    attended + (place.row(j) * l.heads + head) * l.head_dim * element);
     }
   }
 
@@ -445,22 +451,21 @@ struct Decoder::State {
       kernels.attend(unit);
     };
     share(items, part, parts, [&](int64_t item) {
+      const Place place = place_of(l, split ? item / ranges : item);
+      const AttentionUnit unit = unit_of(l, width, place, queries, of_queries);
       if (split) {
-        const AttentionUnit unit = unit_of(l, width, item / ranges, queries, of_queries);
         range(unit, item % ranges, partials + item * kQueryRows, sums + item * kQueryRows * l.head_dim);
-      } else {
-        const AttentionUnit unit = unit_of(l, width, item, queries, of_queries);
-        for (int64_t r = 0; r < ranges; ++r)
-          range(unit, r, own_partials + r * kQueryRows, own_sums + r * kQueryRows * l.head_dim);
-        merge(l, plan, item, unit, own_partials, own_sums, ranges);
+        return;
       }
+      for (int64_t r = 0; r < ranges; ++r)
+        range(unit, r, own_partials + r * kQueryRows, own_sums + r * kQueryRows * l.head_dim);
+      merge(l, plan, place, own_partials, own_sums, ranges);
     });
     if (!split) return;
     wait_for_all(parts);
     share(units, part, parts, [&](int64_t index) {
-      const AttentionUnit unit = unit_of(l, width, index, queries, of_queries);
-      merge(l, plan, index, unit, partials + index * ranges * kQueryRows,
-            sums + index * ranges * kQueryRows * l.head_dim, ranges);
+      const int64_t first = index * ranges * kQueryRows;
+      merge(l, plan, place_of(l, index), partials + first, sums + first * l.head_dim, ranges);
     });
   }
 };
