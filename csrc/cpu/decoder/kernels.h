@@ -10,9 +10,9 @@ namespace oats {
 // Rows of queries that share keys: query rows of a sequence times heads of a group.
 constexpr int kQueryRows = 24;
 
-// Tokens of the cache that one unit of attention reads. A fixed number: a result does not depend on how many
-// threads share the work.
-constexpr int64_t kRangeTokens = 512;
+// The pages that a unit of attention reads are cut into at most so many ranges. Their number depends on the
+// sequence only, so a result does not depend on how many threads share the work.
+constexpr int64_t kMostRanges = 16;
 
 // Of a head, at most; a multiple of 16.
 constexpr int64_t kMostHeadDim = 512;

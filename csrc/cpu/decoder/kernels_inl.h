@@ -176,15 +176,25 @@ struct DecoderLoops {
     }
   }
 
+  // The cache is read too irregularly for the CPU to foresee it: while keys are read, the values of the page
+  // are fetched, `ahead` bytes behind, and while values are, the next keys.
+  template <int Vectors>
+  static void fetch(const void* from, int64_t ahead) {
+    for (int64_t i = 0; i < Vectors * static_cast<int64_t>(sizeof(Floats)); i += 64)
+      __builtin_prefetch(static_cast<const char*>(from) + ahead + i, 0, 2);
+  }
+
   // scores [rows][kPageTokens] = queries times the keys of a page.
   template <int Rows>
-  static void scores_of(const uint32_t* queries, int64_t units, const uint32_t* keys, float* scores) {
+  static void scores_of(const uint32_t* queries, int64_t units, const uint32_t* keys, int64_t ahead,
+                        float* scores) {
     for (int64_t t = 0; t < kPageTokens; t += kVectors * kWidth) {
       Floats sums[Rows][kVectors];
       for (auto& row : sums)
         for (auto& sum : row) sum = Floats{};
       for (int64_t i = 0; i < units; ++i) {
         Units k[kVectors];
+        fetch<kVectors>(keys + i * kPageTokens + t, ahead);
 #pragma GCC unroll 4
         for (int v = 0; v < kVectors; ++v) k[v] = load_vector<Units>(keys + i * kPageTokens + t + v * kWidth);
 #pragma GCC unroll 6
@@ -202,15 +212,18 @@ struct DecoderLoops {
 
   // sums [rows][head_dim] += weights [rows][kPageTokens] times `count` values.
   template <int Rows, int Vectors>
-  static void add_values(const float* weights, int64_t count, const Element* values, int64_t head_dim,
-                         int64_t d, float* sums) {
+  static void add_values(const float* weights, int64_t count, const Element* values, int64_t ahead,
+                         int64_t head_dim, int64_t d, float* sums) {
     Floats s[Rows][Vectors];
     for (int r = 0; r < Rows; ++r)
       for (int v = 0; v < Vectors; ++v) s[r][v] = load_floats(sums + r * head_dim + d + v * kWidth);
     for (int64_t t = 0; t < count; ++t) {
       Floats value[Vectors];
+      const Element* at = values + t * head_dim + d;
+      // Two elements of bf16 are as long as one float.
+      fetch<(Vectors + kGroup - 1) / kGroup>(at, ahead);
 #pragma GCC unroll 4
-      for (int v = 0; v < Vectors; ++v) value[v] = load_floats(values + t * head_dim + d + v * kWidth);
+      for (int v = 0; v < Vectors; ++v) value[v] = load_floats(at + v * kWidth);
 #pragma GCC unroll 6
       for (int r = 0; r < Rows; ++r) {
         const Floats weight = broadcast(weights[r * kPageTokens + t]);
@@ -274,19 +287,23 @@ struct DecoderLoops {
     for (int64_t page = unit.begin / kPageTokens; page * kPageTokens < unit.end; ++page) {
       if (unit.pages[page] < 0) continue;  // it left the window
       const char* keys = unit.cache + unit.pages[page] * unit.page_bytes;
+      const bool last = (page + 1) * kPageTokens >= unit.end || unit.pages[page + 1] < 0;
+      const int64_t next =
+          last ? 0 : (unit.pages[page + 1] - unit.pages[page]) * unit.page_bytes - unit.values_bytes;
       const auto* values = reinterpret_cast<const Element*>(keys + unit.values_bytes);
       const int64_t begin = page * kPageTokens, count = std::min(unit.end - begin, kPageTokens);
       for (int r = 0; r < unit.rows; r += kRows) {
         with_constant<kRows>(std::min(kRows, unit.rows - r), [&](auto rows) {
           float* mine = scores + r * kPageTokens;
-          scores_of<rows>(queries + r * units, units, reinterpret_cast<const uint32_t*>(keys), mine);
+          scores_of<rows>(queries + r * units, units, reinterpret_cast<const uint32_t*>(keys),
+                          unit.values_bytes, mine);
           for (int i = 0; i < rows; ++i) to_weights(unit, r + i, begin, mine + i * kPageTokens);
           float* sums = unit.sums + r * unit.head_dim;
           int64_t d = 0;
           for (; d + kVectors * kWidth <= unit.head_dim; d += kVectors * kWidth)
-            add_values<rows, kVectors>(mine, count, values, unit.head_dim, d, sums);
+            add_values<rows, kVectors>(mine, count, values, next, unit.head_dim, d, sums);
           for (; d < unit.head_dim; d += kWidth)
-            add_values<rows, 1>(mine, count, values, unit.head_dim, d, sums);
+            add_values<rows, 1>(mine, count, values, next, unit.head_dim, d, sums);
         });
       }
     }

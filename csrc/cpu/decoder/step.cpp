@@ -3,7 +3,7 @@
 //   norm             rows of the residual stream → inputs of q, k and v
 //   q, k, v          one product, or one for each that scales its inputs (csrc/cpu/linear/products.h)
 //   rotate, store    q and k of each head; k and v go into the pages of the cache
-//   attend           units of at most kQueryRows queries, over ranges of kRangeTokens tokens
+//   attend           units of at most kQueryRows queries, over ranges of pages
 //   merge            the ranges of a unit
 //   output           one product
 //   add, norm        → inputs of gate and up
@@ -21,6 +21,8 @@
 #include <cstring>
 
 #include "../linear/products.h"
+#include "ahead.h"
+#include "barrier.h"
 #include "kernels.h"
 #include "oats/operations.h"
 
@@ -42,6 +44,7 @@ struct ProductGroup {
   int count = 0, copies = 0;
   int64_t d_in = 0, d_out = 0;
   const void* powers_of_copy[kMostParts] = {};
+  std::vector<std::vector<Piece>> pieces;  // that each thread reads first
 
   ProductGroup() = default;
   explicit ProductGroup(const std::vector<DecoderLinear>& linears) {
@@ -71,6 +74,12 @@ struct LayerPlan {
   ProductGroup qkv, output, gate_up, down;
 };
 
+// Bytes of its next product that a thread fetches while it waits. They fit into L2.
+constexpr int64_t kAheadBytes = 128 << 10;
+
+// Lines that it fetches before each barrier even if it is the last one to arrive.
+constexpr int kBurst = 16;
+
 int64_t align(int64_t bytes) {
   return (bytes + 63) / 64 * 64;
 }
@@ -97,6 +106,59 @@ struct Decoder::State {
   int64_t copy_bytes, scratch_floats;
   const DecoderStep* step;
   int team;
+  Barrier barrier;
+  struct alignas(64) Own {
+    Ahead ahead;
+  };
+  std::vector<Own> own;  // of each thread
+
+  void wait(int part, int parts) {
+    Ahead& ahead = own[static_cast<size_t>(part)].ahead;
+    for (int i = 0; i < kBurst; ++i) ahead.fetch();
+    barrier.wait(parts, [&] { ahead.fetch(); });
+  }
+
+  void look_ahead() {
+    if (own.size() == static_cast<size_t>(team)) return;
+    own.assign(static_cast<size_t>(team), {});
+    for (size_t i = 0; i < plans.size(); ++i) {
+      const DecoderLayer& layer = model.layers[i];
+      look_ahead(plans[i].qkv, &layer.before_attention);
+      look_ahead(plans[i].output, nullptr);
+      look_ahead(plans[i].gate_up, &layer.before_mlp);
+      look_ahead(plans[i].down, nullptr);
+    }
+    look_ahead(head, &model.final_norm);
+  }
+  void look_ahead(ProductGroup& group, const DecoderNorm* norm) {
+    group.pieces.assign(static_cast<size_t>(team), {});
+    for (int part = 0; part < team; ++part) {
+      std::vector<Piece>& pieces = group.pieces[static_cast<size_t>(part)];
+      const auto add = [&](const void* begin, int64_t elements) {
+        if (begin) pieces.push_back({static_cast<const char*>(begin), elements * element});
+      };
+      if (norm) add(norm->weight, group.d_in);
+      for (int copy = 0; copy < group.copies; ++copy) add(group.powers_of_copy[copy], group.d_in);
+      for (int i = 0; i < group.count; ++i) {
+        const ProductGroup::Part& one = group.parts[i];
+        if (one.first->packed) {
+          for (int j = 0; j < one.count; ++j) projections[0][j] = {one.first[j].packed, nullptr, nullptr, 0};
+          const Call call{projections[0], one.count, nullptr, 1, 0, team};
+          for (const Piece& piece : pieces_of_part(call, part, team, kAheadBytes)) pieces.push_back(piece);
+        } else {
+          const auto [begin, end] = dense_share(one.first->d_out, part, team);
+          add(static_cast<const char*>(one.first->dense) + begin * group.d_in * element,
+              std::min((end - begin) * group.d_in, kAheadBytes / element));
+        }
+      }
+    }
+  }
+
+  // Whole cache lines of outputs.
+  static std::pair<int64_t, int64_t> dense_share(int64_t d_out, int part, int parts) {
+    const int64_t lines = divide_up(d_out, 32);
+    return {lines * part / parts * 32, std::min(lines * (part + 1) / parts * 32, d_out)};
+  }
 
   explicit State(DecoderModel given)
       : model(std::move(given)),
@@ -118,12 +180,17 @@ struct Decoder::State {
       frequencies = std::max(frequencies, static_cast<int64_t>(rope.frequencies.size()));
   }
 
-  // Tokens that the largest unit of attention looks at.
-  int64_t most_ranges() const {
-    int64_t tokens = 0;
-    for (int64_t i = 0; i < step->sequence_count; ++i)
-      tokens = std::max(tokens, step->sequences[i].start + step->sequences[i].rows);
-    return divide_up(std::max<int64_t>(tokens, 1), kRangeTokens);
+  // Pages of the cache that a sequence's rows see.
+  struct Pages {
+    int64_t first, count;
+
+    int64_t ranges() const { return std::min(count, kMostRanges); }
+    int64_t begin_of(int64_t range) const { return (first + count * range / ranges()) * kPageTokens; }
+  };
+  static Pages pages_of(const DecoderLayer& layer, const DecoderSequence& sequence) {
+    const int64_t first =
+        layer.window ? std::max<int64_t>(0, sequence.start + 1 - layer.window) / kPageTokens : 0;
+    return {first, divide_up(sequence.start + sequence.rows, kPageTokens) - first};
   }
 
   // Units of a layer: of each sequence and head of keys, kQueryRows rows of queries.
@@ -135,14 +202,20 @@ struct Decoder::State {
     for (int64_t i = 0; i < step->sequence_count; ++i) units += units_of(layer, step->sequences[i]);
     return units;
   }
+  int64_t ranges_of(const DecoderLayer& layer) const {
+    int64_t ranges = 0;
+    for (int64_t i = 0; i < step->sequence_count; ++i)
+      ranges += units_of(layer, step->sequences[i]) * pages_of(layer, step->sequences[i]).ranges();
+    return ranges;
+  }
+  // Few units: threads share out their ranges.
   bool splits_ranges(int64_t units) const { return units < 4 * team; }
 
   void cut(Cutter& cutter) {
-    const int64_t rows = step->rows, ranges = most_ranges();
-    int64_t split_units = 0, head_dim = 0;
+    const int64_t rows = step->rows;
+    int64_t split_ranges = 0, head_dim = 0;
     for (const DecoderLayer& layer : model.layers) {
-      const int64_t units = units_of(layer);
-      if (splits_ranges(units)) split_units = std::max(split_units, units);
+      if (splits_ranges(units_of(layer))) split_ranges = std::max(split_ranges, ranges_of(layer));
       head_dim = std::max(head_dim, layer.head_dim);
     }
     x = cutter.take<float>(rows * model.hidden);
@@ -157,16 +230,17 @@ struct Decoder::State {
     sines = cutter.take<float>(rows * frequencies * static_cast<int64_t>(model.ropes.size()));
     positions = cutter.take<int64_t>(rows);
     row_sequence = cutter.take<int64_t>(rows);
-    partials = cutter.take<PartialAttention>(split_units * ranges * kQueryRows);
-    sums = cutter.take<float>(split_units * ranges * kQueryRows * head_dim);
-    // Of a thread: queries, then partial results of all ranges.
-    scratch_floats = align((kQueryRows * head_dim + ranges * kQueryRows * (head_dim + 2)) * 4) / 4;
+    partials = cutter.take<PartialAttention>(split_ranges * kQueryRows);
+    sums = cutter.take<float>(split_ranges * kQueryRows * head_dim);
+    // Of a thread: queries, then partial results of all ranges of a unit.
+    scratch_floats = align((kQueryRows * head_dim + kMostRanges * kQueryRows * (head_dim + 2)) * 4) / 4;
     scratch = cutter.take<float>(scratch_floats * team);
   }
 
   void run(const DecoderStep& given, int threads) {
     step = &given;
     team = threads;
+    look_ahead();
     Cutter size(nullptr);
     cut(size);
     Cutter cutter(memory.reserve(std::max<size_t>(size.used(), 64)));
@@ -203,16 +277,18 @@ struct Decoder::State {
       kernels.widen(from, hidden, model.embedding_scale, x + row * hidden);
       for (size_t i = 0; i < model.ropes.size(); ++i) rotate_row(i, row);
     });
-    for (size_t i = 0; i < model.layers.size(); ++i) layer(model.layers[i], plans[i], part, parts);
+    for (size_t i = 0; i < model.layers.size(); ++i)
+      layer(model.layers[i], plans[i], i + 1 < plans.size() ? plans[i + 1].qkv : head, part, parts);
     if (step->logits_count == 0) return;
-    wait_for_all(parts);
+    wait(part, parts);
     share(step->logits_count, part, parts, [&](int64_t i) {
       kernels.norm(x + step->logits_rows[i] * hidden, hidden, model.final_norm, head.powers_of_copy[0],
                    inputs + i * hidden * element);
     });
-    wait_for_all(parts);
+    wait(part, parts);
     product(head, inputs, hidden, step->logits_count, static_cast<char*>(step->logits), model.vocabulary,
-            part, parts);
+            plans[0].qkv, part, parts);
+
     if (model.logits_scale != 1.f || model.logits_softcap != 0.f) {
       share(step->logits_count * parts, part, parts, [&](int64_t i) {
         // A row is cut into as many pieces as there are parts.
@@ -239,19 +315,19 @@ struct Decoder::State {
     }
   }
 
-  void layer(const DecoderLayer& l, const LayerPlan& plan, int part, int parts) {
+  void layer(const DecoderLayer& l, const LayerPlan& plan, const ProductGroup& behind, int part, int parts) {
     const int64_t rows = step->rows, hidden = model.hidden, q_width = l.heads * l.head_dim;
     norm_inputs(l.before_attention, plan.qkv, part, parts);
-    wait_for_all(parts);
-    product(plan.qkv, inputs, hidden, rows, qkv, plan.qkv.d_out, part, parts);
+    wait(part, parts);
+    product(plan.qkv, inputs, hidden, rows, qkv, plan.qkv.d_out, plan.output, part, parts);
     rotate_and_store(l, plan.qkv.d_out, part, parts);
-    wait_for_all(parts);
+    wait(part, parts);
     attention(l, plan, part, parts);
-    wait_for_all(parts);
-    product(plan.output, attended, q_width, rows, out, hidden, part, parts);
+    wait(part, parts);
+    product(plan.output, attended, q_width, rows, out, hidden, plan.gate_up, part, parts);
     add_and_norm(l.after_attention, &l.before_mlp, &plan.gate_up, part, parts);
-    wait_for_all(parts);
-    product(plan.gate_up, inputs, hidden, rows, mlp, plan.gate_up.d_out, part, parts);
+    wait(part, parts);
+    product(plan.gate_up, inputs, hidden, rows, mlp, plan.gate_up.d_out, plan.down, part, parts);
     const int64_t width = plan.down.d_in;
     // In pieces of a row, so that one row keeps all threads at work.
     share(rows * parts, part, parts, [&](int64_t i) {
@@ -262,8 +338,8 @@ struct Decoder::State {
       kernels.gate(l.gate, g, l.gated ? g + width * element : nullptr, end - begin, powers,
                    gated + (row * width + begin) * element);
     });
-    wait_for_all(parts);
-    product(plan.down, gated, width, rows, out, hidden, part, parts);
+    wait(part, parts);
+    product(plan.down, gated, width, rows, out, hidden, behind, part, parts);
     add_and_norm(l.after_mlp, nullptr, nullptr, part, parts);
   }
 
@@ -292,7 +368,7 @@ struct Decoder::State {
 
   // Ends with a barrier: its outputs are there for all.
   void product(const ProductGroup& group, const char* x_rows, int64_t x_stride, int64_t rows, char* y,
-               int64_t y_stride, int part, int parts) {
+               int64_t y_stride, const ProductGroup& next, int part, int parts) {
     int64_t done[ProductGroup::kMostParts] = {};
     for (bool first = true;; first = false) {
       if (part == 0) {
@@ -300,23 +376,19 @@ struct Decoder::State {
           if (group.parts[i].first->packed && done[i] < rows)
             plan(group.parts[i], i, x_rows, x_stride, rows, y, y_stride, done[i]);
       }
-      wait_for_all(parts);
+      wait(part, parts);
       int stages = 0;
       for (int i = 0; i < group.count; ++i)
         if (group.parts[i].first->packed && done[i] < rows) stages = std::max(stages, planned[i].stages);
       for (int stage = 0; stage < std::max(stages, 1); ++stage) {
-        if (stage) wait_for_all(parts);
+        if (stage) wait(part, parts);
         for (int i = 0; i < group.count; ++i) {
           const ProductGroup::Part& one = group.parts[i];
           if (one.first->packed) {
             if (done[i] < rows && stage < planned[i].stages)
               planned[i].run(planned[i].plan, stage, part, parts);
           } else if (first && stage == 0) {
-            const int64_t d_out = one.first->d_out;
-            // Whole cache lines of outputs.
-            const int64_t lines = divide_up(d_out, 32);
-            const int64_t begin = lines * part / parts * 32,
-                          end = std::min(lines * (part + 1) / parts * 32, d_out);
+            const auto [begin, end] = dense_share(one.first->d_out, part, parts);
             kernels.dense(*one.first, begin, end, x_rows + one.copy * copy_bytes, rows, x_stride,
                           y + one.offset * element, y_stride);
           }
@@ -328,7 +400,8 @@ struct Decoder::State {
         if (done[i] < rows) done[i] += planned[i].rows;
         all = all && done[i] >= rows;
       }
-      wait_for_all(parts);
+      own[static_cast<size_t>(part)].ahead.start(next.pieces[static_cast<size_t>(part)]);
+      wait(part, parts);
       if (all) return;
     }
   }
@@ -378,20 +451,35 @@ struct Decoder::State {
   }
 
   // Which queries a unit has: of a sequence and a head of keys, rows times heads of the group from `first`
-  // on.
+  // on. Its ranges are numbered from `first_range` on.
   struct Place {
     const DecoderSequence& sequence;
-    int64_t kv_head, first, group;
+    Pages pages;
+    int64_t kv_head, first, group, first_range;
     int rows;
 
     int64_t row(int j) const { return sequence.first_row + (first + j) / group; }
     int64_t head(int j) const { return kv_head * group + (first + j) % group; }
   };
-  Place place_of(const DecoderLayer& l, int64_t index) const {
+  // The unit with a number, or the one that has the range with a number.
+  Place place_of(const DecoderLayer& l, int64_t index, bool of_range) const {
     const DecoderSequence* s = step->sequences;
-    for (; index >= units_of(l, *s); ++s) index -= units_of(l, *s);
+    int64_t first_range = 0;
+    for (;; ++s) {
+      const int64_t ranges = pages_of(l, *s).ranges(), items = units_of(l, *s) * (of_range ? ranges : 1);
+      if (index < items) break;
+      index -= items;
+      first_range += units_of(l, *s) * ranges;
+    }
+    const Pages pages = pages_of(l, *s);
+    if (of_range) index /= pages.ranges();
     const int64_t group = l.heads / l.kv_heads, first = index / l.kv_heads * kQueryRows;
-    return {*s, index % l.kv_heads, first, group,
+    return {*s,
+            pages,
+            index % l.kv_heads,
+            first,
+            group,
+            first_range + index * pages.ranges(),
             static_cast<int>(std::min<int64_t>(kQueryRows, s->rows * group - first))};
   }
 
@@ -425,47 +513,48 @@ struct Decoder::State {
 
   // A unit's outputs from the partial results of its ranges.
   void merge(const DecoderLayer& l, const LayerPlan& plan, const Place& place, PartialAttention* partial,
-             const float* of_values, int64_t ranges) const {
+             const float* of_values) const {
     for (int j = 0; j < place.rows; ++j) {
       const int64_t head = place.head(j);
-      kernels.merge(partial + j, of_values + j * l.head_dim, ranges, kQueryRows, kQueryRows * l.head_dim,
-                    l.head_dim, at(plan.output.powers_of_copy[0], head * l.head_dim),
+      kernels.merge(partial + j, of_values + j * l.head_dim, place.pages.ranges(), kQueryRows,
+                    kQueryRows * l.head_dim, l.head_dim, at(plan.output.powers_of_copy[0], head * l.head_dim),
                     attended + (place.row(j) * l.heads + head) * l.head_dim * element);
     }
   }
 
   void attention(const DecoderLayer& l, const LayerPlan& plan, int part, int parts) {
-    const int64_t width = plan.qkv.d_out, units = units_of(l), ranges = most_ranges();
+    const int64_t width = plan.qkv.d_out, units = units_of(l), range_floats = kQueryRows * l.head_dim;
     const bool split = splits_ranges(units);
-    const int64_t items = split ? units * ranges : units;
     float* mine = scratch + part * scratch_floats;
     auto* queries = reinterpret_cast<uint32_t*>(mine);
-    auto* own_sums = mine + kQueryRows * l.head_dim;
-    auto* own_partials = reinterpret_cast<PartialAttention*>(own_sums + ranges * kQueryRows * l.head_dim);
+    auto* own_sums = mine + range_floats;
+    auto* own_partials = reinterpret_cast<PartialAttention*>(own_sums + kMostRanges * range_floats);
     int64_t of_queries[kQueryRows];
-    const auto range = [&](AttentionUnit unit, int64_t r, PartialAttention* p, float* s) {
-      unit.begin = std::max(unit.begin, r * kRangeTokens);
-      unit.end = std::min(unit.end, (r + 1) * kRangeTokens);
+    const auto attend = [&](AttentionUnit unit, const Pages& pages, int64_t r, PartialAttention* p,
+                            float* s) {
+      unit.begin = std::max(unit.begin, pages.begin_of(r));
+      unit.end = std::min(unit.end, pages.begin_of(r + 1));
       unit.partial = p;
       unit.sums = s;
       kernels.attend(unit);
     };
-    share(items, part, parts, [&](int64_t item) {
-      const Place place = place_of(l, split ? item / ranges : item);
+    share(split ? ranges_of(l) : units, part, parts, [&](int64_t i) {
+      const Place place = place_of(l, i, split);
       const AttentionUnit unit = unit_of(l, width, place, queries, of_queries);
       if (split) {
-        range(unit, item % ranges, partials + item * kQueryRows, sums + item * kQueryRows * l.head_dim);
+        attend(unit, place.pages, i - place.first_range, partials + i * kQueryRows, sums + i * range_floats);
         return;
       }
-      for (int64_t r = 0; r < ranges; ++r)
-        range(unit, r, own_partials + r * kQueryRows, own_sums + r * kQueryRows * l.head_dim);
-      merge(l, plan, place, own_partials, own_sums, ranges);
+      for (int64_t r = 0; r < place.pages.ranges(); ++r)
+        attend(unit, place.pages, r, own_partials + r * kQueryRows, own_sums + r * range_floats);
+      merge(l, plan, place, own_partials, own_sums);
     });
     if (!split) return;
-    wait_for_all(parts);
+    wait(part, parts);
     share(units, part, parts, [&](int64_t index) {
-      const int64_t first = index * ranges * kQueryRows;
-      merge(l, plan, place_of(l, index), partials + first, sums + first * l.head_dim, ranges);
+      const Place place = place_of(l, index, false);
+      merge(l, plan, place, partials + place.first_range * kQueryRows,
+            sums + place.first_range * range_floats);
     });
   }
 };

@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <memory>
 #include <new>
+#include <vector>
 
 #include "kernels/strip_kernels.h"
 #include "oats/operations.h"
@@ -206,6 +207,15 @@ void run_stages(const Panel& panel, int part, int parts) {
 // The block of U and S where part `i` of `n` begins. Parts have about the same number of bytes to read: of S
 // and an even share of the blocks of V if `with_v`, else of S and U.
 int64_t block_boundary(const Call& call, int i, int n, bool with_v);
+
+// A piece of memory.
+struct Piece {
+  const char* begin;
+  int64_t bytes;
+};
+
+// The memory that a part of a product by strips reads, in that order, up to about `most` bytes.
+std::vector<Piece> pieces_of_part(const Call& call, int part, int parts, int64_t most);
 
 // Lanes are outputs: one expansion of the weights serves all columns. For few columns, bound by memory.
 void product_by_strips(const Call& call, Workspace& workspace);

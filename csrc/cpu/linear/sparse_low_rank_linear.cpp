@@ -123,6 +123,34 @@ int64_t bytes_before(const PackedHeader* w, int64_t block, bool with_u) {
 
 }  // namespace
 
+std::vector<Piece> pieces_of_part(const Call& call, int part, int parts, int64_t most) {
+  std::vector<Piece> pieces;
+  const auto add = [&](const void* begin, int64_t bytes) {
+    if (most <= 0 || bytes <= 0) return;
+    pieces.push_back({static_cast<const char*>(begin), std::min(bytes, most)});
+    most -= bytes;
+  };
+  call.for_rank_blocks(part, parts, [&](int i, int64_t block) {
+    const PackedHeader* w = call.projections[i].w;
+    const FactorBlock v = factor_block(w, true, block);
+    add(v.cells, v.strips * factor_bytes(w, w->shape.d_in));
+  });
+  call.split(block_boundary(call, part, parts, true), block_boundary(call, part + 1, parts, true),
+             [&](int i, int64_t begin, int64_t end) {
+               const PackedHeader* w = call.projections[i].w;
+               const auto* starts = part_at<uint64_t>(w, w->starts_at);
+               const int64_t strip = w->value_groups * w->layout.lanes * w->values_layout.group / 8;
+               for (int64_t block = begin; block < end; ++block) {
+                 const int64_t bits = w->value_bits(), first = static_cast<int64_t>(starts[block]);
+                 add(part_at<char>(w, w->masks_at) + block * kStripsPerBlock * strip,
+                     strips_of_block(w->strips, block) * strip);
+                 add(part_at<char>(w, w->values_at) + first * bits / 8,
+                     (static_cast<int64_t>(starts[block + 1]) - first) * bits / 8);
+               }
+             });
+  return pieces;
+}
+
 int64_t block_boundary(const Call& call, int i, int n, bool with_v) {
   if (i == n) return call.blocks();
   const PackedHeader* first = call.first();
