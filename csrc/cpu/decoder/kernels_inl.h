@@ -341,45 +341,63 @@ struct DecoderLoops {
   }
   static constexpr int kStep = kWidth * kGroup;  // elements of dot()
 
+  // How far ahead of the weight its lines are fetched. Rows lie one behind the other, so this reaches into
+  // the rows of the next squares.
+  static constexpr int64_t kFetchBytes = 8192;
+
   template <int Rows, int Columns>
   static void dense_square(const DecoderLinear& linear, int64_t row, const Element* x, int64_t x_stride,
                            Element* y, int64_t y_stride) {
     const int64_t d_in = linear.d_in;
     const Element* w = elements(linear.dense) + row * d_in;
-    Floats sums[Rows][Columns];
-    for (auto& of_row : sums)
-      for (auto& sum : of_row) sum = Floats{};
+    Floats sums[Columns * Rows];
+    for (Floats& sum : sums) sum = Floats{};
     int64_t i = 0;
     for (; i + kStep <= d_in; i += kStep) {
-#pragma GCC unroll 4
-      for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 8
+      for (int r = 0; r < Rows; ++r) {
+        for (int64_t at = 0; at < kStep * static_cast<int64_t>(sizeof(Element)); at += 64)
+          __builtin_prefetch(reinterpret_cast<const char*>(w + r * d_in + i) + kFetchBytes + at);
 #pragma GCC unroll 4
         for (int c = 0; c < Columns; ++c)
-          sums[r][c] = dot(sums[r][c], w + r * d_in + i, x + c * x_stride + i);
+          sums[c * Rows + r] = dot(sums[c * Rows + r], w + r * d_in + i, x + c * x_stride + i);
+      }
     }
+    float out[kWidth];
+    store_floats(out, sums_of<Rows * Columns>(sums));
     const Element* bias = elements(linear.bias);
-    for (int r = 0; r < Rows; ++r) {
-      for (int c = 0; c < Columns; ++c) {
-        float sum = sum_of(sums[r][c]);
+    for (int c = 0; c < Columns; ++c) {
+      for (int r = 0; r < Rows; ++r) {
+        float sum = out[c * Rows + r];
         for (int64_t j = i; j < d_in; ++j) sum += to_float(w[r * d_in + j]) * to_float(x[c * x_stride + j]);
         from_float(bias ? sum + to_float(bias[row + r]) : sum, y + c * y_stride + row + r);
       }
     }
   }
 
+  // Calls visit(Constant<n>{}, first) for pieces of n elements of [begin, end): n is Most as long as that
+  // fits, then smaller powers of two.
+  template <int Most, class Visit>
+  static void in_powers(int64_t begin, int64_t end, const Visit& visit) {
+    for (; begin + Most <= end; begin += Most) visit(Constant<Most>{}, begin);
+    if constexpr (Most > 1) in_powers<Most / 2>(begin, end, visit);
+  }
+
   static void dense(const DecoderLinear& linear, int64_t begin, int64_t end, const void* x, int64_t columns,
                     int64_t x_stride, void* y, int64_t y_stride) {
-    constexpr int kBlock = kWidth == 4 ? 2 : 4;
-    for (int64_t row = begin; row < end; row += kBlock) {
-      with_constant<kBlock>(static_cast<int>(std::min<int64_t>(kBlock, end - row)), [&](auto rows) {
-        for (int64_t c = 0; c < columns; c += kBlock) {
-          with_constant<kBlock>(static_cast<int>(std::min<int64_t>(kBlock, columns - c)), [&](auto wide) {
-            dense_square<rows, wide>(linear, row, elements(x) + c * x_stride, x_stride,
-                                     elements(y) + c * y_stride, y_stride);
-          });
-        }
-      });
+    const auto square = [&](auto rows, auto wide, int64_t row, int64_t column) {
+      dense_square<rows, wide>(linear, row, elements(x) + column * x_stride, x_stride,
+                               elements(y) + column * y_stride, y_stride);
+    };
+    // One column: as many sums as hide the time of an addition.
+    constexpr int kTall = std::min(8, kWidth), kBlock = kWidth == 4 ? 2 : kWidth == 8 ? 2 : 4;
+    if (columns == 1) {
+      in_powers<kTall>(begin, end, [&](auto rows, int64_t row) { square(rows, Constant<1>{}, row, 0); });
+      return;
     }
+    in_powers<kBlock>(begin, end, [&](auto rows, int64_t row) {
+      in_powers<kBlock>(0, columns, [&](auto wide, int64_t column) { square(rows, wide, row, column); });
+    });
   }
 
   static void cap(void* y, int64_t n, float scale, float softcap) {

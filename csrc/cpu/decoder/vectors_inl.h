@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "../elements.h"
 
@@ -84,6 +85,32 @@ inline float sum_of(Floats v) {
     for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
   return sums[0];
 }
+// Sums of neighbours: those of a, then those of b.
+template <int... I>
+inline Floats neighbour_sums(Floats a, Floats b, std::integer_sequence<int, I...>) {
+#ifdef __clang__
+  return __builtin_shufflevector(a, b, (2 * I)...) + __builtin_shufflevector(a, b, (2 * I + 1)...);
+#else
+  return __builtin_shuffle(a, b, Ints{(2 * I)...}) + __builtin_shuffle(a, b, Ints{(2 * I + 1)...});
+#endif
+}
+
+// The sum of each of `Count` vectors, a power of two up to kWidth, in the first lanes. `v` is used up.
+template <int Count>
+inline Floats sums_of(Floats* v) {
+  constexpr auto kLanes = std::make_integer_sequence<int, kWidth>();
+  int count = Count;
+  for (int lanes = kWidth; lanes > 1; lanes /= 2) {
+    if (count == 1) {
+      v[0] = neighbour_sums(v[0], v[0], kLanes);
+    } else {
+      count /= 2;
+      for (int i = 0; i < count; ++i) v[i] = neighbour_sums(v[2 * i], v[2 * i + 1], kLanes);
+    }
+  }
+  return v[0];
+}
+
 inline float largest_of(Floats v) {
   float values[kWidth];
   std::memcpy(values, &v, sizeof(v));
