@@ -38,6 +38,20 @@ struct AttentionUnit {
   float* sums;                // [rows][head_dim]
 };
 
+// Products of dense weights with many columns, on tiles.
+struct DenseTiles {
+  int64_t min_columns;  // with fewer, DecoderKernels::dense is faster
+  int64_t sums;         // floats that multiply() works in
+  // Units that prepare() writes.
+  int64_t (*input_units)(int64_t columns, int64_t d_in);
+  // A part's share of x in tiles.
+  void (*prepare)(const void* x, int64_t columns, int64_t x_stride, int64_t d_in, int part, int parts,
+                  uint32_t* inputs);
+  // Outputs from `begin` on, as many as fill tiles; returns the first that is left.
+  int64_t (*multiply)(const DecoderLinear& linear, int64_t begin, int64_t end, const uint32_t* inputs,
+                      int64_t columns, float* sums, void* y, int64_t y_stride);
+};
+
 struct DecoderKernels {
   // y = the norm of n floats, times 2 to `exponents` (powers, in the dtype) where they are not null.
   void (*norm)(const float* x, int64_t n, const DecoderNorm& norm, const void* powers, void* y);
@@ -61,12 +75,14 @@ struct DecoderKernels {
                 int64_t x_stride, void* y, int64_t y_stride);
   // y = softcap * tanh(scale * y / softcap), or scale * y.
   void (*cap)(void* y, int64_t n, float scale, float softcap);
+  const DenseTiles* dense_tiles = nullptr;  // if there are tiles for the dtype
 };
 
 const DecoderKernels& decoder_kernels_scalar(Dtype dtype);
 const DecoderKernels& decoder_kernels_avx2(Dtype dtype);
 const DecoderKernels& decoder_kernels_avx512(Dtype dtype);
 const DecoderKernels& decoder_kernels_avx512_bf16(Dtype dtype);
+const DecoderKernels& decoder_kernels_amx_bf16(Dtype dtype);
 
 const DecoderKernels& decoder_kernels(Isa isa, Dtype dtype);
 

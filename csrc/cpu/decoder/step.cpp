@@ -42,6 +42,7 @@ struct ProductGroup {
   static constexpr int kMostParts = 4;
   Part parts[kMostParts];
   int count = 0, copies = 0;
+  int dense_copy = -1;  // the copy of the inputs that dense weights read
   int64_t d_in = 0, d_out = 0;
   const void* powers_of_copy[kMostParts] = {};
   std::vector<std::vector<Piece>> pieces;  // that each thread reads first
@@ -64,6 +65,7 @@ struct ProductGroup {
       int copy = 0;
       while (copy < copies && (powers || powers_of_copy[copy])) ++copy;
       if (copy == copies) powers_of_copy[copies++] = powers;
+      if (!w) dense_copy = copy;
       parts[count++] = {&linear, 1, d_out, powers, copy};
     }
     d_out += linear.d_out;
@@ -92,6 +94,7 @@ struct Decoder::State {
   std::vector<LayerPlan> plans;
   ProductGroup head;
   int64_t element;  // bytes
+  bool has_dense = false;
   int64_t widest_input = 0, widest_qkv = 0, widest_mlp = 0, widest_attended = 0, copies = 1, frequencies = 0;
 
   // Of a step; they grow with its rows.
@@ -103,6 +106,8 @@ struct Decoder::State {
   PartialAttention* partials;
   char *inputs, *qkv, *attended, *mlp, *gated, *out;
   int64_t *positions, *row_sequence;
+  uint32_t* tiles;  // of the inputs of a dense product
+  float* tile_sums;
   int64_t copy_bytes, scratch_floats;
   const DecoderStep* step;
   int team;
@@ -172,10 +177,15 @@ struct Decoder::State {
       const LayerPlan& plan = plans.back();
       widest_qkv = std::max(widest_qkv, plan.qkv.d_out);
       widest_mlp = std::max(widest_mlp, plan.gate_up.d_out);
+      for (const ProductGroup* group : {&plan.qkv, &plan.output, &plan.gate_up, &plan.down}) {
+        widest_input = std::max(widest_input, group->d_in);
+        has_dense = has_dense || group->dense_copy >= 0;
+      }
       widest_attended = std::max(widest_attended, layer.heads * layer.head_dim);
       copies = std::max<int64_t>({copies, plan.qkv.copies, plan.gate_up.copies});
     }
     head = ProductGroup(model.head);
+    has_dense = has_dense || head.dense_copy >= 0;
     for (const Rope& rope : model.ropes)
       frequencies = std::max(frequencies, static_cast<int64_t>(rope.frequencies.size()));
   }
@@ -219,7 +229,7 @@ struct Decoder::State {
       head_dim = std::max(head_dim, layer.head_dim);
     }
     x = cutter.take<float>(rows * model.hidden);
-    copy_bytes = align(rows * widest_input * element);
+    copy_bytes = align(rows * model.hidden * element);
     inputs = cutter.take<char>(copy_bytes * copies);
     qkv = cutter.take<char>(rows * widest_qkv * element);
     attended = cutter.take<char>(rows * widest_attended * element);
@@ -235,6 +245,9 @@ struct Decoder::State {
     // Of a thread: queries, then partial results of all ranges of a unit.
     scratch_floats = align((kQueryRows * head_dim + kMostRanges * kQueryRows * (head_dim + 2)) * 4) / 4;
     scratch = cutter.take<float>(scratch_floats * team);
+    const bool tiled = has_dense && on_tiles(rows);
+    tiles = cutter.take<uint32_t>(tiled ? kernels.dense_tiles->input_units(rows, widest_input) : 0);
+    tile_sums = cutter.take<float>(tiled ? kernels.dense_tiles->sums * team : 0);
   }
 
   void run(const DecoderStep& given, int threads) {
@@ -366,6 +379,20 @@ struct Decoder::State {
     });
   }
 
+  bool on_tiles(int64_t rows) const {
+    return kernels.dense_tiles && rows >= kernels.dense_tiles->min_columns;
+  }
+
+  void dense(const DecoderLinear& linear, const char* x_rows, int64_t x_stride, int64_t rows, char* y,
+             int64_t y_stride, int part, int parts) const {
+    auto [begin, end] = dense_share(linear.d_out, part, parts);
+    if (on_tiles(rows)) {
+      begin = kernels.dense_tiles->multiply(linear, begin, end, tiles, rows,
+                                            tile_sums + part * kernels.dense_tiles->sums, y, y_stride);
+    }
+    kernels.dense(linear, begin, end, x_rows, rows, x_stride, y, y_stride);
+  }
+
   // Ends with a barrier: its outputs are there for all.
   void product(const ProductGroup& group, const char* x_rows, int64_t x_stride, int64_t rows, char* y,
                int64_t y_stride, const ProductGroup& next, int part, int parts) {
@@ -377,20 +404,25 @@ struct Decoder::State {
             plan(group.parts[i], i, x_rows, x_stride, rows, y, y_stride, done[i]);
       }
       wait(part, parts);
-      int stages = 0;
+      // Dense weights are multiplied in the last of their stages; they share their inputs.
+      const int dense_stages = group.dense_copy < 0 || !first ? 0 : on_tiles(rows) ? 2 : 1;
+      int stages = dense_stages;
+      if (dense_stages == 2) {
+        kernels.dense_tiles->prepare(x_rows + group.dense_copy * copy_bytes, rows, x_stride, group.d_in, part,
+                                     parts, tiles);
+      }
       for (int i = 0; i < group.count; ++i)
         if (group.parts[i].first->packed && done[i] < rows) stages = std::max(stages, planned[i].stages);
-      for (int stage = 0; stage < std::max(stages, 1); ++stage) {
+      for (int stage = 0; stage < stages; ++stage) {
         if (stage) wait(part, parts);
         for (int i = 0; i < group.count; ++i) {
           const ProductGroup::Part& one = group.parts[i];
           if (one.first->packed) {
             if (done[i] < rows && stage < planned[i].stages)
               planned[i].run(planned[i].plan, stage, part, parts);
-          } else if (first && stage == 0) {
-            const auto [begin, end] = dense_share(one.first->d_out, part, parts);
-            kernels.dense(*one.first, begin, end, x_rows + one.copy * copy_bytes, rows, x_stride,
-                          y + one.offset * element, y_stride);
+          } else if (stage + 1 == dense_stages) {
+            dense(*one.first, x_rows + one.copy * copy_bytes, x_stride, rows, y + one.offset * element,
+                  y_stride, part, parts);
           }
         }
       }
@@ -570,6 +602,7 @@ const DecoderKernels& decoder_kernels(Isa isa, Dtype dtype) {
 #ifdef OATS_X86
   switch (isa) {
     case Isa::amx_bf16:
+      return decoder_kernels_amx_bf16(dtype);
     case Isa::avx512_bf16:
       return decoder_kernels_avx512_bf16(dtype);
     case Isa::avx512:
