@@ -40,8 +40,8 @@ struct AttentionUnit {
 
 // Products of dense weights with many columns, on tiles.
 struct DenseTiles {
-  int64_t min_columns;  // with fewer, DecoderKernels::dense is faster
-  int64_t sums;         // floats that multiply() works in
+  int64_t min_columns;    // with fewer, DecoderKernels::dense is faster
+  int64_t weights, sums;  // units and floats that multiply() works in
   // Units that prepare() writes.
   int64_t (*input_units)(int64_t columns, int64_t d_in);
   // A part's share of x in tiles.
@@ -49,7 +49,7 @@ struct DenseTiles {
                   uint32_t* inputs);
   // Outputs from `begin` on, as many as fill tiles; returns the first that is left.
   int64_t (*multiply)(const DecoderLinear& linear, int64_t begin, int64_t end, const uint32_t* inputs,
-                      int64_t columns, float* sums, void* y, int64_t y_stride);
+                      int64_t columns, uint32_t* weights, float* sums, void* y, int64_t y_stride);
 };
 
 struct DecoderKernels {

@@ -117,7 +117,8 @@ struct DecoderLoops {
       case Gate::silu:
         return v / (1.f + exp_of(-v));
       case Gate::gelu_tanh:
-        return 0.5f * v * (1.f + tanh_of(0.7978845608f * (v + 0.044715f * v * v * v)));
+        // (1 + tanh z) / 2 = 1 / (1 + e^-2z)
+        return v / (1.f + exp_of(-1.5957691216f * (v + 0.044715f * v * v * v)));
       case Gate::relu:
         return larger(v, Floats{});
       case Gate::gelu: {
@@ -133,21 +134,23 @@ struct DecoderLoops {
   }
 
   static void gate(Gate kind, const void* g, const void* up, int64_t n, const void* powers, void* y) {
-    const auto at = [&](const Element* from, int64_t i, int64_t count) {
-      if (count == kWidth) return load_floats(from + i);
-      Element some[kWidth] = {};
-      std::copy_n(from + i, count, some);
-      return load_floats(some);
+    const auto some = [&](const Element* from_g, const Element* from_up, const Element* from_powers,
+                          Element* to) {
+      Floats v = gated(kind, load_floats(from_g));
+      if (from_up) v *= load_floats(from_up);
+      if (from_powers) v *= load_floats(from_powers);
+      store_floats(to, v);
     };
-    for (int64_t i = 0; i < n; i += kWidth) {
-      const int64_t count = std::min<int64_t>(kWidth, n - i);
-      Floats v = gated(kind, at(elements(g), i, count));
-      if (up) v *= at(elements(up), i, count);
-      if (powers) v *= at(elements(powers), i, count);
-      Element out[kWidth];
-      store_floats(out, v);
-      std::copy_n(out, count, elements(y) + i);
-    }
+    const auto at = [](const void* from, int64_t i) { return from ? elements(from) + i : nullptr; };
+    int64_t i = 0;
+    for (; i + kWidth <= n; i += kWidth) some(at(g, i), at(up, i), at(powers, i), elements(y) + i);
+    if (i == n) return;
+    Element rest[4][kWidth] = {};
+    const void* whole[3] = {g, up, powers};
+    for (int j = 0; j < 3; ++j)
+      if (whole[j]) std::copy_n(elements(whole[j]) + i, n - i, rest[j]);
+    some(rest[0], up ? rest[1] : nullptr, powers ? rest[2] : nullptr, rest[3]);
+    std::copy_n(rest[3], n - i, elements(y) + i);
   }
 
   static void write_key(const void* key, int64_t head_dim, void* page, int64_t token) {

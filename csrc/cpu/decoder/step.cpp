@@ -107,6 +107,7 @@ struct Decoder::State {
   char *inputs, *qkv, *attended, *mlp, *gated, *out;
   int64_t *positions, *row_sequence;
   uint32_t* tiles;  // of the inputs of a dense product
+  uint32_t* tile_weights;
   float* tile_sums;
   int64_t copy_bytes, scratch_floats;
   const DecoderStep* step;
@@ -247,6 +248,7 @@ struct Decoder::State {
     scratch = cutter.take<float>(scratch_floats * team);
     const bool tiled = has_dense && on_tiles(rows);
     tiles = cutter.take<uint32_t>(tiled ? kernels.dense_tiles->input_units(rows, widest_input) : 0);
+    tile_weights = cutter.take<uint32_t>(tiled ? kernels.dense_tiles->weights * team : 0);
     tile_sums = cutter.take<float>(tiled ? kernels.dense_tiles->sums * team : 0);
   }
 
@@ -387,8 +389,9 @@ struct Decoder::State {
              int64_t y_stride, int part, int parts) const {
     auto [begin, end] = dense_share(linear.d_out, part, parts);
     if (on_tiles(rows)) {
-      begin = kernels.dense_tiles->multiply(linear, begin, end, tiles, rows,
-                                            tile_sums + part * kernels.dense_tiles->sums, y, y_stride);
+      const DenseTiles& on = *kernels.dense_tiles;
+      begin = on.multiply(linear, begin, end, tiles, rows, tile_weights + part * on.weights,
+                          tile_sums + part * on.sums, y, y_stride);
     }
     kernels.dense(linear, begin, end, x_rows, rows, x_stride, y, y_stride);
   }
@@ -570,17 +573,18 @@ struct Decoder::State {
       unit.sums = s;
       kernels.attend(unit);
     };
-    share(split ? ranges_of(l) : units, part, parts, [&](int64_t i) {
+    // In turns, because later queries see more tokens.
+    for (int64_t i = part; i < (split ? ranges_of(l) : units); i += parts) {
       const Place place = place_of(l, i, split);
       const AttentionUnit unit = unit_of(l, width, place, queries, of_queries);
       if (split) {
         attend(unit, place.pages, i - place.first_range, partials + i * kQueryRows, sums + i * range_floats);
-        return;
+        continue;
       }
       for (int64_t r = 0; r < place.pages.ranges(); ++r)
         attend(unit, place.pages, r, own_partials + r * kQueryRows, own_sums + r * range_floats);
       merge(l, plan, place, own_partials, own_sums);
-    });
+    }
     if (!split) return;
     wait(part, parts);
     share(units, part, parts, [&](int64_t index) {

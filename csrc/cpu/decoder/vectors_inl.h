@@ -50,12 +50,16 @@ inline void store_floats(float* to, Floats v) {
   std::memcpy(to, &v, sizeof(v));
 }
 inline void store_floats(uint16_t* to, Floats v) {
+#ifdef __AVX512BF16__
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh((__m512)v));
+#else
   const Units bits = (Units)v;
   // To nearest, ties to even; NaN stays NaN.
   const Units rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const Units nan = (Units)(v != v);
   const Halves halves = __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0), Halves);
   std::memcpy(to, &halves, sizeof(halves));
+#endif
 }
 
 inline float to_float(float value) {
