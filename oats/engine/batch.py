@@ -74,7 +74,13 @@ class Batch:
         if text.tokens is not None:
             with self._lock:
                 self._prefixes.keep(text.prompt + text.output, text.tokens)
-            text.tokens = None
+
+    def discard(self, text: Text) -> None:
+        """Continue a text no longer, and forget what was computed of it."""
+        self.texts.remove(text)
+        if text.tokens is not None:
+            with self._lock:
+                self._prefixes.release(text.tokens)
 
     def step(self) -> list[tuple[Text, Tensor]]:
         """Compute the newest token of the texts that run, and pieces of prompts.

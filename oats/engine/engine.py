@@ -291,7 +291,7 @@ class Engine:
                         outputs[index] = text.output
         finally:
             for text in running:
-                batch.remove(text)
+                batch.discard(text)
         return outputs
 
     def check_native(self) -> None:

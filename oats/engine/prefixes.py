@@ -51,6 +51,10 @@ class Prefixes:
         while self._kept and (len(self._kept) > self._count or self.nbytes > self._most):
             self._drop(self._kept[0])
 
+    def release(self, tokens: Tokens) -> None:
+        """Give the pages of a sequence back that is not worth keeping."""
+        self._cache.release(tokens)
+
     def clear(self) -> None:
         """Give all pages back."""
         while self._kept:
