@@ -43,6 +43,8 @@ def generate(
     ids = tokenizer(prompt).input_ids
     if not ids:
         raise ConfigError("the prompt is empty and this model has no BOS token; give some text to continue")
+    if engine.reason is None:
+        engine.check_text(ids, max_new_tokens)
     note_fallback(engine.reason)
     ends = end_tokens(model, tokenizer)
     config = generation_config(model, ends, Sampling(max_new_tokens, temperature))
