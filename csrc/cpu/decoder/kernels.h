@@ -8,7 +8,7 @@
 namespace oats {
 
 // Rows of queries that share keys: query rows of a sequence times heads of a group.
-constexpr int kQueryRows = 24;
+constexpr int kQueryRows = 32;
 
 // The pages that a unit of attention reads are cut into at most so many ranges. Their number depends on the
 // sequence only, so a result does not depend on how many threads share the work.
@@ -64,8 +64,11 @@ struct DecoderKernels {
                           const float* sine, int64_t n);
   // y = gate(g) * up, or gate(g) where up is null; times powers as in norm.
   void (*gate)(Gate kind, const void* g, const void* up, int64_t n, const void* powers, void* y);
-  // One key of a head into its page, and a value.
+  int group;  // tokens of a unit of values
+  // One key of a head into its page.
   void (*write_key)(const void* key, int64_t head_dim, void* page, int64_t token);
+  // One value, and the next one of its group where that is there already.
+  void (*write_value)(const void* value, const void* next, int64_t head_dim, void* page, int64_t token);
   void (*attend)(const AttentionUnit& unit);
   // y = the sums of `ranges` partial results, `stride` apart, merged; the partial results are used up.
   void (*merge)(PartialAttention* partials, const float* sums, int64_t ranges, int64_t partial_stride,

@@ -159,7 +159,20 @@ struct DecoderLoops {
     for (int64_t i = 0; i < head_dim / kGroup; ++i) std::memcpy(units + i * kPageTokens, from + 4 * i, 4);
   }
 
-  // sum += keys of kWidth tokens times a unit of a query.
+  // Tokens of a group share a unit for each dimension; of two, the second may come later and is zero until
+  // then.
+  static void write_value(const void* value, const void* next, int64_t head_dim, void* page, int64_t token) {
+    Element* to = elements(page) + token / kGroup * kGroup * head_dim + token % kGroup;
+    if constexpr (kGroup == 1) {
+      std::copy_n(elements(value), head_dim, to);
+    } else {
+      for (int64_t d = 0; d < head_dim; ++d) to[kGroup * d] = elements(value)[d];
+      if (token % kGroup) return;
+      for (int64_t d = 0; d < head_dim; ++d) to[kGroup * d + 1] = next ? elements(next)[d] : Element{};
+    }
+  }
+
+  // sum += units of keys or values times a unit of a query or of weights.
   static Floats multiply_add(Floats sum, Units keys, uint32_t query) {
     if constexpr (kGroup == 1) {
       float q;
@@ -213,25 +226,25 @@ struct DecoderLoops {
     }
   }
 
-  // sums [rows][head_dim] += weights [rows][kPageTokens] times `count` values.
+  // sums [rows][head_dim] += weights, units in rows of kPageTokens floats, times `count` units of values.
   template <int Rows, int Vectors>
-  static void add_values(const float* weights, int64_t count, const Element* values, int64_t ahead,
+  static void add_values(const float* weights, int64_t count, const uint32_t* values, int64_t ahead,
                          int64_t head_dim, int64_t d, float* sums) {
     Floats s[Rows][Vectors];
     for (int r = 0; r < Rows; ++r)
       for (int v = 0; v < Vectors; ++v) s[r][v] = load_floats(sums + r * head_dim + d + v * kWidth);
     for (int64_t t = 0; t < count; ++t) {
-      Floats value[Vectors];
-      const Element* at = values + t * head_dim + d;
-      // Two elements of bf16 are as long as one float.
-      fetch<(Vectors + kGroup - 1) / kGroup>(at, ahead);
+      Units value[Vectors];
+      const uint32_t* at = values + t * head_dim + d;
+      fetch<Vectors>(at, ahead);
 #pragma GCC unroll 4
-      for (int v = 0; v < Vectors; ++v) value[v] = load_floats(at + v * kWidth);
+      for (int v = 0; v < Vectors; ++v) value[v] = load_vector<Units>(at + v * kWidth);
 #pragma GCC unroll 6
       for (int r = 0; r < Rows; ++r) {
-        const Floats weight = broadcast(weights[r * kPageTokens + t]);
+        uint32_t weight;
+        std::memcpy(&weight, weights + r * kPageTokens + t, 4);
 #pragma GCC unroll 4
-        for (int v = 0; v < Vectors; ++v) s[r][v] += weight * value[v];
+        for (int v = 0; v < Vectors; ++v) s[r][v] = multiply_add(s[r][v], value[v], weight);
       }
     }
     for (int r = 0; r < Rows; ++r)
@@ -239,7 +252,7 @@ struct DecoderLoops {
   }
 
   // Softmax as it goes: `state` and the sums are rescaled whenever a page has a larger score (Milakov and
-  // Gimelshein, arXiv 1805.02867). Scores become weights.
+  // Gimelshein, arXiv 1805.02867). Scores become weights, as elements.
   static void to_weights(const AttentionUnit& unit, int row, int64_t page_begin, float* scores) {
     PartialAttention& state = unit.partial[row];
     const int64_t position = unit.positions[row];
@@ -275,26 +288,31 @@ struct DecoderLoops {
     Floats sum = Floats{};
     for (int64_t t = 0; t < kPageTokens; t += kWidth) {
       const Floats weight = exp_of(load_floats(scores + t) - state.largest);
-      store_floats(scores + t, weight);
+      store_floats(reinterpret_cast<Element*>(scores) + t, weight);
       sum += weight;
     }
     state.sum = state.sum * kept + sum_of(sum);
+  }
+
+  static void begin_attention(const AttentionUnit& unit) {
+    for (int r = 0; r < unit.rows; ++r) unit.partial[r] = {-std::numeric_limits<float>::infinity(), 0.f};
+    std::fill_n(unit.sums, unit.rows * unit.head_dim, 0.f);
   }
 
   static void attend(const AttentionUnit& unit) {
     alignas(64) float scores[kQueryRows * kPageTokens];
     const int64_t units = unit.head_dim / kGroup;
     const auto* queries = static_cast<const uint32_t*>(unit.queries);
-    for (int r = 0; r < unit.rows; ++r) unit.partial[r] = {-std::numeric_limits<float>::infinity(), 0.f};
-    std::fill_n(unit.sums, unit.rows * unit.head_dim, 0.f);
+    begin_attention(unit);
     for (int64_t page = unit.begin / kPageTokens; page * kPageTokens < unit.end; ++page) {
       if (unit.pages[page] < 0) continue;  // it left the window
       const char* keys = unit.cache + unit.pages[page] * unit.page_bytes;
       const bool last = (page + 1) * kPageTokens >= unit.end || unit.pages[page + 1] < 0;
       const int64_t next =
           last ? 0 : (unit.pages[page + 1] - unit.pages[page]) * unit.page_bytes - unit.values_bytes;
-      const auto* values = reinterpret_cast<const Element*>(keys + unit.values_bytes);
-      const int64_t begin = page * kPageTokens, count = std::min(unit.end - begin, kPageTokens);
+      const auto* values = reinterpret_cast<const uint32_t*>(keys + unit.values_bytes);
+      const int64_t begin = page * kPageTokens;
+      const int64_t count = (std::min(unit.end - begin, kPageTokens) + kGroup - 1) / kGroup;
       for (int r = 0; r < unit.rows; r += kRows) {
         with_constant<kRows>(std::min(kRows, unit.rows - r), [&](auto rows) {
           float* mine = scores + r * kPageTokens;
@@ -416,8 +434,8 @@ struct DecoderLoops {
   }
 
   static const DecoderKernels& table() {
-    static const DecoderKernels kernels{norm,      add,    widen, norm_and_rotate, gate,
-                                        write_key, attend, merge, dense,           cap};
+    static const DecoderKernels kernels{norm,      add,         widen,  norm_and_rotate, gate,  kGroup,
+                                        write_key, write_value, attend, merge,           dense, cap};
     return kernels;
   }
 };

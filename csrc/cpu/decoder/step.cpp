@@ -478,10 +478,13 @@ struct Decoder::State {
       const int32_t page = step->sequences[row_sequence[row]].pages[l.cache][position / kPageTokens];
       char* keys = page_of(l, page) + kv_head * head_bytes(l);
       kernels.write_key(vector, l.head_dim, keys, position % kPageTokens);
-      char* values = page_of(l, page) + (l.kv_heads + kv_head) * head_bytes(l);
-      std::memcpy(values + position % kPageTokens * l.head_dim * element,
-                  of_row + (q_width + kv_width + kv_head * l.head_dim) * element,
-                  static_cast<size_t>(l.head_dim * element));
+      // Whoever has the first token of a group writes all of it.
+      const DecoderSequence& sequence = step->sequences[row_sequence[row]];
+      if (position % kernels.group && row > sequence.first_row) return;
+      const bool more = kernels.group > 1 && row + 1 < sequence.first_row + sequence.rows;
+      const char* value = of_row + (q_width + kv_width + kv_head * l.head_dim) * element;
+      kernels.write_value(value, more ? value + width * element : nullptr, l.head_dim,
+                          page_of(l, page) + (l.kv_heads + kv_head) * head_bytes(l), position % kPageTokens);
     });
   }
 

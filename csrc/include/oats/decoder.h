@@ -66,8 +66,9 @@ struct DecoderModel {
   DecoderLinear head;
 };
 
-// Tokens of a cache page. Keys of a page and a head are [head_dim / group][tokens][group], where a group is
-// what 4 bytes hold, so that a vector holds tokens; values are [tokens][head_dim].
+// Tokens of a cache page. A group is what 4 bytes hold. Keys of a page and a head are
+// [head_dim / group][tokens][group], so that a vector holds tokens; values are [tokens / group][head_dim]
+// [group].
 constexpr int64_t kPageTokens = 64;
 
 struct KvCache {
