@@ -96,7 +96,7 @@ def main() -> None:
                     model, forms, group, options
                 )  # fmt: skip
         except PeerError as error:
-            parser.error(str(error))
+            sys.exit(f"{parser.prog}: {error}")
     if options.json:
         print(json.dumps(rows, indent=2))
     else:

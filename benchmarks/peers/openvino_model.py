@@ -1,6 +1,6 @@
 """A whole model in OpenVINO GenAI. Requests as in worker.py, with:
 
-{"do": "load", "folder": what optimum-cli wrote, …}
+{"do": "load", "folder": what optimum-cli wrote, "precision": "f32", or null for the program's own choice, …}
 """
 
 import time
@@ -31,9 +31,24 @@ class Clock(genai.StreamerBase):
 
 
 def load(request):
-    loaded.update(request, properties={"INFERENCE_NUM_THREADS": request["threads"]})
-    loaded["pipeline"] = genai.LLMPipeline(request["folder"], "CPU", **loaded["properties"])
+    properties = {"INFERENCE_NUM_THREADS": request["threads"]}
+    if request["precision"] is not None:
+        properties["INFERENCE_PRECISION_HINT"] = request["precision"]
+    loaded.update(request, properties=properties)
+    loaded["pipeline"] = genai.LLMPipeline(
+        request["folder"], "CPU", scheduler_config=scheduler(request["context"]), **properties
+    )
     return {"bytes_per_token": bytes_per_token(f"{request['folder']}/openvino_model.xml")}
+
+
+def scheduler(tokens):
+    """Settings for steps of at most so many tokens.
+
+    The pipeline's own settings keep the prompts that it has seen: the second time, most of one is skipped.
+    """
+    made = genai.SchedulerConfig()
+    made.enable_prefix_caching, made.max_num_batched_tokens = False, tokens
+    return made
 
 
 def bytes_per_token(file):
@@ -86,10 +101,8 @@ def generate(request):
 
 def together(request):
     if "batching" not in loaded:
-        scheduler = genai.SchedulerConfig()
-        scheduler.enable_prefix_caching = False
         loaded["batching"] = genai.ContinuousBatchingPipeline(
-            loaded["folder"], scheduler, "CPU", loaded["properties"]
+            loaded["folder"], scheduler(loaded["context"]), "CPU", loaded["properties"]
         )
     pipeline, made = loaded["batching"], settings(request["new_tokens"])
     texts = [pipeline.add_request(next(request_ids), ids_of(prompt), made) for prompt in request["prompts"]]
