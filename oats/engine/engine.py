@@ -49,6 +49,16 @@ class Engine:
         difference: of the logits from transformers', relative, in the Frobenius norm; None if they were not
             compared.
         statistics: of all calls.
+
+    >>> from transformers import AutoModelForCausalLM, LlamaConfig
+    >>> config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+    ...                      num_attention_heads=2, num_key_value_heads=1)
+    >>> engine = Engine(AutoModelForCausalLM.from_config(config).eval())
+    >>> engine.reason is None
+    True
+    >>> texts = engine.generate([[3, 4, 5], [6]], max_new_tokens=4)
+    >>> [len(text) for text in texts], engine.statistics.new_tokens
+    ([4, 4], 8)
     """
 
     def __init__(self, model: Any) -> None:

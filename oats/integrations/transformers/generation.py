@@ -37,7 +37,8 @@ def generate_natively_(model: Any) -> None:
         model: a causal language model of transformers; any other is left alone.
     """
     if hasattr(model, "generate") and not hasattr(type(model), "_oats_class"):
-        model.__class__ = _native_class(type(model))
+        kind: Any = type(model)
+        model.__class__ = _native_class(kind)
 
 
 def engine_of(model: Any) -> Engine:
@@ -57,17 +58,17 @@ def engine_of(model: Any) -> Engine:
 
 
 @functools.cache
-def _native_class(kind: type[nn.Module]) -> type[nn.Module]:
+def _native_class(kind: Any) -> Any:
     # With names, signatures and docstrings of what they replace: transformers reads them.
-    @functools.wraps(kind.generate)  # type: ignore[attr-defined]
+    @functools.wraps(kind.generate)
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not _can_run(self):
-            return kind.generate(self, *args, **kwargs)  # type: ignore[attr-defined]
+            return kind.generate(self, *args, **kwargs)
         if kwargs.get("cache_implementation") == "static":
             del kwargs["cache_implementation"]  # it would only keep the engine from being used
         token = _generating.set(_generating.get() | {id(self)})
         try:
-            return kind.generate(self, *args, **kwargs)  # type: ignore[attr-defined]
+            return kind.generate(self, *args, **kwargs)
         finally:
             _generating.reset(token)
 
@@ -97,7 +98,7 @@ def _native_class(kind: type[nn.Module]) -> type[nn.Module]:
     return type(kind.__name__, (kind,), body)
 
 
-def _new(kind: type[nn.Module]) -> nn.Module:
+def _new(kind: Any) -> Any:
     native = _native_class(kind)
     return native.__new__(native)
 
@@ -147,7 +148,8 @@ def _forward(model: Any, given: dict[str, Any]) -> Any:
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
     logits = cache.forward(ids, keep or ids.shape[1])
-    return CausalLMOutputWithPast(logits=logits, **{cache_name: cache})
+    output: dict[str, Any] = {cache_name: cache}
+    return CausalLMOutputWithPast(logits=logits, **output)
 
 
 def _padding(ids: Tensor, mask: object, positions: Tensor | None) -> list[int] | None:
@@ -166,4 +168,3 @@ def _padding(ids: Tensor, mask: object, positions: Tensor | None) -> list[int] |
         if not torch.equal(positions.expand_as(expected)[mask], expected[mask]):
             return None
     return [ids.shape[1] - int(n) for n in count]
-
