@@ -17,6 +17,7 @@ from oats.bench.random_model import random_model
 from oats.checkpoint.loading import load_model
 from oats.compression.head import quantize_head_
 from oats.engine.engine import Engine
+from oats.engine.most_likely import most_likely
 
 loaded = {}
 
@@ -60,7 +61,7 @@ def in_engine(prompt, new_tokens):
     text, made, times = engine.new(), [], []
     logits = engine.prefill(text, prompt)
     while True:
-        made.append(int(logits.argmax()))
+        made.append(most_likely(logits))
         times.append(time.perf_counter())
         if len(made) == new_tokens:
             engine.release(text)
@@ -98,11 +99,11 @@ def together(request):
     arrivals = [[] for _ in texts]
     last = []
     for text, prompt, times in zip(texts, request["prompts"], arrivals, strict=True):
-        last.append(int(engine.prefill(text, prompt).argmax()))
+        last.append(most_likely(engine.prefill(text, prompt)))
         times.append(time.perf_counter())
     for _ in range(request["new_tokens"] - 1):
         logits = engine.step([(text, [token]) for text, token in zip(texts, last, strict=True)])
-        last = logits.argmax(1).tolist()
+        last = [most_likely(row) for row in logits]
         for times in arrivals:
             times.append(time.perf_counter())
     for text in texts:

@@ -15,6 +15,7 @@ from torch import Tensor
 from oats import _core
 from oats.engine.batch import CHUNK, Batch, Text
 from oats.engine.cache import PagedCache, PagePool, Tokens
+from oats.engine.most_likely import most_likely
 from oats.engine.native import NativeDecoder
 from oats.engine.prefixes import Prefixes
 from oats.engine.statistics import Statistics
@@ -27,11 +28,6 @@ CHECKED_TOKENS = 48
 
 Choose = Callable[[Tensor], int]
 """Logits (vocabulary,) of the last token → the next token."""
-
-
-def most_likely(logits: Tensor) -> int:
-    """The token with the largest logit; of equal ones the first."""
-    return int(logits.argmax())
 
 
 class Engine:
