@@ -55,7 +55,7 @@ class _Text:
     def pending(self) -> list[int]:
         """Tokens that are not in the cache yet."""
         done, length = self.tokens.length, len(self.prompt)
-        return self.prompt[done:] if done < length else self.output[done - length :]
+        return self.prompt[done:] + self.output if done < length else self.output[done - length :]
 
 
 class Engine:
@@ -89,8 +89,9 @@ class Engine:
             self.reason = str(error)
             return
         self._rows = int(decoder.embedding.num_embeddings)  # type: ignore[arg-type]
-        if decoder.longest is not None:
-            self.context = min(decoder.longest, self.context or decoder.longest)
+        if decoder.unlimited:
+            self.context = None
+        self._computed_again_at = decoder.computed_again_at
         keys = zip(self._native.layers_of, self._native.caches, strict=True)
         dtype = self._native.dtype
         self._cache = PagedCache(
@@ -105,7 +106,7 @@ class Engine:
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(0, self._native.vocabulary, (1, CHECKED_TOKENS), generator=generator)
         expected = self.model(input_ids=ids, use_cache=False).logits[0].float()
-        tokens = self._cache.new()
+        tokens = self._cache.new(CHECKED_TOKENS)
         half = CHECKED_TOKENS // 2
         got = [
             self._run([(tokens, part.tolist())], all_logits=True) for part in (ids[0, :half], ids[0, half:])
@@ -140,6 +141,7 @@ class Engine:
         """
         if not ids:
             raise ConfigError("there is no token to append")
+        tokens.until = tokens.length + len(ids)
         logits = torch.empty(0)
         for first in range(0, len(ids), CHUNK):
             logits = self.step([(tokens, ids[first : first + CHUNK])])
@@ -186,7 +188,10 @@ class Engine:
             sequences, rows = [], []
             for tokens, new in work:
                 self._cache.prepare(tokens, len(new))
-                sequences.append(_core.DecoderSequence(len(ids), len(new), tokens.length, tokens.tables))
+                ropes = self._native.ropes_at(max(tokens.until, tokens.length + len(new)))
+                sequences.append(
+                    _core.DecoderSequence(len(ids), len(new), tokens.length, tokens.tables, ropes)
+                )
                 ids += new
                 rows.append(len(ids) - 1)
             logits = self._native.step(
@@ -234,7 +239,7 @@ class Engine:
             self._check_ids(prompt)
             self._check_length(len(prompt) + max_new_tokens)
         chooses = [choose] * len(prompts) if callable(choose) else list(choose)
-        texts = [_Text(list(p), self._cache.new(), c) for p, c in zip(prompts, chooses, strict=True)]
+        texts = [_Text(list(p), self._cache.new(len(p)), c) for p, c in zip(prompts, chooses, strict=True)]
         waiting = deque(texts)
         running: list[_Text] = []
         try:
@@ -250,6 +255,9 @@ class Engine:
                     if text.output[-1] in ends or len(text.output) == max_new_tokens:
                         running.remove(text)
                         self._cache.release(text.tokens)
+                    elif text.tokens.length == self._computed_again_at:
+                        self._cache.release(text.tokens)
+                        text.tokens.until = len(text.pending)
         finally:
             for text in (*running, *waiting):
                 self._cache.release(text.tokens)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -73,9 +74,10 @@ ARCHITECTURES = {
 }
 
 
-def model_of(name: str, dtype: torch.dtype = torch.float32) -> Any:
+def model_of(which: str | Callable[[], Any], dtype: torch.dtype = torch.float32) -> Any:
+    """A random model: of a name in ARCHITECTURES, or of another configuration."""
     torch.manual_seed(0)
-    config = ARCHITECTURES[name]()
+    config = (ARCHITECTURES[which] if isinstance(which, str) else which)()
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
     for parameter in model.parameters():
         if parameter.dim() == 1:  # norms and biases, which would all be ones and zeros
@@ -152,7 +154,7 @@ def test_layers_that_stayed_dense() -> None:
     assert_close(logits_in_chunks(engine, ids, [90]), expected_logits(model, ids), torch.float32)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "mistral", "qwen3"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_greedy_texts_are_those_of_transformers(name: str) -> None:
     model, prompt = model_of(name), text(20)
     expected = model.generate(
