@@ -39,6 +39,7 @@ test-sanitize: $(VENV)/cmake
 	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DOATS_SANITIZE=ON
 	$(BIN)/cmake --build build/sanitize
 	OMP_WAIT_POLICY=passive build/sanitize/test_core
+	OMP_WAIT_POLICY=passive build/sanitize/test_decoder
 
 # Needs a CUDA device; without one, all of these tests are skipped. docs/cuda.md runs them under compute-sanitizer.
 GPU_TESTS := tests/kernels tests/nn/test_nn.py tests/decomposition

@@ -21,6 +21,7 @@ using Tokens = std::vector<int64_t>;
 struct Sequence {
   int64_t first_row, rows, start;
   std::vector<std::vector<int32_t>> pages;  // of each cache
+  std::vector<oats::Rope> ropes;            // in place of the model's, or none
 };
 
 }  // namespace
@@ -100,11 +101,12 @@ void bind_decoder(py::module_& m) {
       .def_readwrite("head", &Model::head);
 
   py::class_<Sequence>(m, "DecoderSequence")
-      .def(py::init(
-               [](int64_t first_row, int64_t rows, int64_t start, std::vector<std::vector<int32_t>> pages) {
-                 return Sequence{first_row, rows, start, std::move(pages)};
-               }),
-           py::arg("first_row"), py::arg("rows"), py::arg("start"), py::arg("pages"));
+      .def(py::init([](int64_t first_row, int64_t rows, int64_t start,
+                       std::vector<std::vector<int32_t>> pages, std::vector<oats::Rope> ropes) {
+             return Sequence{first_row, rows, start, std::move(pages), std::move(ropes)};
+           }),
+           py::arg("first_row"), py::arg("rows"), py::arg("start"), py::arg("pages"),
+           py::arg("ropes") = std::vector<oats::Rope>());
 
   m.def(
       "most_likely",
@@ -130,8 +132,9 @@ void bind_decoder(py::module_& m) {
             of_core.reserve(sequences.size());
             for (size_t i = 0; i < sequences.size(); ++i) {
               for (const auto& table : sequences[i].pages) pages[i].push_back(table.data());
-              of_core.push_back(
-                  {sequences[i].first_row, sequences[i].rows, sequences[i].start, pages[i].data()});
+              of_core.push_back({sequences[i].first_row, sequences[i].rows, sequences[i].start,
+                                 pages[i].data(),
+                                 sequences[i].ropes.empty() ? nullptr : sequences[i].ropes.data()});
             }
             std::vector<oats::KvCache> of_caches;
             for (const auto& [address, layer_stride, page_stride] : caches)

@@ -113,7 +113,14 @@ class DecoderModel:
     ) -> None: ...
 
 class DecoderSequence:
-    def __init__(self, first_row: int, rows: int, start: int, pages: Sequence[Sequence[int]]) -> None: ...
+    def __init__(
+        self,
+        first_row: int,
+        rows: int,
+        start: int,
+        pages: Sequence[Sequence[int]],
+        ropes: Sequence[Rope] = (),
+    ) -> None: ...
 
 def most_likely(logits: int, n: int, value_bytes: int) -> int: ...
 

@@ -56,10 +56,19 @@ class Batch:
         prefixes: where sequences begin, and go when their texts end.
         statistics: where new and shared tokens are counted.
         lock: held while the cache is used.
+        computed_again_at: a text that grows beyond this length is computed again; None for none.
     """
 
-    def __init__(self, run: Run, prefixes: Prefixes, statistics: Statistics, lock: RLock) -> None:
+    def __init__(
+        self,
+        run: Run,
+        prefixes: Prefixes,
+        statistics: Statistics,
+        lock: RLock,
+        computed_again_at: int | None = None,
+    ) -> None:
         self._run, self._prefixes, self._statistics, self._lock = run, prefixes, statistics, lock
+        self._computed_again_at = computed_again_at
         self.texts: list[Text] = []
 
     def add(self, prompt: Sequence[int]) -> Text:
@@ -90,9 +99,13 @@ class Batch:
             the text, before the next step.
         """
         for text in self.texts:
+            if text.tokens is not None and self._is_computed_again(text.tokens):
+                with self._lock:
+                    self._prefixes.release(text.tokens)
+                text.tokens = None
             if text.tokens is None:
                 with self._lock:
-                    text.tokens = self._prefixes.begin(text.prompt)
+                    text.tokens = self._prefixes.begin(text.prompt + text.output)
                 self._statistics.shared_tokens += text.tokens.length
         parts = share_out([text.pending for text in self.texts])
         work = [(text, count) for text, count in zip(self.texts, parts, strict=True) if count]
@@ -103,6 +116,9 @@ class Batch:
         texts = [text for (text, _), want in zip(work, wanted, strict=True) if want]
         self._statistics.new_tokens += len(texts)
         return list(zip(texts, logits, strict=True))
+
+    def _is_computed_again(self, tokens: Tokens) -> bool:
+        return tokens.length == self._computed_again_at and tokens.until <= tokens.length
 
 
 def share_out(pending: Sequence[int]) -> list[int]:

@@ -28,6 +28,9 @@ class Tokens:
     """What is known of one sequence: how many of its tokens are in the cache, and where."""
 
     length: int = 0
+    until: int = 0
+    """Length at the end of the prompt that is being appended: rotary frequencies that depend on the length
+    are for this one, whatever pieces the prompt comes in."""
     tables: list[list[int]] = field(default_factory=list)
 
 
@@ -103,14 +106,14 @@ class PagedCache:
     def __init__(self, pools: Sequence[PagePool]) -> None:
         self.pools = list(pools)
 
-    def new(self) -> Tokens:
-        """A sequence without tokens."""
-        return Tokens(tables=[[] for _ in self.pools])
+    def new(self, prompt: int = 0) -> Tokens:
+        """A sequence without tokens, whose prompt will have `prompt`."""
+        return Tokens(until=prompt, tables=[[] for _ in self.pools])
 
     def fork(self, tokens: Tokens) -> Tokens:
         """A sequence that goes on from the same tokens; their pages are shared."""
         tables = [pool.share(table) for pool, table in zip(self.pools, tokens.tables, strict=True)]
-        return Tokens(tokens.length, tables)
+        return Tokens(tokens.length, tokens.until, tables)
 
     def prepare(self, tokens: Tokens, count: int) -> None:
         """Make room for the next `count` tokens, and give up pages that these will not see."""
@@ -134,7 +137,7 @@ class PagedCache:
                 page = table.pop()
                 if page != GONE:
                     pool.release(page)
-        tokens.length = length
+        tokens.length = tokens.until = length
 
     def can_truncate(self, tokens: Tokens, length: int) -> bool:
         """True if what a token behind the first `length` sees is still there."""

@@ -71,15 +71,15 @@ class Engine:
             self.reason = str(error)
             return
         self._rows = int(decoder.embedding.num_embeddings)  # type: ignore[arg-type]
-        if decoder.longest is not None:
-            self.context = min(decoder.longest, self.context or decoder.longest)
-        self._longest = decoder.longest
+        if decoder.unlimited:
+            self.context = None
+        self._computed_again_at = decoder.computed_again_at
         keys = zip(self._native.layers_of, self._native.caches, strict=True)
         dtype = self._native.dtype
         self._cache = PagedCache(
             [PagePool(n, kv_heads, dim, window, dtype) for n, (window, kv_heads, dim) in keys]
         )
-        self._prefixes = Prefixes(self._cache)
+        self._prefixes = Prefixes(self._cache, longest=decoder.border)
         self._compare(len(decoder.layers))
         self.statistics = Statistics()
 
@@ -90,7 +90,7 @@ class Engine:
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(0, self._native.vocabulary, (1, CHECKED_TOKENS), generator=generator)
         expected = self.model(input_ids=ids, use_cache=False).logits[0].float()
-        tokens = self._cache.new()
+        tokens = self._cache.new(CHECKED_TOKENS)
         half = CHECKED_TOKENS // 2
         got = [self._run([(tokens, part.tolist())], range(half)) for part in (ids[0, :half], ids[0, half:])]
         self._cache.release(tokens)
@@ -159,6 +159,7 @@ class Engine:
     def _pieces(self, tokens: Tokens, ids: Sequence[int], keep: int, longest: int | None) -> Tensor:
         """Append tokens in pieces that a step takes; logits of the last `keep`."""
         self._check_work([(tokens, ids)], longest)
+        tokens.until = tokens.length + len(ids)
         logits = torch.empty(keep, self._native.vocabulary, dtype=self._native.dtype)
         skipped = len(ids) - keep
         for first in range(0, len(ids), CHUNK):
@@ -183,11 +184,11 @@ class Engine:
         Raises:
             ConfigError: as :meth:`step`.
         """
-        self._check_work(work, self._longest)
+        self._check_work(work, None)
         counts = [min(keep, len(ids)) for _, ids in work]
         ends = list(accumulate(len(ids) for _, ids in work))
         if ends[-1] > CHUNK:
-            return [self._pieces(*one, count, self._longest) for one, count in zip(work, counts, strict=True)]
+            return [self._pieces(*one, count, None) for one, count in zip(work, counts, strict=True)]
         rows = [row for end, count in zip(ends, counts, strict=True) for row in range(end - count, end)]
         return list(self._run(work, rows).split(counts))
 
@@ -254,7 +255,10 @@ class Engine:
             sequences = []
             for tokens, new in work:
                 self._cache.prepare(tokens, len(new))
-                sequences.append(_core.DecoderSequence(len(ids), len(new), tokens.length, tokens.tables))
+                ropes = self._native.ropes_at(max(tokens.until, tokens.length + len(new)))
+                sequences.append(
+                    _core.DecoderSequence(len(ids), len(new), tokens.length, tokens.tables, ropes)
+                )
                 ids += new
             logits = self._native.step(ids, sequences, self._cache.pages, logits_rows)
             for tokens, new in work:
@@ -266,7 +270,7 @@ class Engine:
     def batch(self) -> Batch:
         """Texts that are continued together, without any yet."""
         self.check_native()
-        return Batch(self._last_logits, self._prefixes, self.statistics, self._lock)
+        return Batch(self._last_logits, self._prefixes, self.statistics, self._lock, self._computed_again_at)
 
     def check_text(self, prompt: Sequence[int], max_new_tokens: int) -> None:
         """Check that a text can be continued.

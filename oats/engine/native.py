@@ -85,7 +85,9 @@ class NativeDecoder:
         )
         model.embedding_scale, model.residual_scale = decoder.embedding_scale, decoder.residual_scale
         model.logits_scale, model.logits_softcap = decoder.logits_scale, decoder.logits_softcap
-        model.ropes = [_core.Rope(frequencies.tolist(), scale) for frequencies, scale in decoder.ropes]
+        self._ropes = decoder.ropes
+        self._changing = decoder.border is not None
+        model.ropes = [_core.Rope(rope.frequencies.tolist(), rope.scale) for rope in decoder.ropes]
         model.final_norm = self._norm(decoder.final_norm)
         model.head = self._linear(decoder.head)
         keys = [(layer.window, layer.kv_heads, layer.head_dim) for layer in decoder.layers]
@@ -96,6 +98,12 @@ class NativeDecoder:
             self._layer(layer, *place) for layer, place in zip(decoder.layers, places, strict=True)
         ]
         self._decoder = _core.Decoder(model)
+
+    def ropes_at(self, length: int) -> list[Any]:
+        """``_core.Rope`` each, of a text of `length` tokens; none where the model's hold for every length."""
+        if not self._changing:
+            return []
+        return [_core.Rope(rope.at(length).tolist(), rope.scale) for rope in self._ropes]
 
     def step(
         self,

@@ -17,24 +17,31 @@ class Prefixes:
         cache: holds the sequences.
         count: sequences kept at most.
         nbytes: of their pages at most; a page that two of them share counts twice.
+        longest: longer texts share nothing, because what is in the cache of them depends on their length;
+            None for no limit.
     """
 
-    def __init__(self, cache: PagedCache, count: int = 8, nbytes: int = 256 << 20) -> None:
-        self._cache, self._count, self._most = cache, count, nbytes
+    def __init__(
+        self, cache: PagedCache, count: int = 8, nbytes: int = 256 << 20, longest: int | None = None
+    ) -> None:
+        self._cache, self._count, self._most, self._longest = cache, count, nbytes, longest
         self._kept: list[tuple[list[int], Tokens]] = []  # the one that was of use last is the last
 
     def begin(self, prompt: Sequence[int]) -> Tokens:
         """A sequence that holds what is known of a prompt, at most all but its last token."""
+        if self._is_long(prompt):
+            return self._cache.new(len(prompt))
         best, wanted = 0, prompt[:-1]
         for index, (ids, tokens) in enumerate(self._kept):
             common = _common(ids, wanted)
             if common > best and common >= SHORTEST and self._cache.can_truncate(tokens, common):
                 best, found = common, index
         if not best:
-            return self._cache.new()
+            return self._cache.new(len(prompt))
         self._kept.append(self._kept.pop(found))
         started = self._cache.fork(self._kept[-1][1])
         self._cache.truncate(started, best)
+        started.until = len(prompt)
         return started
 
     def keep(self, ids: Sequence[int], tokens: Tokens) -> None:
@@ -45,6 +52,8 @@ class Prefixes:
             tokens: what holds them; it belongs to this object now.
         """
         ids = list(ids[: tokens.length])
+        if self._is_long(ids):
+            return self._cache.release(tokens)
         for entry in [entry for entry in self._kept if _common(entry[0], ids) == len(entry[0])]:
             self._drop(entry)  # the new one begins with it
         self._kept.append((ids, tokens))
@@ -64,6 +73,9 @@ class Prefixes:
     def nbytes(self) -> int:
         """Bytes of the pages of all; shared ones count for each."""
         return sum(self._cache.nbytes_of(tokens) for _, tokens in self._kept)
+
+    def _is_long(self, ids: Sequence[int]) -> bool:
+        return self._longest is not None and len(ids) > self._longest
 
     def _drop(self, entry: tuple[list[int], Tokens]) -> None:
         self._kept.remove(entry)

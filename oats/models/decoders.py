@@ -28,6 +28,7 @@ class DecoderEntry:
         residual_scale: the same, of what a block adds.
         logits_scale: the same, of the logits.
         window_everywhere: if there are no ``layer_types``, ``config.sliding_window`` holds in all layers.
+        computed_again_at: of the configuration: the length beyond which ``generate`` computes a text again.
     """
 
     one_plus: bool = False
@@ -36,6 +37,7 @@ class DecoderEntry:
     residual_scale: Callable[[Any], float] = lambda config: 1.0
     logits_scale: Callable[[Any], float] = lambda config: 1.0
     window_everywhere: bool = False
+    computed_again_at: Callable[[Any], int | None] = lambda config: None
 
 
 def _root_of_hidden(config: Any) -> float:
@@ -51,7 +53,10 @@ DECODERS: dict[str, DecoderEntry] = {
     "mistral": DecoderEntry(window_everywhere=True),
     "qwen2": DecoderEntry(),
     "qwen3": DecoderEntry(),
-    "phi3": DecoderEntry(window_everywhere=True),
+    "phi3": DecoderEntry(
+        window_everywhere=True,
+        computed_again_at=lambda config: getattr(config, "original_max_position_embeddings", None),
+    ),
     "gemma": DecoderEntry(one_plus=True, embedding_scale=_root_of_hidden),
     "gemma2": _GEMMA,
     "gemma3_text": _GEMMA,
@@ -71,6 +76,29 @@ class Norm:
     weight: Tensor
     eps: float
     one_plus: bool
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """A rotary embedding, whose frequencies may depend on the length of the text.
+
+    Attributes:
+        frequencies: (n,), float32, of texts of at most `original` tokens.
+        scale: what sines and cosines are multiplied by.
+        original: None if the frequencies hold for every length.
+        beyond: a longer length → its frequencies.
+    """
+
+    frequencies: Tensor
+    scale: float
+    original: int | None = None
+    beyond: Callable[[int], Tensor] | None = None
+
+    def at(self, length: int) -> Tensor:
+        """The frequencies of a text of `length` tokens."""
+        if self.beyond is None or self.original is None or length <= self.original:
+            return self.frequencies
+        return self.beyond(length)
 
 
 @dataclass
@@ -105,14 +133,21 @@ class Decoder:
     final_norm: Norm
     head: nn.Module
     layers: list[Layer] = field(default_factory=list)
-    ropes: list[tuple[Tensor, float]] = field(default_factory=list)
-    """Frequencies, and what sines and cosines are multiplied by."""
+    ropes: list[Rotation] = field(default_factory=list)
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     logits_scale: float = 1.0
     logits_softcap: float = 0.0
-    longest: int | None = None
-    """Tokens of a sequence at most; None where nothing limits them."""
+    unlimited: bool = False
+    """The frequencies grow with the text: ``config.max_position_embeddings`` is no limit."""
+    computed_again_at: int | None = None
+    """A text that grows beyond this length is computed again, with the frequencies of long texts."""
+
+    @property
+    def border(self) -> int | None:
+        """The length up to which the rotary frequencies do not depend on it; None if they never do."""
+        borders = [rope.original for rope in self.ropes if rope.original is not None]
+        return min(borders, default=None)
 
 
 def unknown_architecture(model_type: str) -> str:
@@ -136,6 +171,28 @@ def describe_decoder(model: Any) -> Decoder:
         raise UnsupportedModelError(
             f"{type(model).__name__} is not built as its type says: {error}"
         ) from error
+
+
+def _rotation(config: Any, rotary: Any, kind: str, rope_type: str) -> Rotation:
+    prefix = f"{kind}_" if kind else ""
+    frequencies = getattr(rotary, f"{prefix}original_inv_freq")
+    scale = float(getattr(rotary, f"{prefix}attention_scaling"))
+    if rope_type != "longrope" and "dynamic" not in rope_type:
+        return Rotation(frequencies, scale)
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    def computed(length: int) -> Tensor:
+        made: Tensor = ROPE_INIT_FUNCTIONS[rope_type](
+            config, None, seq_len=torch.tensor(length), layer_type=kind or None
+        )[0]
+        return made
+
+    if rope_type == "longrope":
+        of_kind = config.rope_parameters[kind] if kind else config.rope_parameters
+        original = int(of_kind["original_max_position_embeddings"])
+        long = computed(original + 1)
+        return Rotation(frequencies, scale, original, lambda length: long)
+    return Rotation(frequencies, scale, int(rotary.original_max_seq_len), computed)
 
 
 def _describe(model: Any, config: Any, entry: DecoderEntry) -> Decoder:
@@ -163,17 +220,12 @@ def _describe(model: Any, config: Any, entry: DecoderEntry) -> Decoder:
         residual_scale=entry.residual_scale(config),
         logits_scale=entry.logits_scale(config),
         logits_softcap=getattr(config, "final_logit_softcapping", None) or 0.0,
+        computed_again_at=entry.computed_again_at(config),
     )
     for kind in kinds:
-        prefix = f"{kind}_" if kind else ""
         rope_type = rotary.rope_type[kind] if kind else rotary.rope_type
-        if rope_type in ("dynamic", "longrope"):
-            # Beyond this length the frequencies change, for all tokens of a sequence.
-            decoder.longest = config.rope_parameters.get("original_max_position_embeddings") or (
-                config.max_position_embeddings
-            )
-        frequencies = getattr(rotary, f"{prefix}original_inv_freq")
-        decoder.ropes.append((frequencies, float(getattr(rotary, f"{prefix}attention_scaling"))))
+        decoder.ropes.append(_rotation(config, rotary, kind, rope_type))
+        decoder.unlimited = decoder.unlimited or "dynamic" in rope_type
     for index, block in enumerate(body.layers):
         attention, mlp = block.self_attn, block.mlp
         kind = types[index] if types else ""

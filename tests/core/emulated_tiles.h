@@ -1,5 +1,5 @@
-// Emulates the tile instructions that kernels/amx_bf16.cpp uses, after the Intel SDM, volume 2. `make
-// test-sanitize` includes this before that file: it sees each access to memory, and runs these kernels on
+// Emulates the tile instructions of the core, after the Intel SDM, volume 2. `make test-sanitize` includes
+// this before each file that uses them: it sees each access to memory, and runs these kernels on
 // CPUs without AMX.
 #pragma once
 
@@ -15,7 +15,6 @@
 #include "linear/kernels/tile_kernels.h"
 
 namespace oats {
-namespace {
 
 struct Tiles {
   TileState state{};
@@ -36,7 +35,10 @@ struct Tiles {
   }
 };
 
+// One for all files: what configures the tiles lies in another file than the decoder's kernels.
 inline thread_local Tiles emulated_tiles;
+
+namespace {
 
 inline void load_state(const TileState& state) {
   emulated_tiles.state = state;

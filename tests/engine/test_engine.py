@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -74,9 +75,10 @@ ARCHITECTURES = {
 }
 
 
-def model_of(name: str, dtype: torch.dtype = torch.float32) -> Any:
+def model_of(which: str | Callable[[], Any], dtype: torch.dtype = torch.float32) -> Any:
+    """A random model: of a name in ARCHITECTURES, or of another configuration."""
     torch.manual_seed(0)
-    config = ARCHITECTURES[name]()
+    config = (ARCHITECTURES[which] if isinstance(which, str) else which)()
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
     for parameter in model.parameters():
         if parameter.dim() == 1:  # norms and biases, which would all be ones and zeros
@@ -153,7 +155,7 @@ def test_layers_that_stayed_dense() -> None:
     assert_close(logits_in_chunks(engine, ids, [90]), expected_logits(model, ids), torch.float32)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "mistral", "qwen3"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_greedy_texts_are_those_of_transformers(name: str) -> None:
     model, prompt = model_of(name), text(20)
     expected = model.generate(
@@ -223,7 +225,11 @@ def test_pages_that_left_the_window_are_given_back() -> None:
     engine.prefill(tokens, text(400))
     assert engine._cache.pools[0].in_use <= 2 + 400 // PAGE
     engine.step([(tokens, [3])])
-    assert engine._cache.pools[0].in_use == 2 and tokens.tables[0][0] == GONE
+    # One page more than the window has, so that tokens can be taken back.
+    assert engine._cache.pools[0].in_use == 3 and tokens.tables[0][0] == GONE
+    engine.truncate(tokens, 401 - PAGE)
+    with pytest.raises(ConfigError, match="cannot go back to 64"):
+        engine.truncate(tokens, PAGE)
     engine.release(tokens)
     assert engine._cache.pools[0].in_use == 0
 
@@ -274,7 +280,7 @@ def test_what_is_not_known_says_why() -> None:
             vocab_size=50, hidden_size=32, ffn_dim=32, num_hidden_layers=1, num_attention_heads=2
         )
     )
-    assert "'opt'; the engine knows gemma" in str(Engine(opt).reason)
+    assert "does not know the architecture 'opt', but gemma" in str(Engine(opt).reason)
     narrow = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, head_dim=8))
     assert "multiples of 16" in str(Engine(narrow).reason)
     assert "float16" in str(Engine(copy.deepcopy(narrow).half()).reason)

@@ -320,7 +320,8 @@ struct Decoder::State {
   }
 
   void rotate_row(size_t index, int64_t row) const {
-    const Rope& rope = model.ropes[index];
+    const Rope* own = step->sequences[row_sequence[row]].ropes;
+    const Rope& rope = own ? own[index] : model.ropes[index];
     float *cosine = angles_of(cosines, index, row), *sine = angles_of(sines, index, row);
     const auto position = static_cast<float>(positions[row]);
     for (size_t i = 0; i < rope.frequencies.size(); ++i) {

@@ -82,6 +82,7 @@ struct KvCache {
 struct DecoderSequence {
   int64_t first_row, rows, start;
   const int32_t* const* pages;  // of each cache: page of tokens [64 i, 64 i + 64); -1 where it is gone
+  const Rope* ropes = nullptr;  // in place of the model's, as many and as long; or null
 };
 
 struct DecoderStep {
