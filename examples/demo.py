@@ -18,7 +18,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import oats
-from oats.bench.model_speed import model_speeds
+from oats.bench.model_speed import in_engine, model_speeds
 from oats.checkpoint.loading import load_model
 from oats.checkpoint.record import Record
 from oats.checkpoint.saving import save_model
@@ -121,7 +121,7 @@ def main() -> None:
             )
     with progress_bar("Timing generation") as bar:
         speeds = model_speeds(
-            models,
+            in_engine(models),
             ids[:PROMPT_TOKENS],
             new_tokens=NEW_TOKENS,
             repetitions=REPETITIONS,

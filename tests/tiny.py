@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -15,6 +17,7 @@ from transformers import (
 
 import oats
 from oats.compression.report import CompressionReport
+from oats.serving.request_queue import RequestQueue
 
 CONTEXT = 128
 CHAT_TEMPLATE = (
@@ -79,3 +82,18 @@ def continuation(
     ids = tokenizer(prompt, return_tensors="pt").input_ids
     output = model.generate(ids, max_new_tokens=tokens, do_sample=False)
     return tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+def slow_queue(model: Any, tokenizer: Any, **options: int) -> RequestQueue:
+    """A queue whose steps take 50 ms: long enough to do something while it works."""
+    queue = RequestQueue(model, tokenizer, **options)
+    batch = queue._batch
+    assert batch is not None
+    step = batch.step
+
+    def slow_step() -> Any:
+        time.sleep(0.05)
+        return step()
+
+    batch.step = slow_step  # type: ignore[method-assign]
+    return queue

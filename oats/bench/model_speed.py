@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from oats.bench.spread import Spread
+from oats.engine.engine import Engine
 from oats.errors import ConfigError
 from oats.models.linear import is_linear
 from oats.nn.sparse_low_rank_linear import SparseLowRankLinear
@@ -31,10 +32,47 @@ class ModelSpeed:
 
 @runtime_checkable
 class TimesItself(Protocol):
-    """A model that another program runs, and that reports its own times."""
+    """A model that something else than transformers runs, and that reports its own times."""
 
     def timed_generate(self, prompt: Tensor, new_tokens: int) -> tuple[float, list[float]]:
         """Generate (greedy, batch 1, KV cache). Returns the time of the start, and of each new token."""
+
+
+class InEngine:
+    """A model in the engine, which :class:`TimesItself`.
+
+    Args:
+        engine: `Engine.reason` is None.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        engine.check_native()
+        self._engine = engine
+
+    def timed_generate(self, prompt: Tensor, new_tokens: int) -> tuple[float, list[float]]:
+        """Generate (greedy). Returns the time of the start, and of each new token."""
+        ids = prompt.tolist()
+        tokens = self._engine.new()  # not `generate`, which would share the prompt with the call before
+        times: list[float] = []
+        start = time.perf_counter()
+        try:
+            newest = int(self._engine.prefill(tokens, ids).argmax())
+            times.append(time.perf_counter())
+            while len(times) < new_tokens:
+                newest = int(self._engine.step([(tokens, [newest])]).argmax())
+                times.append(time.perf_counter())
+        finally:
+            self._engine.release(tokens)
+        return start, times
+
+
+def in_engine(models: Mapping[str, Any]) -> dict[str, Any]:
+    """The same models, those that the engine runs as :class:`InEngine`; the others as they are."""
+    timed: dict[str, Any] = {}
+    for name, model in models.items():
+        engine = None if isinstance(model, TimesItself) else Engine(model)
+        timed[name] = InEngine(engine) if engine is not None and engine.reason is None else model
+    return timed
 
 
 def model_speeds(

@@ -12,8 +12,8 @@ from oats.cli.options import AnyModel, ChatTemplate, RunDtype, SamplingSeed
 from oats.errors import ConfigError, OatsError
 
 if TYPE_CHECKING:
-    from oats.serving.engine import Engine
     from oats.serving.request import Sampling
+    from oats.serving.request_queue import RequestQueue
 
 HELP = "/reset forgets the conversation, /exit or Ctrl-D leaves; Ctrl-C stops an answer"
 
@@ -42,10 +42,10 @@ def chat(
 
     import torch
 
-    from oats.cli.console import notes, status
+    from oats.cli.console import note_fallback, notes, status
     from oats.serving.chat_template import load_with_template
-    from oats.serving.engine import Engine
     from oats.serving.request import Sampling
+    from oats.serving.request_queue import RequestQueue
 
     with status(f"Loading {directory}"):
         model, tokenizer = load_with_template(directory, dtype, chat_template)
@@ -57,7 +57,8 @@ def chat(
     console = notes()
     console.print(HELP, style="dim")
     torch.manual_seed(seed)
-    engine = Engine(model, tokenizer)
+    requests = RequestQueue(model, tokenizer)
+    note_fallback(requests.engine.reason)
     sampling = Sampling(max_new_tokens, temperature)
     opening = [{"role": "system", "content": system}] if system else []
     turns = list(opening)
@@ -72,14 +73,14 @@ def chat(
             elif line:
                 turns.append({"role": "user", "content": line})
                 try:
-                    answer = _answer(engine, turns, sampling)
+                    answer = _answer(requests, turns, sampling)
                 except OatsError as error:
                     console.print(f"{error} (/reset forgets the conversation)")
                     turns.pop()
                 else:
                     turns.append({"role": "assistant", "content": answer})
     finally:
-        engine.close()
+        requests.close()
 
 
 def _read_line() -> str | None:
@@ -92,7 +93,7 @@ def _read_line() -> str | None:
         return None
 
 
-def _answer(engine: Engine, turns: list[dict[str, str]], sampling: Sampling) -> str:
+def _answer(requests: RequestQueue, turns: list[dict[str, str]], sampling: Sampling) -> str:
     """Print the model's answer while it is generated, and return it; Ctrl-C ends it early.
 
     Raises:
@@ -103,7 +104,7 @@ def _answer(engine: Engine, turns: list[dict[str, str]], sampling: Sampling) -> 
     from oats.serving.request import Event, Finished
 
     events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-    request = engine.submit(prompt_of(engine.tokenizer, turns), sampling, events.put)
+    request = requests.submit(prompt_of(requests.tokenizer, turns), sampling, events.put)
     pieces: list[str] = []
     while True:
         try:

@@ -40,6 +40,12 @@ def _console(*, stderr: bool) -> Console:
     return console
 
 
+def note_fallback(reason: str | None) -> None:
+    """Say why a model does not run in the engine, if there is a reason."""
+    if reason is not None:
+        notes().print(f"runs in transformers, which is slower: {reason}", style="dim")
+
+
 def print_json(**values: Any) -> None:
     """One JSON object on stdout."""
     print(json.dumps(values, indent=2))

@@ -23,7 +23,7 @@ def serve(
         str | None, Option(help="What clients call the model.", show_default="the directory's name")
     ] = None,
     chat_template: ChatTemplate = None,
-    max_batch: Annotated[int, Option(help="Most requests that run at once; others wait.")] = 8,
+    max_batch: Annotated[int, Option(help="Most requests that run at once; others wait.")] = 16,
     max_waiting: Annotated[int, Option(help="Most requests that wait; others are refused.")] = 64,
     dtype: RunDtype = None,
 ) -> None:
@@ -41,22 +41,23 @@ def serve(
             f"serving needs more packages ({error.name} is missing): pip install 'oats-torch[serve]'"
         ) from None
 
-    from oats.cli.console import notes, status
+    from oats.cli.console import note_fallback, notes, status
     from oats.serving.chat_template import load_with_template
-    from oats.serving.engine import Engine
+    from oats.serving.request_queue import RequestQueue
 
     listening = _listen(host, port)  # fail early if the port is taken: loading takes long
     with listening:
         with status(f"Loading {directory}"):
             model, tokenizer = load_with_template(directory, dtype, chat_template)
+            queue = RequestQueue(model, tokenizer, max_waiting, max_batch)
         name = name or Path(directory).resolve().name
-        engine = Engine(model, tokenizer, max_waiting, max_batch)
         server = uvicorn.Server(
-            uvicorn.Config(build_app(engine, name), log_level="warning", timeout_graceful_shutdown=3)
+            uvicorn.Config(build_app(queue, name), log_level="warning", timeout_graceful_shutdown=3)
         )
         url = f"http://{host}:{listening.getsockname()[1]}/v1"
         console = notes()
         console.print(f"{name} at {url}, until Ctrl-C", soft_wrap=True)
+        note_fallback(queue.engine.reason)
         if not tokenizer.chat_template:
             console.print("no chat template: /v1/completions only, or give one with --chat-template")
         body = '{"prompt": "Once upon a time", "max_tokens": 20}'
@@ -66,7 +67,7 @@ def serve(
             with suppress(KeyboardInterrupt):  # Ctrl-C stops the server
                 server.run(sockets=[listening])
         finally:
-            engine.close()
+            queue.close()
 
 
 def _listen(host: str, port: int) -> socket.socket:

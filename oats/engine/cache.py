@@ -138,6 +138,14 @@ class PagedCache:
                     pool.release(page)
         tokens.length = tokens.until = length
 
+    def can_truncate(self, tokens: Tokens, length: int) -> bool:
+        """True if what a token behind the first `length` sees is still there."""
+        for pool, table in zip(self.pools, tokens.tables, strict=True):
+            first = max(0, length + 1 - pool.window) // PAGE if pool.window else 0
+            if GONE in table[first : -(-length // PAGE)]:
+                return False
+        return True
+
     def release(self, tokens: Tokens) -> None:
         """Give all pages of a sequence back."""
         self.truncate(tokens, 0)
@@ -146,6 +154,13 @@ class PagedCache:
     def pages(self) -> list[Tensor]:
         """Of each window, as the core reads them."""
         return [pool.pages for pool in self.pools]
+
+    def nbytes_of(self, tokens: Tokens) -> int:
+        """Bytes of the pages of one sequence, also of those that it shares."""
+        pools = zip(self.pools, tokens.tables, strict=True)
+        return sum(
+            (len(table) - table.count(GONE)) * pool.pages[0].nbytes for pool, table in pools if len(table)
+        )
 
     @property
     def nbytes(self) -> int:

@@ -6,21 +6,21 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from oats import _core
+from oats.engine.batch import CHUNK, Batch, Text
 from oats.engine.cache import PagedCache, PagePool, Tokens
 from oats.engine.native import NativeDecoder
+from oats.engine.prefixes import Prefixes
+from oats.engine.statistics import Statistics
 from oats.errors import ConfigError, UnsupportedModelError
 from oats.models.architecture import context_limit
 from oats.models.decoders import describe_decoder
-
-CHUNK = 512
-"""Tokens of a prompt that one step computes at most."""
 
 CHECKED_TOKENS = 48
 """Of the text on which the engine and transformers are compared."""
@@ -29,33 +29,9 @@ Choose = Callable[[Tensor], int]
 """Logits (vocabulary,) of the last token → the next token."""
 
 
-@dataclass
-class Statistics:
-    """What an engine has done."""
-
-    prompt_tokens: int = 0
-    new_tokens: int = 0
-    steps: int = 0
-    seconds: float = 0.0
-
-
 def most_likely(logits: Tensor) -> int:
     """The token with the largest logit; of equal ones the first."""
     return int(logits.argmax())
-
-
-@dataclass(eq=False)
-class _Text:
-    prompt: list[int]
-    tokens: Tokens
-    choose: Choose
-    output: list[int] = field(default_factory=list)
-
-    @property
-    def pending(self) -> list[int]:
-        """Tokens that are not in the cache yet."""
-        done, length = self.tokens.length, len(self.prompt)
-        return self.prompt[done:] + self.output if done < length else self.output[done - length :]
 
 
 class Engine:
@@ -81,7 +57,7 @@ class Engine:
         self.difference: float | None = None
         self.statistics = Statistics()
         self.context = context_limit(model)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         try:
             decoder = describe_decoder(model)
             self._native = NativeDecoder(decoder)
@@ -97,7 +73,9 @@ class Engine:
         self._cache = PagedCache(
             [PagePool(n, kv_heads, dim, window, dtype) for n, (window, kv_heads, dim) in keys]
         )
+        self._prefixes = Prefixes(self._cache, longest=decoder.border)
         self._compare(len(decoder.layers))
+        self.statistics = Statistics()
 
     @torch.no_grad()
     def _compare(self, layers: int) -> None:
@@ -108,9 +86,7 @@ class Engine:
         expected = self.model(input_ids=ids, use_cache=False).logits[0].float()
         tokens = self._cache.new(CHECKED_TOKENS)
         half = CHECKED_TOKENS // 2
-        got = [
-            self._run([(tokens, part.tolist())], all_logits=True) for part in (ids[0, :half], ids[0, half:])
-        ]
+        got = [self._run([(tokens, part.tolist())], range(half)) for part in (ids[0, :half], ids[0, half:])]
         self._cache.release(tokens)
         self.difference = float((torch.cat(got).float() - expected).norm() / expected.norm())
         if not self.difference <= allowed:
@@ -119,16 +95,24 @@ class Engine:
 
     def new(self) -> Tokens:
         """A sequence without tokens; :meth:`release` it in the end."""
-        self._check_native()
+        self.check_native()
         return self._cache.new()
 
     def fork(self, tokens: Tokens) -> Tokens:
         """A sequence that goes on from the same tokens and shares their memory."""
-        return self._cache.fork(tokens)
+        with self._lock:
+            return self._cache.fork(tokens)
 
     def release(self, tokens: Tokens) -> None:
         """Give the memory of a sequence back."""
-        self._cache.release(tokens)
+        with self._lock:
+            self._cache.release(tokens)
+
+    def forget(self) -> None:
+        """Give the memory of finished texts back; it is kept for texts that begin alike."""
+        self.check_native()
+        with self._lock:
+            self._prefixes.clear()
 
     def prefill(self, tokens: Tokens, ids: Sequence[int]) -> Tensor:
         """Append tokens to a sequence.
@@ -141,11 +125,47 @@ class Engine:
         """
         if not ids:
             raise ConfigError("there is no token to append")
+        return self._pieces(tokens, ids, 1)[0]
+
+    def logits(self, ids: Sequence[int], keep: int | None = None) -> Tensor:
+        """Logits of a text, as the model's ``forward`` gives them.
+
+        Args:
+            ids: its tokens, at least one.
+            keep: how many of the last rows are wanted; None for all.
+
+        Returns:
+            (keep, vocabulary), the model's dtype.
+
+        Raises:
+            ConfigError: there is no token, or more than the model's context takes; or `keep` is not in
+                [1, tokens].
+        """
+        keep = len(ids) if keep is None else keep
+        if not 1 <= keep <= len(ids):
+            raise ConfigError(f"logits of {keep} tokens were asked for, of a text of {len(ids)}")
+        tokens = self.new()
+        try:
+            return self._pieces(tokens, ids, keep)
+        finally:
+            self.release(tokens)
+
+    def _pieces(self, tokens: Tokens, ids: Sequence[int], keep: int) -> Tensor:
+        """Append tokens in pieces that a step takes; logits of the last `keep`."""
+        self.check_native()
+        self._check_ids(ids)
+        self._check_length(tokens.length + len(ids))
         tokens.until = tokens.length + len(ids)
-        logits = torch.empty(0)
+        logits = torch.empty(keep, self._native.vocabulary, dtype=self._native.dtype)
+        skipped = len(ids) - keep
         for first in range(0, len(ids), CHUNK):
-            logits = self.step([(tokens, ids[first : first + CHUNK])])
-        return logits[0]
+            piece = ids[first : first + CHUNK]
+            wanted = range(max(0, skipped - first), len(piece))
+            rows = self._run([(tokens, piece)], wanted)
+            if wanted:
+                start = first + wanted.start - skipped
+                logits[start : start + len(rows)] = rows
+        return logits
 
     def step(self, work: Sequence[tuple[Tokens, Sequence[int]]]) -> Tensor:
         """Append tokens to several sequences at once.
@@ -160,13 +180,13 @@ class Engine:
             ConfigError: a sequence has no new token, is there twice, or would become longer than the model's
                 context; or a token is not in the vocabulary.
         """
-        self._check_native()
+        self.check_native()
         if not all(ids for _, ids in work) or len({id(tokens) for tokens, _ in work}) < len(work):
             raise ConfigError("a step takes each sequence once, with at least one token")
         for tokens, ids in work:
             self._check_ids(ids)
             self._check_length(tokens.length + len(ids))
-        return self._run(work)
+        return self._last_logits(work, [True] * len(work))
 
     def _check_ids(self, ids: Sequence[int]) -> None:
         if min(ids) < 0 or max(ids) >= self._rows:
@@ -181,11 +201,17 @@ class Engine:
                 f"a text of {length} tokens is longer than the model's context of {self.context}"
             )
 
-    def _run(self, work: Sequence[tuple[Tokens, Sequence[int]]], all_logits: bool = False) -> Tensor:
+    def _last_logits(self, work: Sequence[tuple[Tokens, Sequence[int]]], wanted: Sequence[bool]) -> Tensor:
+        """Logits behind the last token of those sequences where they are wanted."""
+        ends = accumulate(len(ids) for _, ids in work)
+        return self._run(work, [end - 1 for end, want in zip(ends, wanted, strict=True) if want])
+
+    def _run(self, work: Sequence[tuple[Tokens, Sequence[int]]], logits_rows: Sequence[int]) -> Tensor:
+        """Append tokens; logits of some rows, where all new tokens are rows, one sequence after another."""
         started = time.perf_counter()
         with self._lock:
             ids: list[int] = []
-            sequences, rows = [], []
+            sequences = []
             for tokens, new in work:
                 self._cache.prepare(tokens, len(new))
                 ropes = self._native.ropes_at(max(tokens.until, tokens.length + len(new)))
@@ -193,15 +219,29 @@ class Engine:
                     _core.DecoderSequence(len(ids), len(new), tokens.length, tokens.tables, ropes)
                 )
                 ids += new
-                rows.append(len(ids) - 1)
-            logits = self._native.step(
-                ids, sequences, self._cache.pages, range(len(ids)) if all_logits else rows
-            )
+            logits = self._native.step(ids, sequences, self._cache.pages, logits_rows)
             for tokens, new in work:
                 tokens.length += len(new)
-        self.statistics.steps += 1
-        self.statistics.seconds += time.perf_counter() - started
+            seconds = time.perf_counter() - started
+            self.statistics.add_step([len(new) for _, new in work], seconds, self._cache.nbytes)
         return logits
+
+    def batch(self) -> Batch:
+        """Texts that are continued together, without any yet."""
+        self.check_native()
+        return Batch(self._last_logits, self._prefixes, self.statistics, self._lock, self._computed_again_at)
+
+    def check_text(self, prompt: Sequence[int], max_new_tokens: int) -> None:
+        """Check that a text can be continued.
+
+        Raises:
+            ConfigError: the prompt is empty, has a token that is not in the vocabulary, or does not fit into
+                the model's context with the new tokens.
+        """
+        if not prompt:
+            raise ConfigError("a prompt is empty; give some text to continue")
+        self._check_ids(prompt)
+        self._check_length(len(prompt) + max_new_tokens)
 
     def generate(
         self,
@@ -211,8 +251,9 @@ class Engine:
         ends: Collection[int] = (),
         choose: Sequence[Choose] | Choose = most_likely,
         max_batch: int = 16,
+        on_token: Callable[[int, int], object] = lambda index, token: None,
     ) -> list[list[int]]:
-        """Continue several texts. A step computes the next token of those that run, and a piece of a prompt.
+        """Continue several texts. A step computes the next token of those that run, and pieces of prompts.
 
         Args:
             prompts: token ids of each, at least one.
@@ -220,6 +261,7 @@ class Engine:
             ends: tokens that end a text; the last one of an output may be one.
             choose: what picks tokens, one for all or one each.
             max_batch: texts that run at once.
+            on_token: called with the index of a prompt and its new token, as soon as it is known.
 
         Returns:
             The new tokens of each.
@@ -228,60 +270,37 @@ class Engine:
             ConfigError: a prompt is empty, has a token that is not in the vocabulary, or does not fit into
                 the model's context with the new tokens; or a number is below 1.
         """
-        self._check_native()
         if max_new_tokens < 1 or max_batch < 1:
             raise ConfigError(
                 f"max_new_tokens and max_batch must be at least 1, got {max_new_tokens}, {max_batch}"
             )
+        batch = self.batch()
         for prompt in prompts:
-            if not prompt:
-                raise ConfigError("a prompt is empty; give some text to continue")
-            self._check_ids(prompt)
-            self._check_length(len(prompt) + max_new_tokens)
+            self.check_text(prompt, max_new_tokens)
         chooses = [choose] * len(prompts) if callable(choose) else list(choose)
-        texts = [_Text(list(p), self._cache.new(len(p)), c) for p, c in zip(prompts, chooses, strict=True)]
-        waiting = deque(texts)
-        running: list[_Text] = []
+        outputs: list[list[int]] = [[] for _ in prompts]
+        waiting = deque(zip(range(len(prompts)), prompts, chooses, strict=True))
+        running: dict[Text, tuple[int, Choose]] = {}
         try:
             while waiting or running:
                 while waiting and len(running) < max_batch:
-                    running.append(waiting.popleft())
-                work, done = self._work_of(running)
-                logits = self._run(work)
-                for text, row in zip(done, logits, strict=True):
-                    if text is None:
-                        continue
-                    text.output.append(text.choose(row))
-                    if text.output[-1] in ends or len(text.output) == max_new_tokens:
-                        running.remove(text)
-                        self._cache.release(text.tokens)
-                    elif text.tokens.length == self._computed_again_at:
-                        self._cache.release(text.tokens)
-                        text.tokens.until = len(text.pending)
+                    index, prompt, pick = waiting.popleft()
+                    running[batch.add(prompt)] = index, pick
+                for text, logits in batch.step():
+                    index, pick = running[text]
+                    text.output.append(token := pick(logits))
+                    on_token(index, token)
+                    if token in ends or len(text.output) == max_new_tokens:
+                        del running[text]
+                        batch.remove(text)
+                        outputs[index] = text.output
         finally:
-            for text in (*running, *waiting):
-                self._cache.release(text.tokens)
-        self.statistics.prompt_tokens += sum(map(len, prompts))
-        self.statistics.new_tokens += sum(len(text.output) for text in texts)
-        return [text.output for text in texts]
+            for text in running:
+                batch.discard(text)
+        return outputs
 
-    @staticmethod
-    def _work_of(running: Sequence[_Text]) -> tuple[list[tuple[Tokens, list[int]]], list[_Text | None]]:
-        """What the next step computes, and which text gets a token from each part of it."""
-        room = CHUNK
-        work: list[tuple[Tokens, list[int]]] = []
-        done: list[_Text | None] = []
-        for text in sorted(running, key=lambda text: len(text.pending)):
-            pending = text.pending
-            taken = pending[:room] if room or len(pending) == 1 else []
-            if not taken:
-                continue
-            room = max(0, room - len(taken))
-            work.append((text.tokens, taken))
-            done.append(text if len(taken) == len(pending) else None)
-        return work, done
-
-    def _check_native(self) -> None:
+    def check_native(self) -> None:
+        """Raise UnsupportedModelError, with `reason`, if there is one."""
         if self.reason is not None:
             raise UnsupportedModelError(
                 f"{type(self.model).__name__} does not run in the engine: {self.reason}"

@@ -63,7 +63,7 @@ class NativeDecoder:
         model.embedding_scale, model.residual_scale = decoder.embedding_scale, decoder.residual_scale
         model.logits_scale, model.logits_softcap = decoder.logits_scale, decoder.logits_softcap
         self._ropes = decoder.ropes
-        self._changing = any(rope.beyond is not None for rope in decoder.ropes)
+        self._changing = decoder.border is not None
         model.ropes = [_core.Rope(rope.frequencies.tolist(), rope.scale) for rope in decoder.ropes]
         model.final_norm = self._norm(decoder.final_norm)
         model.head = self._linear(decoder.head)

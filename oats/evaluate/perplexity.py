@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from oats.engine.engine import Engine
 from oats.errors import CalibrationError, ConfigError, OatsError
 from oats.models.architecture import context_limit
 
@@ -59,7 +60,7 @@ class Perplexity:
 
 def perplexity(
     model: Any, ids: Tensor, *, bos: int | None = None, context: int | None = None, stride: int | None = None,
-    progress: Callable[[int, int, float], None] | None = None,
+    progress: Callable[[int, int, float], None] | None = None, engine: Engine | None = None,
 ) -> Perplexity:  # fmt: skip
     """Perplexity of `model` on a tokenized text.
 
@@ -77,6 +78,7 @@ def perplexity(
             less.
         stride: tokens scored in a window; None means `context`, so that windows do not overlap.
         progress: called as progress(scored, total, perplexity so far) after each window.
+        engine: of `model`; gives the logits if it runs the model. None calls the model's ``forward``.
 
     Raises:
         CalibrationError: the text has no token that can be scored.
@@ -102,7 +104,7 @@ def perplexity(
             + "; give a longer text"
         )
 
-    few_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+    logits_of = _forward(model) if engine is None or engine.reason else _in_engine(engine)
     started = time.perf_counter()
     nll, right, done = 0.0, 0, 0
     training = model.training
@@ -111,8 +113,7 @@ def perplexity(
         with torch.inference_mode():
             for inputs, next_tokens in _windows(sequence, context, stride, bos):
                 scored = next_tokens.numel()
-                options = {"logits_to_keep": scored} if few_logits else {}
-                logits = model(input_ids=inputs[None], use_cache=False, **options).logits[0, -scored:]
+                logits = logits_of(inputs, scored)
                 rows = zip(logits.split(_ROWS), next_tokens.split(_ROWS), strict=True)
                 nll += math.fsum(float(cross_entropy(x.float(), y, reduction="sum")) for x, y in rows)
                 right += int((logits.argmax(-1) == next_tokens).sum())
@@ -131,6 +132,23 @@ def perplexity(
         context=context, stride=stride, bos=bos is not None, dtype=str(model.dtype).removeprefix("torch."),
         threads=torch.get_num_threads(), seconds=time.perf_counter() - started,
     )  # fmt: skip
+
+
+def _forward(model: Any) -> Callable[[Tensor, int], Tensor]:
+    """Tokens (n,), and how many of the last rows are wanted → their logits, by transformers."""
+    few_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    def logits_of(inputs: Tensor, keep: int) -> Tensor:
+        options = {"logits_to_keep": keep} if few_logits else {}
+        logits: Tensor = model(input_ids=inputs[None], use_cache=False, **options).logits[0, -keep:]
+        return logits
+
+    return logits_of
+
+
+def _in_engine(engine: Engine) -> Callable[[Tensor, int], Tensor]:
+    """The same in the engine."""
+    return lambda inputs, keep: engine.logits(inputs.tolist(), keep)
 
 
 def _windows(sequence: Tensor, context: int, stride: int, bos: int | None) -> list[tuple[Tensor, Tensor]]:

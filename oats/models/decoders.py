@@ -143,6 +143,12 @@ class Decoder:
     computed_again_at: int | None = None
     """A text that grows beyond this length is computed again, with the frequencies of long texts."""
 
+    @property
+    def border(self) -> int | None:
+        """The length up to which the rotary frequencies do not depend on it; None if they never do."""
+        borders = [rope.original for rope in self.ropes if rope.original is not None]
+        return min(borders, default=None)
+
 
 def describe_decoder(model: Any) -> Decoder:
     """Read what the engine needs from a causal language model of transformers.

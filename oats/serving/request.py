@@ -50,7 +50,7 @@ Event = str | Finished | Exception
 
 
 class Request:
-    """One request and what it has delivered so far; :meth:`oats.serving.engine.Engine.submit` makes it."""
+    """One request and what it has delivered so far; `RequestQueue.submit` makes it."""
 
     def __init__(
         self, ids: Sequence[int], sampling: Sampling, decoder: IncrementalDecoder,

@@ -18,6 +18,7 @@ from oats.checkpoint import loading, saving
 from oats.cli import app
 from oats.errors import CheckpointError, ConfigError, OatsError, OutputExistsError
 from oats.kernels.isa import available_isas
+from oats.models import decoders
 from tests.tiny import TEXT, save_dense
 
 transformers = pytest.importorskip("transformers")
@@ -487,9 +488,25 @@ def test_generate_prints_json(compressed):
     assert (report["prompt"], report["tokens"], report["max_new_tokens"]) == ("The quick", 8, 8)
     assert (report["temperature"], report["seed"], report["dtype"]) == (0, 0, "float32")
     assert report["seconds"] > 0 and report["threads"] == torch.get_num_threads()
+    assert report["prefill_tokens_per_s"] > 0 and report["decode_tokens_per_s"] > 0
+    assert (report["prompt_tokens"], report["engine"], report["reason"]) == (10, "native", None)
+    shown = run(*options)
+    assert re.fullmatch(r"8 tokens, prefill \d+ tokens/s, decode [\d.]+ tokens/s\n", shown.stderr)
+
+
+def test_generate_says_why_it_runs_in_transformers(compressed, monkeypatch):
+    options = ["generate", compressed, "The quick", "--max-new-tokens", 8]
+    native = run(*options)
+    monkeypatch.delitem(decoders.DECODERS, "llama")
+    other = run(*options)
+    assert other.stdout == native.stdout
+    assert other.stderr.count("runs in transformers, which is slower: LlamaForCausalLM is of the type") == 1
+    report = json.loads(run(*options, "--json", "--temperature", 1).stdout)
+    assert report["engine"] == "transformers" and "the engine knows" in report["reason"]
 
 
 def test_generate_refuses(dense):
+    assert "longer than the model's context of 128" in fails("generate", dense, "a", "--max-new-tokens", 200)
     assert "max_new_tokens must be at least 1, got 0" in fails("generate", dense, "a", "--max-new-tokens", 0)
     assert "temperature must be 0 or more, got -1.0" in fails("generate", dense, "a", "--temperature", -1)
 

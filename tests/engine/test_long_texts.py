@@ -10,7 +10,6 @@ from torch import Tensor
 
 transformers = pytest.importorskip("transformers")
 
-from oats.engine import engine as engines  # noqa: E402
 from oats.engine.engine import Engine  # noqa: E402
 from tests.engine.test_engine import LONG, SIZES, WITH_HEAD_DIM, assert_close, model_of, text  # noqa: E402
 
@@ -46,7 +45,8 @@ def expected_logits(model: Any, ids: list[int], prompt: int) -> Tensor:
 def test_frequencies_are_those_of_transformers(
     name: str, prompt: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engines, "CHUNK", 32)
+    for name_of_module in ("engine", "batch"):
+        monkeypatch.setattr(f"oats.engine.{name_of_module}.CHUNK", 32)
     model = model_of(CONFIGS[name])
     engine, ids = Engine(model), text(prompt + NEW)
     assert engine.reason is None
@@ -85,7 +85,8 @@ def test_a_shorter_text_has_the_short_frequencies_again() -> None:
 def test_greedy_texts_are_those_of_transformers(
     name: str, prompt: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engines, "CHUNK", 32)
+    for name_of_module in ("engine", "batch"):
+        monkeypatch.setattr(f"oats.engine.{name_of_module}.CHUNK", 32)
     model, ids = model_of(CONFIGS[name]), text(prompt)
     engine = Engine(model)
     expected = model.generate(
@@ -98,3 +99,12 @@ def test_greedy_texts_are_those_of_transformers(
     other = text(7)
     assert engine.generate([ids, other], 60)[0] == expected[0, prompt:].tolist()
     assert all(pool.in_use == 0 for pool in engine._cache.pools)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_texts_share_a_beginning_only_below_the_border(name: str) -> None:
+    engine, ids = Engine(model_of(CONFIGS[name])), text(100)
+    for length in (40, 100, 90, 50):
+        shared = engine.statistics.shared_tokens
+        assert engine.generate([ids[:length]], 5) == Engine(engine.model).generate([ids[:length]], 5)
+        assert (engine.statistics.shared_tokens > shared) == (length == 50)

@@ -3,10 +3,11 @@ import math
 import pytest
 import torch
 
-from oats.bench.model_speed import model_speeds
+from oats.bench.model_speed import InEngine, in_engine, model_speeds
 from oats.bench.spread import Spread
 from oats.compression.calibration_text import Text, builtin_text, read_text
 from oats.compression.tokenization import calibration_windows, tokenize
+from oats.engine.engine import Engine
 from oats.errors import CalibrationError, ConfigError, OatsError
 from oats.evaluate.perplexity import perplexity
 
@@ -45,14 +46,17 @@ def token_by_token(model, ids, bos, context, stride):
     return math.exp(sum(nll) / len(nll)), right / len(nll), len(nll)
 
 
+@pytest.mark.parametrize("native", [False, True])
 @pytest.mark.parametrize("bos", [None, BOS])
 @pytest.mark.parametrize(
     ("tokens", "context", "stride"),
     [(100, 16, 16), (100, 16, 5), (50, 64, 64), (7, 32, 8), (33, 32, 32), (32, 32, 1), (20, 1, 1), (2, 8, 8)],
 )
-def test_perplexity_is_that_of_its_definition(model, tokens, context, stride, bos):
+def test_perplexity_is_that_of_its_definition(model, tokens, context, stride, bos, native):
     ids = torch.randint(3, VOCABULARY, (tokens,), generator=torch.Generator().manual_seed(tokens))
-    result = perplexity(model, ids, bos=bos, context=context, stride=stride)
+    engine = Engine(model) if native else None
+    assert engine is None or engine.reason is None
+    result = perplexity(model, ids, bos=bos, context=context, stride=stride, engine=engine)
     expected, accuracy, scored = token_by_token(model, ids, bos, context, stride)
     assert result.tokens == scored == tokens - (bos is None)
     assert result.perplexity == pytest.approx(expected, rel=1e-4)
@@ -181,6 +185,18 @@ def test_generation_speed(model):
         assert speed.prefill.median > 0
     with pytest.raises(ConfigError, match="2 new tokens"):
         model_speeds({"a": model}, torch.arange(3, 13), new_tokens=1)
+
+
+def test_generation_speed_in_the_engine(model):
+    models = in_engine({"native": model, "other": object.__new__(Itself)})
+    assert isinstance(models["native"], InEngine) and isinstance(models["other"], Itself)
+    speeds = model_speeds(models, torch.arange(3, 13), new_tokens=4, repetitions=1)
+    assert speeds["native"].decode.median > 0 and speeds["other"].decode.median == pytest.approx(1)
+
+
+class Itself:
+    def timed_generate(self, prompt, new_tokens):
+        return 0.0, [1.0 + at for at in range(new_tokens)]
 
 
 def test_spread():

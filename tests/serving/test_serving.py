@@ -20,8 +20,8 @@ from typing import Any
 
 import pytest
 
-from oats.serving.engine import Engine
-from tests.tiny import CHAT_TEMPLATE, CONTEXT, continuation, load, save_compressed
+from oats.serving.request_queue import RequestQueue
+from tests.tiny import CHAT_TEMPLATE, CONTEXT, continuation, load, save_compressed, slow_queue
 
 openai = pytest.importorskip(
     "openai", reason="the openai client is not installed: pip install 'oats-torch[dev]'"
@@ -39,14 +39,14 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Served:
-    def __init__(self, model: Any, tokenizer: Any, max_waiting: int = 64, max_batch: int = 4) -> None:
+    def __init__(self, queue: RequestQueue) -> None:
         from oats.serving.openai_api.app import build_app
 
-        self.engine = Engine(model, tokenizer, max_waiting, max_batch)
+        self.queue = queue
         self.socket = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
         config = uvicorn.Config(
-            build_app(self.engine, "small"), log_level="error", timeout_graceful_shutdown=1
+            build_app(self.queue, "small"), log_level="error", timeout_graceful_shutdown=1
         )
         self.server = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.socket]}, daemon=True)
@@ -57,7 +57,7 @@ class Served:
         self.client.close()
         self.server.should_exit = True
         self.thread.join()
-        self.engine.close()
+        self.queue.close()
 
     def get(self, path: str) -> str:
         with urllib.request.urlopen(self.url + path, timeout=30) as response:
@@ -70,7 +70,7 @@ class Served:
 
 @pytest.fixture(scope="module")
 def served(directory: Path) -> Iterator[Served]:
-    served = Served(*load(directory))
+    served = Served(RequestQueue(*load(directory), max_batch=4))
     yield served
     served.close()
 
@@ -96,7 +96,7 @@ def test_models_and_health(served: Served) -> None:
 
 
 def test_completion(served: Served) -> None:
-    wanted = continuation(served.engine.model, served.engine.tokenizer, "The quick", 10)
+    wanted = continuation(served.queue.model, served.queue.tokenizer, "The quick", 10)
     result = complete(served)
     assert (result.choices[0].text, result.choices[0].finish_reason) == (wanted, "length")
     assert (result.usage.prompt_tokens, result.usage.completion_tokens, result.usage.total_tokens) == (
@@ -104,7 +104,7 @@ def test_completion(served: Served) -> None:
         10,
         20,
     )
-    ids = served.engine.tokenizer("The quick").input_ids
+    ids = served.queue.tokenizer("The quick").input_ids
     assert all(complete(served, prompt).choices[0].text == wanted for prompt in (["The quick"], ids, [ids]))
     chunks = list(complete(served, stream=True))
     assert "".join(chunk.choices[0].text for chunk in chunks) == wanted
@@ -112,14 +112,14 @@ def test_completion(served: Served) -> None:
 
 
 def test_chat(served: Served) -> None:
-    wanted = continuation(served.engine.model, served.engine.tokenizer, PROMPT, 10)
+    wanted = continuation(served.queue.model, served.queue.tokenizer, PROMPT, 10)
     result = chat(served)
     # The template makes the text; the tokenizer puts its BOS in front of it, or not, as it is asked.
-    ids = served.engine.tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True, return_dict=True)[
+    ids = served.queue.tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True, return_dict=True)[
         "input_ids"
     ]
     assert result.usage.prompt_tokens == len(ids)
-    if ids == served.engine.tokenizer(PROMPT).input_ids:
+    if ids == served.queue.tokenizer(PROMPT).input_ids:
         assert result.choices[0].message.content == wanted
     assert result.choices[0].message.role == "assistant" and result.object == "chat.completion"
     parts = [
@@ -136,7 +136,7 @@ def test_chat(served: Served) -> None:
 
 def test_concurrent_requests_each_get_their_own_answer(served: Served) -> None:
     prompts = [f"{word} and" for word in ("one", "two", "three", "four", "five", "six")]
-    wanted = [continuation(served.engine.model, served.engine.tokenizer, prompt, 10) for prompt in prompts]
+    wanted = [continuation(served.queue.model, served.queue.tokenizer, prompt, 10) for prompt in prompts]
 
     def ask(index: int) -> str:
         if index % 2:
@@ -161,15 +161,7 @@ def wait_for(condition: Any, seconds: float = 20) -> None:
 
 @pytest.fixture
 def slow(directory: Path) -> Iterator[Served]:
-    model, tokenizer = load(directory)
-    original = model.forward
-
-    def forward(*arguments: Any, **options: Any) -> Any:
-        time.sleep(0.05)
-        return original(*arguments, **options)
-
-    model.forward = forward
-    served = Served(model, tokenizer, max_waiting=1, max_batch=1)
+    served = Served(slow_queue(*load(directory), max_waiting=1, max_batch=1))
     yield served
     served.close()
 
@@ -177,25 +169,25 @@ def slow(directory: Path) -> Iterator[Served]:
 def test_a_cancelled_stream_stops_the_generation(slow: Served) -> None:
     stream = chat(slow, stream=True, max_tokens=90)
     assert next(iter(stream)).choices
-    wait_for(lambda: slow.engine.running)
+    wait_for(lambda: slow.queue.running)
     stream.close()
-    wait_for(lambda: not slow.engine.running, 3)  # 90 tokens take longer
+    wait_for(lambda: not slow.queue.running, 3)  # 90 tokens take longer
     assert slow.metric("oats_cancelled_total") == 1 and slow.metric("oats_generated_tokens_total") < 60
 
 
 def test_a_client_that_gives_up_waiting_stops_the_generation(slow: Served) -> None:
     with pytest.raises(openai.APITimeoutError):
         slow.client.with_options(timeout=0.5).completions.create(model="small", prompt="a", max_tokens=120)
-    wait_for(lambda: not slow.engine.running, 4)
+    wait_for(lambda: not slow.queue.running, 4)
     wait_for(lambda: slow.metric("oats_cancelled_total") == 1, 3)
 
 
 def test_more_requests_than_may_wait_are_told_to_come_back(slow: Served) -> None:
     streams = [complete(slow, stream=True, max_tokens=60)]
-    wait_for(lambda: slow.engine.running and not slow.engine.waiting)
+    wait_for(lambda: slow.queue.running and not slow.queue.waiting)
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(complete, slow, "a", max_tokens=1)
-        wait_for(lambda: slow.engine.waiting == 1)
+        wait_for(lambda: slow.queue.waiting == 1)
         with pytest.raises(openai.InternalServerError, match="1 requests are waiting already") as raised:
             complete(slow)
         assert raised.value.status_code == 503 and raised.value.response.headers["retry-after"] == "1"
@@ -298,23 +290,25 @@ def test_metrics(served: Served) -> None:
 
 
 def test_a_failure_of_the_model_is_an_error_and_the_server_goes_on(directory: Path) -> None:
-    model, tokenizer = load(directory)
-    original = model.forward
-    model.forward = lambda *a, **k: (_ for _ in ()).throw(RuntimeError('it "broke"'))
-    served = Served(model, tokenizer)
+    served = Served(RequestQueue(*load(directory)))
+    native = served.queue.engine._native
+    original = native.step
+    native.step = lambda *_: (_ for _ in ()).throw(RuntimeError('it "broke"'))
     try:
         with pytest.raises(openai.InternalServerError, match='generation failed: it "broke"'):
             complete(served)
         with pytest.raises(openai.APIError, match="broke"):
             list(complete(served, stream=True))
-        model.forward = original
-        assert complete(served).choices[0].text
+        native.step = original
+        assert complete(served).choices[0].text == continuation(
+            served.queue.model, served.queue.tokenizer, "The quick", 10
+        )
     finally:
         served.close()
 
 
 def test_a_base_model_without_a_chat_template(tmp_path: Path) -> None:
-    served = Served(*load(save_compressed(tmp_path / "base")))
+    served = Served(RequestQueue(*load(save_compressed(tmp_path / "base"))))
     try:
         error = refused(served, chat)
         assert error.code == "no_chat_template" and "/v1/completions" in str(error)

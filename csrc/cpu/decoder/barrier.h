@@ -33,7 +33,7 @@ class Barrier {
   }
 
  private:
-  static constexpr int kSpins = 1 << 14;
+  static constexpr int kSpins = 1 << 10;
 
   alignas(64) std::atomic<int> arrived_{0};
   alignas(64) std::atomic<uint32_t> turn_{0};

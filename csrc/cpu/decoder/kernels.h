@@ -87,6 +87,10 @@ const DecoderKernels& decoder_kernels_avx512(Dtype dtype);
 const DecoderKernels& decoder_kernels_avx512_bf16(Dtype dtype);
 const DecoderKernels& decoder_kernels_amx_bf16(Dtype dtype);
 
+// Parts of the last.
+const DenseTiles& dense_tiles_amx_bf16();
+void attend_amx_bf16(const AttentionUnit& unit);
+
 const DecoderKernels& decoder_kernels(Isa isa, Dtype dtype);
 
 }  // namespace oats

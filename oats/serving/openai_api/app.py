@@ -17,23 +17,23 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 
-from oats.serving.engine import Engine
 from oats.serving.openai_api.answers import ApiError, ChatAnswer, CompletionAnswer
 from oats.serving.openai_api.bodies import Body, ChatBody, CompletionBody, check_model
 from oats.serving.openai_api.metrics import Metrics
 from oats.serving.openai_api.stream import TextStream
 from oats.serving.request import Sampling
+from oats.serving.request_queue import RequestQueue
 
 
-def build_app(engine: Engine, name: str) -> FastAPI:
+def build_app(queue: RequestQueue, name: str) -> FastAPI:
     """The application.
 
     Args:
-        engine: holds the model and its tokenizer, whose chat template makes a prompt of a conversation.
+        queue: holds the model and its tokenizer, whose chat template makes a prompt of a conversation.
         name: what clients call the model.
     """
     app = FastAPI(title="oats", docs_url=None, redoc_url=None, openapi_url=None)
-    metrics = Metrics(engine)
+    metrics = Metrics(queue)
     card = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "oats"}
 
     def answer(request: Request, status: int, body: Mapping[str, Any]) -> JSONResponse:
@@ -63,9 +63,9 @@ def build_app(engine: Engine, name: str) -> FastAPI:
 
     @app.get("/health")
     async def health() -> JSONResponse:
-        status = "ok" if engine.alive else "stopped"
+        status = "ok" if queue.alive else "stopped"
         return JSONResponse(
-            {"status": status, "model": name, "waiting": engine.waiting}, 200 if engine.alive else 503
+            {"status": status, "model": name, "waiting": queue.waiting}, 200 if queue.alive else 503
         )
 
     @app.get("/metrics")
@@ -84,21 +84,21 @@ def build_app(engine: Engine, name: str) -> FastAPI:
     @app.post("/v1/chat/completions")
     async def chat(body: ChatBody, request: Request) -> Response:
         body.check(name)
-        ids = body.prompt_ids(engine)
-        sampling = body.sampling(engine, ids, body.max_completion_tokens or body.max_tokens)
+        ids = body.prompt_ids(queue)
+        sampling = body.sampling(queue, ids, body.max_completion_tokens or body.max_tokens)
         return await respond(request, body, ids, sampling, ChatAnswer(name))
 
     @app.post("/v1/completions")
     async def completions(body: CompletionBody, request: Request) -> Response:
         body.check(name)
-        ids = body.prompt_ids(engine)
-        sampling = body.sampling(engine, ids, body.max_tokens)
+        ids = body.prompt_ids(queue)
+        sampling = body.sampling(queue, ids, body.max_tokens)
         return await respond(request, body, ids, sampling, CompletionAnswer(name))
 
     async def respond(
         request: Request, body: Body, ids: list[int], sampling: Sampling, form: ChatAnswer
     ) -> Response:
-        stream = TextStream(engine, metrics, ids, sampling)
+        stream = TextStream(queue, metrics, ids, sampling)
         if body.stream:
             usage = body.stream_options is not None and body.stream_options.include_usage
             metrics.requests.labels(request.url.path, 200).inc()

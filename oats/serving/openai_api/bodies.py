@@ -12,9 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from oats.errors import ConfigError
 from oats.serving.chat_template import prompt_of
-from oats.serving.engine import Engine
 from oats.serving.openai_api.answers import ApiError
 from oats.serving.request import Sampling
+from oats.serving.request_queue import RequestQueue
 
 DEFAULT_MAX_TOKENS = 512
 """Tokens to generate if the request does not say; fewer if the context ends before."""
@@ -57,13 +57,13 @@ class Body(BaseModel):
                 problem = f"{parameter}={json.dumps(value)[:80]} is not implemented; leave it out"
                 raise ApiError(problem, "unsupported_parameter", parameter)
 
-    def sampling(self, engine: Engine, ids: list[int], max_tokens: int | None) -> Sampling:
+    def sampling(self, queue: RequestQueue, ids: list[int], max_tokens: int | None) -> Sampling:
         """How to continue the prompt `ids`."""
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         if max_tokens is None:
             max_tokens = DEFAULT_MAX_TOKENS
-            if engine.context is not None:
-                max_tokens = max(1, min(max_tokens, engine.context - len(ids)))
+            if queue.context is not None:
+                max_tokens = max(1, min(max_tokens, queue.context - len(ids)))
         return Sampling(max_tokens, self.temperature, self.top_p, tuple(stop), self.seed)
 
 
@@ -89,9 +89,9 @@ class ChatBody(Body):
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
 
-    def prompt_ids(self, engine: Engine) -> list[int]:
+    def prompt_ids(self, queue: RequestQueue) -> list[int]:
         """The conversation as tokens, by the tokenizer's chat template."""
-        if not engine.tokenizer.chat_template:
+        if not queue.tokenizer.chat_template:
             raise ApiError(
                 "this model has no chat template, so it does not know turns: ask /v1/completions with a "
                 "prompt, or start the server with --chat-template FILE",
@@ -105,7 +105,7 @@ class ChatBody(Body):
             content = "".join(part.text or "" for part in parts) if parts else message.content or ""
             turns.append({**(message.model_extra or {}), "role": message.role, "content": content})
         try:
-            return _not_empty(prompt_of(engine.tokenizer, turns), "messages")
+            return _not_empty(prompt_of(queue.tokenizer, turns), "messages")
         except ConfigError as error:
             raise ApiError(str(error), param="messages") from error
 
@@ -115,7 +115,7 @@ class CompletionBody(Body):
 
     prompt: str | list[int] | list[str] | list[list[int]]
 
-    def prompt_ids(self, engine: Engine) -> list[int]:
+    def prompt_ids(self, queue: RequestQueue) -> list[int]:
         """The prompt as tokens."""
         one: Any = self.prompt
         if isinstance(one, list) and one and isinstance(one[0], (str, list)):
@@ -124,8 +124,8 @@ class CompletionBody(Body):
                 raise ApiError(problem, "unsupported_parameter", "prompt")
             one = one[0]
         if isinstance(one, str):
-            return _not_empty(list(engine.tokenizer(one).input_ids), "prompt")
-        vocabulary = engine.model.get_input_embeddings().num_embeddings
+            return _not_empty(list(queue.tokenizer(one).input_ids), "prompt")
+        vocabulary = queue.model.get_input_embeddings().num_embeddings
         if unknown := [token for token in one if not 0 <= token < vocabulary]:
             raise ApiError(f"{unknown[0]} is no token: the model has {vocabulary}", param="prompt")
         return _not_empty(list(one), "prompt")

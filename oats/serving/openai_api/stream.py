@@ -1,4 +1,4 @@
-"""Carries the text of a request from the engine's thread into the event loop of the server."""
+"""Carries the text of a request from the queue's thread into the event loop of the server."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from collections.abc import AsyncIterator
 from fastapi import Request as HttpRequest
 
 from oats.errors import ConfigError, QueueFullError
-from oats.serving.engine import Engine
 from oats.serving.openai_api.answers import ApiError
 from oats.serving.openai_api.metrics import Metrics
 from oats.serving.request import Event, Finished, Request, Sampling
+from oats.serving.request_queue import RequestQueue
 
 _POLL_SECONDS = 0.5  # how often a request that is not streamed looks whether its client is still there
 
@@ -21,13 +21,13 @@ class TextStream:
     """The text of one request, to iterate over in the event loop.
 
     Raises:
-        ApiError: the engine does not take the request.
+        ApiError: the queue does not take the request.
 
     Attributes:
         finished: how it ended; None until then, and if the client left before.
     """
 
-    def __init__(self, engine: Engine, metrics: Metrics, ids: list[int], sampling: Sampling) -> None:
+    def __init__(self, queue: RequestQueue, metrics: Metrics, ids: list[int], sampling: Sampling) -> None:
         loop, self._events = asyncio.get_running_loop(), asyncio.Queue[Event]()
         self._metrics = metrics
 
@@ -35,7 +35,7 @@ class TextStream:
             loop.call_soon_threadsafe(self._events.put_nowait, event)
 
         try:
-            self._request: Request = engine.submit(ids, sampling, deliver)
+            self._request: Request = queue.submit(ids, sampling, deliver)
         except QueueFullError as error:
             raise ApiError(str(error), "overloaded", status=503) from error
         except ConfigError as error:

@@ -2,36 +2,45 @@
 
 from __future__ import annotations
 
-import copy
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from oats.engine.batch import Batch, Text
+from oats.engine.engine import Engine
 from oats.errors import ConfigError, QueueFullError
-from oats.models.architecture import context_limit
 from oats.serving.alone import generate_alone
-from oats.serving.batch import Batch, NextToken, RunningText, can_batch
 from oats.serving.decoding import IncrementalDecoder
+from oats.serving.next_token import NextToken, end_tokens, generation_config
 from oats.serving.request import Event, Request, Sampling
 
-GREEDY_BELOW = 1e-5
-"""Below this temperature the most likely token is taken: dividing logits by it would overflow."""
-
-MAX_BATCH = 8
-"""Texts continued at once by default: a layer takes about as long for 8 rows as for one."""
+MAX_BATCH = 16
+"""Texts continued at once by default: a layer takes little longer for 16 rows than for one."""
 
 
-class Engine:
-    """Generates for several requests at once; the others wait in a queue.
+@dataclass
+class _Running:
+    request: Request
+    choose: NextToken
 
-    Each step gives one token to every running request (:mod:`oats.serving.batch`). A long prompt is computed
-    in pieces, and the other requests get a token after each piece. A model whose past tokens cannot be padded
-    gets one request at a time.
+
+class RequestQueue:
+    """Generates for several requests at once; the others wait.
+
+    Each step of the engine gives one token to every running request (:mod:`oats.engine.batch`). A long prompt
+    is computed in pieces, and the other requests get a token with each piece. A model that the engine does
+    not run gets one request at a time, through ``generate`` of transformers.
 
     Args:
         model: a causal language model of transformers.
         max_waiting: requests that may wait for those that run.
+        max_batch: requests that run at once.
+
+    Attributes:
+        engine: runs the model; `Engine.reason` says why it does not.
+        context: tokens of prompt and output together, at most; None if the model does not say.
         max_batch: requests that run at once.
     """
 
@@ -40,17 +49,14 @@ class Engine:
             if count < 1:
                 raise ConfigError(f"at least 1 request must be able to {what}, got {count}")
         self.model, self.tokenizer = model, tokenizer
-        self.context = context_limit(model)
-        """Tokens of prompt and output together, at most; None if the model does not say."""
-        ends = model.generation_config.eos_token_id
-        ends = tokenizer.eos_token_id if ends is None else ends
-        self._ends = set(ends if isinstance(ends, (list, tuple)) else [ends]) - {None}
-        self._batch = Batch(model) if can_batch(model) else None
+        self.engine = Engine(model)
+        self.context = self.engine.context
+        self._ends = end_tokens(model, tokenizer)
+        self._batch: Batch | None = self.engine.batch() if self.engine.reason is None else None
         self.max_batch = max_batch if self._batch else 1
-        """Requests that run at once."""
         self._max_waiting = max_waiting
         self._waiting: deque[Request] = deque()
-        self._prefilling: deque[RunningText] = deque()  # taken from the queue, in that order
+        self._running: dict[Text, _Running] = {}
         self._alone: Request | None = None  # the running request of a model without a batch
         self._closed = False
         self._changed = threading.Condition()  # the queue has changed, or `_closed`
@@ -66,8 +72,7 @@ class Engine:
     @property
     def running(self) -> int:
         """Requests that are being worked on."""
-        batched = len(self._batch.texts) if self._batch else 0
-        return batched + len(self._prefilling) + (self._alone is not None)
+        return len(self._running) + (self._alone is not None)
 
     @property
     def alive(self) -> bool:
@@ -80,11 +85,12 @@ class Engine:
         Args:
             ids: tokens of the prompt, at least one.
             sampling: how to continue it.
-            deliver: the engine's thread calls it with each piece of text, and at the end with how it ended.
+            deliver: the queue's thread calls it with each piece of text, and at the end with how it ended.
 
         Raises:
-            ConfigError: the prompt is empty, or prompt and output together exceed the model's context.
-            QueueFullError: too many requests wait, or the engine was closed.
+            ConfigError: the prompt is empty or has a token that the model does not have, or prompt and output
+                together exceed the model's context.
+            QueueFullError: too many requests wait, or the queue was closed.
         """
         if not ids:
             raise ConfigError("the prompt is empty; give some text to continue")
@@ -93,6 +99,8 @@ class Engine:
                 f"the prompt has {len(ids)} tokens and {sampling.max_tokens} more are asked for, but the "
                 f"model's context is {self.context} tokens; shorten the prompt or ask for fewer"
             )
+        if self._batch is not None:
+            self.engine.check_text(ids, sampling.max_tokens)
         request = Request(ids, sampling, IncrementalDecoder(self.tokenizer, sampling.stop), deliver)
         with self._changed:
             if self._closed:
@@ -114,11 +122,9 @@ class Engine:
         while (taken := self._take()) is not None:
             for request in taken:
                 self._start(request)
-            if self._batch is not None:
-                self._prefill(self._batch)
+            if self._batch is not None and self._running:
                 self._step(self._batch)
-        batched = self._batch.texts if self._batch else []
-        for request in [text.request for text in (*batched, *self._prefilling)] + list(self._waiting):
+        for request in [running.request for running in self._running.values()] + list(self._waiting):
             request.cancel()
             _end(request)
 
@@ -135,17 +141,17 @@ class Engine:
             return taken
 
     def _start(self, request: Request) -> None:
-        """Queue the prompt of a request for the batch; without a batch, generate for it now."""
+        """Add a request to the batch; without a batch, generate for it now."""
         if request.cancelled:
             _end(request)
             return
         sampling = request.sampling
         end: bool | Exception
         try:
-            config = self._generation_config(sampling)
+            config = generation_config(self.model, self._ends, sampling)
             if self._batch is not None:
                 choose = NextToken(self.model, config, request.ids, sampling.seed)
-                self._prefilling.append(RunningText(request, choose))
+                self._running[self._batch.add(request.ids)] = _Running(request, choose)
                 return
             self._alone = request
             end = generate_alone(self.model, config, request, lambda: self._closed) in self._ends
@@ -156,65 +162,42 @@ class Engine:
         self._alone = None
         _end(request, end)
 
-    def _prefill(self, batch: Batch) -> None:
-        """Compute a piece of the oldest prompt."""
-        if not self._prefilling:
-            return
-        text = self._prefilling[0]
-        end: bool | Exception
-        try:
-            if not text.request.cancelled:
-                if not batch.prefill(text):
-                    return
-                if self._goes_on(text):
-                    batch.add(text)
-                    self._prefilling.popleft()
-                    return
-            end = text.last in self._ends
-        except Exception as error:
-            end = error
-        self._prefilling.popleft()
-        _end(text.request, end)
-
     def _step(self, batch: Batch) -> None:
-        """Give each running text its next token."""
-        if not batch.texts:
-            return
-        failure: Exception | None = None
+        """Give each text whose prompt is done its next token."""
+        ended: dict[Text, bool | Exception] = {}
         try:
-            batch.step()
-            ended = [text for text in batch.texts if not self._goes_on(text)]
+            for text, running in self._running.items():
+                if running.request.cancelled:
+                    ended[text] = False
+                    batch.remove(text)
+            for text, logits in batch.step() if batch.texts else []:
+                running = self._running[text]
+                try:
+                    text.output.append(running.choose(logits))
+                    if self._goes_on(text, running.request):
+                        continue
+                    ended[text] = text.output[-1] in self._ends
+                except Exception as error:
+                    ended[text] = error
+                batch.remove(text)
         except Exception as error:
-            failure, ended = error, batch.texts
+            # What the step has left behind is not known.
+            for text in batch.texts[:]:
+                ended[text] = error
+                batch.discard(text)
         # Free their places before their clients learn of the end and ask again.
-        batch.keep([text for text in batch.texts if text not in ended])
-        for text in ended:
-            _end(text.request, failure or text.last in self._ends)
+        requests = [(self._running.pop(text).request, end) for text, end in ended.items()]
+        for request, end in requests:
+            _end(request, end)
 
-    def _goes_on(self, text: RunningText) -> bool:
+    def _goes_on(self, text: Text, request: Request) -> bool:
         """Deliver the newest token of a text; True if another one is needed."""
-        request = text.request
         try:
-            request.push(text.last)
+            request.push(text.output[-1])
         except Exception:
             request.cancel()  # the receiver is gone
         limit = request.sampling.max_tokens
-        return not (text.last in self._ends or request.stopped or request.tokens >= limit)
-
-    def _generation_config(self, sampling: Sampling) -> Any:
-        config = copy.deepcopy(self.model.generation_config)
-        config.max_new_tokens, config.max_length = sampling.max_tokens, None
-        config.eos_token_id = sorted(self._ends) or None
-        if config.pad_token_id is None:
-            # One sequence needs no padding, but generate() warns if this is not set.
-            config.pad_token_id = min(self._ends, default=0)
-        if sampling.temperature is not None and sampling.temperature < GREEDY_BELOW:
-            config.do_sample, config.temperature, config.top_p, config.top_k = False, None, None, None
-        elif sampling.temperature is not None or sampling.top_p is not None:
-            config.do_sample = True
-            config.temperature = sampling.temperature or config.temperature
-            config.top_p = sampling.top_p or config.top_p
-        return config
+        return not (text.output[-1] in self._ends or request.stopped or request.tokens >= limit)
 
 
 def _end(request: Request, end: bool | Exception = False) -> None:

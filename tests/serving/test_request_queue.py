@@ -23,16 +23,14 @@ from transformers import (
     GPT2LMHeadModel,
     MambaConfig,
     MambaForCausalLM,
-    MptConfig,
-    MptForCausalLM,
 )
 
+from oats.engine import batch
 from oats.errors import ConfigError, QueueFullError
-from oats.serving import batch
 from oats.serving.decoding import IncrementalDecoder
-from oats.serving.engine import Engine
 from oats.serving.request import Finished, Sampling
-from tests.tiny import CHAT_TEMPLATE, CONTEXT, byte_tokenizer, continuation, load, save_compressed
+from oats.serving.request_queue import RequestQueue
+from tests.tiny import CHAT_TEMPLATE, CONTEXT, byte_tokenizer, continuation, load, save_compressed, slow_queue
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -74,17 +72,17 @@ def test_stop_strings_end_the_text_and_are_not_in_it(stop: tuple[str, ...], expe
     assert all(expected.startswith("".join(found[:n])) for n in range(len(found)))
 
 
-# The engine.
+# The queue.
 
 
 @pytest.fixture(scope="module")
-def engine(directory: Path) -> Iterator[Engine]:
-    engine = Engine(*load(directory), max_waiting=4, max_batch=1)
-    yield engine
-    engine.close()
+def queue(directory: Path) -> Iterator[RequestQueue]:
+    queue = RequestQueue(*load(directory), max_waiting=4, max_batch=1)
+    yield queue
+    queue.close()
 
 
-def collect(engine: Engine, prompt: str, sampling: Sampling) -> tuple[str, Finished]:
+def collect(queue: RequestQueue, prompt: str, sampling: Sampling) -> tuple[str, Finished]:
     events, done = [], threading.Event()
 
     def deliver(event: Any) -> None:
@@ -92,22 +90,22 @@ def collect(engine: Engine, prompt: str, sampling: Sampling) -> tuple[str, Finis
         if not isinstance(event, str):
             done.set()
 
-    engine.submit(engine.tokenizer(prompt).input_ids, sampling, deliver)
+    queue.submit(queue.tokenizer(prompt).input_ids, sampling, deliver)
     assert done.wait(60)
     if isinstance(events[-1], Exception):
         raise events[-1]
     return "".join(events[:-1]), events[-1]
 
 
-def test_the_engine_gives_what_generate_gives(engine: Engine) -> None:
-    text, finished = collect(engine, "The quick", Sampling(12, temperature=0))
-    assert text == continuation(engine.model, engine.tokenizer, "The quick", 12)
+def test_the_engine_gives_what_generate_gives(queue: RequestQueue) -> None:
+    text, finished = collect(queue, "The quick", Sampling(12, temperature=0))
+    assert text == continuation(queue.model, queue.tokenizer, "The quick", 12)
     assert finished == Finished("length", 12)
 
 
-def test_sampling_depends_on_the_seed_and_the_temperature(engine: Engine) -> None:
+def test_sampling_depends_on_the_seed_and_the_temperature(queue: RequestQueue) -> None:
     def sample(**settings: Any) -> str:
-        return collect(engine, "a", Sampling(16, **settings))[0]
+        return collect(queue, "a", Sampling(16, **settings))[0]
 
     assert (
         sample(temperature=1.0, seed=1) == sample(temperature=1.0, seed=1) != sample(temperature=1.0, seed=2)
@@ -118,42 +116,42 @@ def test_sampling_depends_on_the_seed_and_the_temperature(engine: Engine) -> Non
     assert sample(temperature=2.0, seed=1) != greedy
 
 
-def test_the_end_of_the_text_is_told_from_the_limit(engine: Engine) -> None:
-    ids = engine.tokenizer("The quick", return_tensors="pt").input_ids
-    third = int(engine.model.generate(ids, max_new_tokens=3, do_sample=False)[0, -1])
-    other = Engine(engine.model, engine.tokenizer)
+def test_the_end_of_the_text_is_told_from_the_limit(queue: RequestQueue) -> None:
+    ids = queue.tokenizer("The quick", return_tensors="pt").input_ids
+    third = int(queue.model.generate(ids, max_new_tokens=3, do_sample=False)[0, -1])
+    other = RequestQueue(queue.model, queue.tokenizer)
     other._ends = {third}
     _, finished = collect(other, "The quick", Sampling(12, temperature=0))
     other.close()
     assert finished.reason == "stop" and finished.tokens <= 3
 
 
-def test_a_stop_string_ends_the_generation(engine: Engine) -> None:
-    whole = continuation(engine.model, engine.tokenizer, "The quick", 40)
+def test_a_stop_string_ends_the_generation(queue: RequestQueue) -> None:
+    whole = continuation(queue.model, queue.tokenizer, "The quick", 40)
     stop = whole[6:8]
-    text, finished = collect(engine, "The quick", Sampling(40, temperature=0, stop=(stop,)))
+    text, finished = collect(queue, "The quick", Sampling(40, temperature=0, stop=(stop,)))
     assert text == whole[: whole.index(stop)] and finished.reason == "stop" and finished.tokens < 40
 
 
-def test_the_engine_refuses(engine: Engine) -> None:
+def test_the_engine_refuses(queue: RequestQueue) -> None:
     with pytest.raises(
         ConfigError, match=f"3 tokens and {CONTEXT} more .* context is {CONTEXT} tokens; shorten"
     ):
-        engine.submit([1, 2, 3], Sampling(CONTEXT), print)
+        queue.submit([1, 2, 3], Sampling(CONTEXT), print)
     with pytest.raises(ConfigError, match="the prompt is empty"):
-        engine.submit([], Sampling(1), print)
+        queue.submit([], Sampling(1), print)
 
 
-def test_a_full_queue_and_cancelling(engine: Engine) -> None:
+def test_a_full_queue_and_cancelling(queue: RequestQueue) -> None:
     gate, events = threading.Event(), []
-    first = engine.submit([1], Sampling(100, 0), lambda event: (gate.wait(30), events.append(event)))
+    first = queue.submit([1], Sampling(100, 0), lambda event: (gate.wait(30), events.append(event)))
     deadline = time.time() + 30
-    while engine.waiting and time.time() < deadline:
+    while queue.waiting and time.time() < deadline:
         time.sleep(0.01)
     ends: list[Any] = []
-    waiting = [engine.submit([1], Sampling(5, 0), ends.append) for _ in range(4)]
+    waiting = [queue.submit([1], Sampling(5, 0), ends.append) for _ in range(4)]
     with pytest.raises(QueueFullError, match="4 requests are waiting already"):
-        engine.submit([1], Sampling(5, 0), print)
+        queue.submit([1], Sampling(5, 0), print)
     first.cancel()
     for generation in waiting[:3]:
         generation.cancel()
@@ -167,7 +165,7 @@ def test_a_full_queue_and_cancelling(engine: Engine) -> None:
 # Several texts at once.
 
 
-def collect_all(engine: Engine, requests: list[tuple[list[int], Sampling]]) -> list[tuple[str, Any]]:
+def collect_all(queue: RequestQueue, requests: list[tuple[list[int], Sampling]]) -> list[tuple[str, Any]]:
     """Text and end of each, all submitted before the first is finished."""
     events: list[list[Any]] = [[] for _ in requests]
     done = threading.Semaphore(0)
@@ -178,7 +176,7 @@ def collect_all(engine: Engine, requests: list[tuple[list[int], Sampling]]) -> l
             done.release()
 
     for index, (ids, sampling) in enumerate(requests):
-        engine.submit(ids, sampling, functools.partial(deliver, index))
+        queue.submit(ids, sampling, functools.partial(deliver, index))
     assert all(done.acquire(timeout=60) for _ in requests)
     return [("".join(found[:-1]), found[-1]) for found in events]
 
@@ -195,7 +193,7 @@ def tiny_gemma() -> Gemma3ForCausalLM:
 
 
 def tiny_gpt2() -> GPT2LMHeadModel:
-    """Positions are learnt: those of a padded row must count from its own beginning."""
+    """The engine does not know it: one request at a time."""
     torch.manual_seed(0)
     config = GPT2Config(
         vocab_size=258,
@@ -209,86 +207,47 @@ def tiny_gpt2() -> GPT2LMHeadModel:
     return GPT2LMHeadModel(config).eval()
 
 
-def tiny_mpt() -> MptForCausalLM:
-    """No positions: distances are in the attention's bias."""
-    torch.manual_seed(0)
-    config = MptConfig(
-        vocab_size=258, d_model=32, n_layers=2, n_heads=4, max_seq_len=256, eos_token_id=9999,
-        initializer_range=0.3,
-    )  # fmt: skip
-    return MptForCausalLM(config).eval()
-
-
-@pytest.mark.parametrize("kind", ["llama", "gemma", "gpt2", "mpt"])
+@pytest.mark.parametrize("kind", ["llama", "gemma", "gpt2"])
 def test_texts_of_a_batch_are_what_each_is_alone(
     kind: str, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    makers = {"gemma": tiny_gemma, "gpt2": tiny_gpt2, "mpt": tiny_mpt}
+    makers = {"gemma": tiny_gemma, "gpt2": tiny_gpt2}
     model = makers[kind]() if kind in makers else load(directory)[0]
     model.generation_config.repetition_penalty = 1.3  # depends on all tokens so far
     monkeypatch.setattr(batch, "CHUNK", 7)  # prompts come in pieces, between which the others go on
     torch.manual_seed(1)
     lengths = [(3, 40), (50, 12), (7, 5), (20, 30), (1, 25)]  # of prompt and output
     prompts = [torch.randint(2, 258, (1, length)) for length, _ in lengths]
-    engine = Engine(model, byte_tokenizer(), max_batch=3)
+    queue = RequestQueue(model, byte_tokenizer(), max_batch=3)
     try:
         found = collect_all(
-            engine,
+            queue,
             [
                 (ids[0].tolist(), Sampling(tokens, temperature=0))
                 for ids, (_, tokens) in zip(prompts, lengths, strict=True)
             ],
         )
     finally:
-        engine.close()
+        queue.close()
     for ids, (length, tokens), (text, end) in zip(prompts, lengths, found, strict=True):
         output = model.generate(ids, max_new_tokens=tokens, do_sample=False)[0, length:]
         assert text == byte_tokenizer().decode(output, skip_special_tokens=True)
         assert end == Finished("length", tokens)
 
 
-def test_layers_with_a_window_keep_no_more_than_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, widths = tiny_gemma(), []
-    original = batch.Batch.step
-
-    def step(self: batch.Batch) -> None:
-        original(self)
-        widths.append([layer.keys.shape[2] for layer in self._cache.layers])
-
-    monkeypatch.setattr(batch.Batch, "step", step)
-    monkeypatch.setattr(batch, "CHUNK", 16)
-    # The longest comes last and leaves first: rows are widened and cut again.
-    lengths = [(4, 60), (12, 50), (40, 20)]
-    prompts = [torch.randint(2, 258, (1, length)) for length, _ in lengths]
-    requests = [
-        (p[0].tolist(), Sampling(n, temperature=0)) for p, (_, n) in zip(prompts, lengths, strict=True)
-    ]
-    engine = Engine(model, byte_tokenizer(), max_batch=3)
-    try:
-        found = collect_all(engine, requests)
-    finally:
-        engine.close()
-    for ids, (length, tokens), (text, _) in zip(prompts, lengths, found, strict=True):
-        output = model.generate(ids, max_new_tokens=tokens, do_sample=False)[0, length:]
-        assert text == byte_tokenizer().decode(output, skip_special_tokens=True)
-    window = model.config.sliding_window
-    assert max(row[0] for row in widths) == max(row[2] for row in widths) == window - 1
-    assert max(row[1] for row in widths) > 40
-
-
 def test_a_seed_gives_the_same_text_whoever_else_is_there(directory: Path) -> None:
-    engine = Engine(*load(directory), max_batch=4)
+    queue = RequestQueue(*load(directory), max_batch=4)
     try:
         wanted = Sampling(20, temperature=1.0, seed=5)
-        alone = collect_all(engine, [([1, 70, 80], wanted)])[0]
+        alone = collect_all(queue, [([1, 70, 80], wanted)])[0]
         others = [([5] * n, Sampling(15, temperature=t)) for n, t in ((9, 1.0), (2, 0))]
-        assert collect_all(engine, [*others, ([1, 70, 80], wanted)])[2] == alone
+        assert collect_all(queue, [*others, ([1, 70, 80], wanted)])[2] == alone
     finally:
-        engine.close()
+        queue.close()
 
 
 def test_a_short_request_does_not_wait_for_a_long_one_and_a_cancelled_one_makes_room(directory: Path) -> None:
-    engine = Engine(*load(directory), max_batch=2)
+    queue = RequestQueue(*load(directory), max_batch=2)
     ends: list[str] = []
     done = threading.Semaphore(0)
     started = threading.Semaphore(0)
@@ -301,18 +260,18 @@ def test_a_short_request_does_not_wait_for_a_long_one_and_a_cancelled_one_makes_
         done.release()
 
     try:
-        long = engine.submit([1], Sampling(120, 0), functools.partial(deliver, "long"))
+        long = queue.submit([1], Sampling(120, 0), functools.partial(deliver, "long"))
         assert started.acquire(timeout=30)
-        engine.submit([1, 2], Sampling(3, 0), functools.partial(deliver, "short"))
+        queue.submit([1, 2], Sampling(3, 0), functools.partial(deliver, "short"))
         assert done.acquire(timeout=30) and ends == ["short length"]
-        engine.submit([1, 2, 3], Sampling(110, 0), functools.partial(deliver, "second"))
-        engine.submit([1, 2], Sampling(2, 0), functools.partial(deliver, "third"))
+        queue.submit([1, 2, 3], Sampling(110, 0), functools.partial(deliver, "second"))
+        queue.submit([1, 2], Sampling(2, 0), functools.partial(deliver, "third"))
         long.cancel()
         assert all(done.acquire(timeout=30) for _ in range(3))
         assert ends[1:] == ["long cancelled", "third length", "second length"]
-        assert engine.running == engine.waiting == 0
+        assert queue.running == queue.waiting == 0
     finally:
-        engine.close()
+        queue.close()
 
 
 def test_a_model_with_a_recurrent_state_takes_one_request_at_a_time() -> None:
@@ -321,27 +280,27 @@ def test_a_model_with_a_recurrent_state_takes_one_request_at_a_time() -> None:
         vocab_size=258, hidden_size=16, state_size=4, num_hidden_layers=2, pad_token_id=0, eos_token_id=9999
     )
     model = MambaForCausalLM(config).eval()
-    engine = Engine(model, byte_tokenizer(), max_batch=4)
+    queue = RequestQueue(model, byte_tokenizer(), max_batch=4)
     try:
-        assert engine.max_batch == 1
+        assert queue.max_batch == 1
         requests = [([5, 6, 7], Sampling(6, 0)), ([9], Sampling(4, 0))]
-        for (ids, sampling), (text, end) in zip(requests, collect_all(engine, requests), strict=True):
+        for (ids, sampling), (text, end) in zip(requests, collect_all(queue, requests), strict=True):
             output = model.generate(torch.tensor([ids]), max_new_tokens=sampling.max_tokens, do_sample=False)
             assert text == byte_tokenizer().decode(output[0, len(ids) :], skip_special_tokens=True)
             assert end == Finished("length", sampling.max_tokens)
     finally:
-        engine.close()
+        queue.close()
 
 
 def test_closing_ends_what_runs_and_what_waits(directory: Path) -> None:
-    engine = Engine(*load(directory), max_batch=2)
+    queue = RequestQueue(*load(directory), max_batch=2)
     ends: list[Any] = []
     for _ in range(5):
-        engine.submit([1], Sampling(120, 0), lambda event: isinstance(event, str) or ends.append(event))
-    engine.close()
-    assert [end.reason for end in ends] == ["cancelled"] * 5 and not engine.alive
+        queue.submit([1], Sampling(120, 0), lambda event: isinstance(event, str) or ends.append(event))
+    queue.close()
+    assert [end.reason for end in ends] == ["cancelled"] * 5 and not queue.alive
     with pytest.raises(QueueFullError, match="stopping"):
-        engine.submit([1], Sampling(1), print)
+        queue.submit([1], Sampling(1), print)
 
 
 # oats chat.
@@ -414,27 +373,19 @@ def test_serving_without_its_packages_says_what_to_install(
 def test_ctrl_c_stops_an_answer_and_not_the_chat(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from oats.cli.chat import _answer
 
-    model, tokenizer = load(directory)
-    original = model.forward
-
-    def forward(*arguments: Any, **options: Any) -> Any:
-        time.sleep(0.05)
-        return original(*arguments, **options)
-
-    model.forward = forward
-    engine = Engine(model, tokenizer)
+    queue = slow_queue(*load(directory))
     turns = [{"role": "user", "content": "Hi"}]
     timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
     # A shell that starts tests in the background has it ignored.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         timer.start()
-        text = _answer(engine, turns, Sampling(90, temperature=0))
+        text = _answer(queue, turns, Sampling(90, temperature=0))
         assert capsys.readouterr().out == f"{text} [stopped]\n"
-        assert _answer(engine, turns, Sampling(3, temperature=0))
-        whole = _answer(engine, turns, Sampling(30, temperature=0))
+        assert _answer(queue, turns, Sampling(3, temperature=0))
+        whole = _answer(queue, turns, Sampling(30, temperature=0))
         assert text and (whole.startswith(text) or text.startswith(whole))
     finally:
         timer.cancel()
         signal.signal(signal.SIGINT, before)
-        engine.close()
+        queue.close()
