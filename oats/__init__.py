@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from oats.decomposition.result import Decomposition as Decomposition
     from oats.decomposition.truncated_svd import TruncatedSVD as TruncatedSVD
     from oats.decomposition.truncated_svd import truncated_svd as truncated_svd
+    from oats.engine.engine import Engine as Engine
     from oats.errors import CalibrationError as CalibrationError
     from oats.errors import CheckpointError as CheckpointError
     from oats.errors import ConfigError as ConfigError
@@ -46,6 +47,7 @@ _MODULES = {
     "oats.decomposition.hessian": ("decompose_hessian",),
     "oats.decomposition.result": ("Decomposition",),
     "oats.decomposition.truncated_svd": ("TruncatedSVD", "truncated_svd"),
+    "oats.engine.engine": ("Engine",),
     "oats.errors": (
         *("OatsError", "CalibrationError", "CheckpointError", "ConfigError", "DeviceError"),
         *("DistributedError", "FormatError", "OutputExistsError", "UnsupportedModelError", "WeightError"),

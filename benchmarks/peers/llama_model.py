@@ -1,10 +1,8 @@
-"""A whole model in llama.cpp, through the bindings of llama-cpp-python.
+"""A whole model in llama.cpp, through the bindings of llama-cpp-python. Requests as in worker.py, and:
 
+{"do": "load", "file": "b.gguf", …}
 {"do": "quantize", "source": "a.gguf", "file": "b.gguf", "type": "Q4_K_M",
- "embedding": number of a type or null, "pure": true or false}   {}, once b.gguf is written
-{"do": "load", "file": "b.gguf", "threads": n, "context": n}                   {}
-{"do": "generate", "prompt": [ids], "new_tokens": n}
-                                         {"seconds": [after how many each new token was there]}
+ "embedding": number of a type or null, "pure": true or false}                {}, once b.gguf is written
 """
 
 import ctypes
@@ -18,6 +16,8 @@ quiet = llama_cpp.llama_log_callback(lambda level, text, _: None)
 llama_cpp.llama_log_set(quiet, None)
 llama_cpp.llama_backend_init()
 loaded = {}
+# Number of texts → a context that holds so many.
+contexts = {}
 
 
 def quantize(request):
@@ -38,31 +38,82 @@ def load(request):
     )
     if not model:
         raise RuntimeError(f"cannot load {request['file']}")
-    parameters = llama_cpp.llama_context_default_params()
-    parameters.n_ctx = request["context"]
-    parameters.n_threads = parameters.n_threads_batch = request["threads"]
-    context = llama_cpp.llama_init_from_model(model, parameters)
-    if not context:
-        raise RuntimeError(f"cannot make a context for {request['file']}")
     vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
-    loaded.update(context=context, vocabulary=vocabulary)
-    return {}
+    loaded.update(request, model=model, vocabulary=vocabulary)
+    context_of(1)
+    return {"bytes_per_token": None}
+
+
+def context_of(texts):
+    """A context without tokens for so many texts."""
+    if texts not in contexts:
+        parameters = llama_cpp.llama_context_default_params()
+        parameters.n_seq_max, parameters.n_ctx = texts, texts * loaded["context"]
+        parameters.n_batch = parameters.n_ctx
+        parameters.n_threads = parameters.n_threads_batch = loaded["threads"]
+        contexts[texts] = llama_cpp.llama_init_from_model(loaded["model"], parameters)
+        if not contexts[texts]:
+            raise RuntimeError(f"cannot make a context for {loaded['file']}")
+    llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(contexts[texts]), True)
+    return contexts[texts]
+
+
+def decode(context, batch):
+    status = llama_cpp.llama_decode(context, batch)
+    if status != 0:
+        raise RuntimeError(f"llama_decode returned {status}")
+
+
+def most_likely(context, row):
+    logits = llama_cpp.llama_get_logits_ith(context, row)
+    return int(np.ctypeslib.as_array(logits, (loaded["vocabulary"],)).argmax())
 
 
 def generate(request):
-    context, vocabulary = loaded["context"], loaded["vocabulary"]
-    llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
-    tokens, seconds = request["prompt"], []
+    context = context_of(1)
+    pending, tokens, seconds = request["prompt"], [], []
     start = time.perf_counter()
     for _ in range(request["new_tokens"]):
-        array = (llama_cpp.llama_token * len(tokens))(*tokens)
-        status = llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(array, len(tokens)))
-        if status != 0:
-            raise RuntimeError(f"llama_decode returned {status}")
-        logits = llama_cpp.llama_get_logits_ith(context, -1)
-        tokens = [int(np.ctypeslib.as_array(logits, (vocabulary,)).argmax())]
+        array = (llama_cpp.llama_token * len(pending))(*pending)
+        decode(context, llama_cpp.llama_batch_get_one(array, len(pending)))
+        tokens.append(most_likely(context, -1))
+        pending = tokens[-1:]
         seconds.append(time.perf_counter() - start)
-    return {"seconds": seconds}
+    return {"seconds": seconds, "tokens": tokens}
 
 
-answer("llama.cpp", llama_cpp.__version__, {"quantize": quantize, "load": load, "generate": generate})
+def together(request):
+    prompts = request["prompts"]
+    context = context_of(len(prompts))
+    batch = llama_cpp.llama_batch_init(max(len(prompts), *map(len, prompts)), 0, 1)
+    arrivals = [[] for _ in prompts]
+
+    def fill(row, token, position, text, wanted):
+        batch.token[row], batch.pos[row], batch.logits[row] = token, position, wanted
+        batch.n_seq_id[row], batch.seq_id[row][0] = 1, text
+
+    def arrived(text, row):
+        arrivals[text].append(time.perf_counter())
+        return most_likely(context, row)
+
+    try:
+        last = []
+        for text, prompt in enumerate(prompts):
+            for row, token in enumerate(prompt):
+                fill(row, token, row, text, row == len(prompt) - 1)
+            batch.n_tokens = len(prompt)
+            decode(context, batch)
+            last.append(arrived(text, -1))
+        batch.n_tokens = len(prompts)
+        for step in range(request["new_tokens"] - 1):
+            for text, prompt in enumerate(prompts):
+                fill(text, last[text], len(prompt) + step, text, True)
+            decode(context, batch)
+            last = [arrived(text, text) for text in range(len(prompts))]
+    finally:
+        llama_cpp.llama_batch_free(batch)
+    return {"arrivals": arrivals}
+
+
+requests = {"quantize": quantize, "load": load, "generate": generate, "together": together}
+answer("llama.cpp", llama_cpp.__version__, requests)

@@ -13,6 +13,17 @@ One JSON object a line, requests on stdin, replies on stdout:
 Arrays are float32, whatever the peer makes of them: weight (d_out, d_in) with its zeros stored, u (d_out,
 r), v (r, d_in), x (batch, d_in), y (batch, d_out). Between requests the parent stops the process (SIGSTOP),
 so that none of its threads spins.
+
+What runs whole models (`answer`, and not `serve`) answers these. All times are of one clock, in seconds:
+
+    {"do": "load", "threads": n, "context": n, …}               {"bytes_per_token": n or null}
+    {"do": "generate", "prompt": [ids], "new_tokens": n}
+                              {"seconds": [after how many each new token was there], "tokens": [new ids]}
+    {"do": "together", "prompts": [[ids], …], "new_tokens": n}
+                              {"arrivals": [[when each new token was there], …]}
+
+`load` also says what to load, in the peer's own words. New tokens are the most likely ones, and no token
+ends a text. `bytes_per_token` are of the weights that a token of one text reads.
 """
 
 import ctypes

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from oats.bench.spread import Spread
 from oats.engine.engine import Engine
+from oats.engine.most_likely import most_likely
 from oats.errors import ConfigError
 from oats.models.linear import is_linear
 from oats.nn.sparse_low_rank_linear import SparseLowRankLinear
@@ -56,10 +57,10 @@ class InEngine:
         times: list[float] = []
         start = time.perf_counter()
         try:
-            newest = int(self._engine.prefill(tokens, ids).argmax())
+            newest = most_likely(self._engine.prefill(tokens, ids))
             times.append(time.perf_counter())
             while len(times) < new_tokens:
-                newest = int(self._engine.step([(tokens, [newest])]).argmax())
+                newest = most_likely(self._engine.step([(tokens, [newest])])[0])
                 times.append(time.perf_counter())
         finally:
             self._engine.release(tokens)

@@ -132,6 +132,9 @@ def _random_tensors(
     for tensor_name, (kind, shape) in spec.tensors().items():
         if tensor_name == "values_codebook":
             tensors[tensor_name] = torch.arange(-120, 121, 16, dtype=kind)
+        elif tensor_name == "input_exponent":
+            # Powers of two: random ones would make most numbers infinite.
+            tensors[tensor_name] = torch.zeros(shape, dtype=kind)
         elif tensor_name.endswith("_scale"):
             # The root mean square of uniform codes from -127 to 127 is 73.
             size = sizes[tensor_name.removesuffix("_scale")]

@@ -70,6 +70,7 @@ class StoredModel:
     parameters_elsewhere: int  # elements of all tensors outside `layers` and `head`
     bytes_elsewhere: int
     disk_bytes: int  # all files of the directory
+    architecture: dict[str, Any]  # config.json
 
     @property
     def layer_bytes(self) -> int:
@@ -127,6 +128,7 @@ def read_stored_model(directory: str | Path) -> StoredModel:
         parameters_elsewhere=sum(math.prod(tensor.shape) for tensor in tensors.values()),
         bytes_elsewhere=sum(tensor.nbytes for tensor in tensors.values()),
         disk_bytes=directory_bytes(directory),
+        architecture=config,
     )
 
 

@@ -54,7 +54,6 @@ def evaluate(
     from oats.cli.console import print_json, progress_bar, results, settings_table, status
     from oats.compression.calibration_text import builtin_text, read_text
     from oats.compression.tokenization import bos_token_id, tokenize
-    from oats.engine.engine import Engine
     from oats.evaluate.perplexity import perplexity
     from oats.evaluate.tasks import evaluate_tasks
 
@@ -73,10 +72,9 @@ def evaluate(
             _print_scores(directory, scores)
         return
     ids = tokenize(tokenizer, source, model.get_input_embeddings().num_embeddings)[:max_tokens]
-    engine = Engine(model)
     with progress_bar("Evaluating") as bar:
         result = perplexity(
-            model, ids, bos=bos_token_id(tokenizer), context=context, stride=stride, engine=engine,
+            model, ids, bos=bos_token_id(tokenizer), context=context, stride=stride,
             progress=lambda done, total, value: bar.update(done, total, f"tokens  perplexity {value:.2f}"),
         )  # fmt: skip
     if as_json:

@@ -63,6 +63,7 @@ def _model(directory: Path, as_json: bool) -> None:
     from oats.checkpoint.record import Record, in_words
     from oats.checkpoint.stored_model import read_stored_model
     from oats.cli.console import human_bytes, plain_table, print_json, results, settings_table
+    from oats.engine.native import why_not_native
     from oats.inspection.anatomy import bytes_by_kind
 
     model = read_stored_model(directory)
@@ -88,7 +89,7 @@ def _model(directory: Path, as_json: bool) -> None:
             share_of_dense_bf16=stored / dense if dense else None,
             other_parameters=model.parameters_elsewhere, other_bytes=model.bytes_elsewhere,
             disk_bytes=model.disk_bytes, source=record.source, evaluations=record.evaluations,
-            quantizations=record.quantizations,
+            quantizations=record.quantizations, not_in_engine=why_not_native(model.architecture),
         )  # fmt: skip
         return
 
@@ -119,9 +120,11 @@ def _model(directory: Path, as_json: bool) -> None:
             title = "Largest errors of layers, relative, on the calibration data" + taken
             shown = {name.removeprefix(shared): errors[name] for name in worst}
             print_bars(console, title, shown, lambda error: f"{error:.3f}")
+    reason = why_not_native(model.architecture)
     facts = {
         "directory": model.directory,
         "model": model.model_type + ("" if model.config else ", not compressed by oats"),
+        "runs in": f"transformers: {reason}" if reason else "the engine",
     }
     if record.source:
         facts["compressed from"] = record.source

@@ -124,7 +124,8 @@ class PagedCache:
             while len(table) * PAGE < end:
                 table.append(pool.take())
             if pool.window:
-                for index in range(max(0, tokens.length + 1 - pool.window) // PAGE):
+                # One page more than is seen: up to PAGE tokens may be taken back.
+                for index in range(max(0, tokens.length + 1 - PAGE - pool.window) // PAGE):
                     if table[index] != GONE:
                         pool.release(table[index])
                         table[index] = GONE

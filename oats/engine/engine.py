@@ -15,6 +15,7 @@ from torch import Tensor
 from oats import _core
 from oats.engine.batch import CHUNK, Batch, Text
 from oats.engine.cache import PagedCache, PagePool, Tokens
+from oats.engine.most_likely import most_likely
 from oats.engine.native import NativeDecoder
 from oats.engine.prefixes import Prefixes
 from oats.engine.statistics import Statistics
@@ -27,11 +28,6 @@ CHECKED_TOKENS = 48
 
 Choose = Callable[[Tensor], int]
 """Logits (vocabulary,) of the last token → the next token."""
-
-
-def most_likely(logits: Tensor) -> int:
-    """The token with the largest logit; of equal ones the first."""
-    return int(logits.argmax())
 
 
 class Engine:
@@ -49,6 +45,16 @@ class Engine:
         difference: of the logits from transformers', relative, in the Frobenius norm; None if they were not
             compared.
         statistics: of all calls.
+
+    >>> from transformers import AutoModelForCausalLM, LlamaConfig
+    >>> config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+    ...                      num_attention_heads=2, num_key_value_heads=1)
+    >>> engine = Engine(AutoModelForCausalLM.from_config(config).eval())
+    >>> engine.reason is None
+    True
+    >>> texts = engine.generate([[3, 4, 5], [6]], max_new_tokens=4)
+    >>> [len(text) for text in texts], engine.statistics.new_tokens
+    ([4, 4], 8)
     """
 
     def __init__(self, model: Any) -> None:
@@ -125,7 +131,7 @@ class Engine:
         """
         if not ids:
             raise ConfigError("there is no token to append")
-        return self._pieces(tokens, ids, 1)[0]
+        return self._pieces(tokens, ids, 1, self.context)[0]
 
     def logits(self, ids: Sequence[int], keep: int | None = None) -> Tensor:
         """Logits of a text, as the model's ``forward`` gives them.
@@ -146,15 +152,13 @@ class Engine:
             raise ConfigError(f"logits of {keep} tokens were asked for, of a text of {len(ids)}")
         tokens = self.new()
         try:
-            return self._pieces(tokens, ids, keep)
+            return self._pieces(tokens, ids, keep, self.context)
         finally:
             self.release(tokens)
 
-    def _pieces(self, tokens: Tokens, ids: Sequence[int], keep: int) -> Tensor:
+    def _pieces(self, tokens: Tokens, ids: Sequence[int], keep: int, longest: int | None) -> Tensor:
         """Append tokens in pieces that a step takes; logits of the last `keep`."""
-        self.check_native()
-        self._check_ids(ids)
-        self._check_length(tokens.length + len(ids))
+        self._check_work([(tokens, ids)], longest)
         tokens.until = tokens.length + len(ids)
         logits = torch.empty(keep, self._native.vocabulary, dtype=self._native.dtype)
         skipped = len(ids) - keep
@@ -166,6 +170,41 @@ class Engine:
                 start = first + wanted.start - skipped
                 logits[start : start + len(rows)] = rows
         return logits
+
+    def last_logits(self, work: Sequence[tuple[Tokens, Sequence[int]]], keep: int) -> list[Tensor]:
+        """Append tokens to several sequences; they may become longer than `context`, as in transformers.
+
+        Args:
+            work: sequences, each with its next tokens, at least one.
+            keep: of how many of the last new tokens of each logits are wanted, at least 1.
+
+        Returns:
+            (min(keep, new tokens), vocabulary) of each sequence, the model's dtype.
+
+        Raises:
+            ConfigError: as :meth:`step`.
+        """
+        self._check_work(work, None)
+        counts = [min(keep, len(ids)) for _, ids in work]
+        ends = list(accumulate(len(ids) for _, ids in work))
+        if ends[-1] > CHUNK:
+            return [self._pieces(*one, count, None) for one, count in zip(work, counts, strict=True)]
+        rows = [row for end, count in zip(ends, counts, strict=True) for row in range(end - count, end)]
+        return list(self._run(work, rows).split(counts))
+
+    def truncate(self, tokens: Tokens, length: int) -> None:
+        """Forget the tokens of a sequence from `length` on.
+
+        Raises:
+            ConfigError: it has fewer; or what the next token would see left the window of its layers.
+        """
+        with self._lock:
+            if not 0 <= length <= tokens.length or not self._cache.can_truncate(tokens, length):
+                raise ConfigError(
+                    f"a text of {tokens.length} tokens cannot go back to {length}: "
+                    "the cache no longer has what the next token sees"
+                )
+            self._cache.truncate(tokens, length)
 
     def step(self, work: Sequence[tuple[Tokens, Sequence[int]]]) -> Tensor:
         """Append tokens to several sequences at once.
@@ -180,13 +219,16 @@ class Engine:
             ConfigError: a sequence has no new token, is there twice, or would become longer than the model's
                 context; or a token is not in the vocabulary.
         """
+        self._check_work(work, self.context)
+        return self._last_logits(work, [True] * len(work))
+
+    def _check_work(self, work: Sequence[tuple[Tokens, Sequence[int]]], longest: int | None) -> None:
         self.check_native()
-        if not all(ids for _, ids in work) or len({id(tokens) for tokens, _ in work}) < len(work):
+        if not work or not all(ids for _, ids in work) or len({id(tokens) for tokens, _ in work}) < len(work):
             raise ConfigError("a step takes each sequence once, with at least one token")
         for tokens, ids in work:
             self._check_ids(ids)
-            self._check_length(tokens.length + len(ids))
-        return self._last_logits(work, [True] * len(work))
+            self._check_length(tokens.length + len(ids), longest)
 
     def _check_ids(self, ids: Sequence[int]) -> None:
         if min(ids) < 0 or max(ids) >= self._rows:
@@ -195,11 +237,10 @@ class Engine:
                 "tokenise with the model's own tokenizer"
             )
 
-    def _check_length(self, length: int) -> None:
-        if self.context is not None and length > self.context:
-            raise ConfigError(
-                f"a text of {length} tokens is longer than the model's context of {self.context}"
-            )
+    @staticmethod
+    def _check_length(length: int, longest: int | None) -> None:
+        if longest is not None and length > longest:
+            raise ConfigError(f"a text of {length} tokens is longer than the model's context of {longest}")
 
     def _last_logits(self, work: Sequence[tuple[Tokens, Sequence[int]]], wanted: Sequence[bool]) -> Tensor:
         """Logits behind the last token of those sequences where they are wanted."""
@@ -241,7 +282,7 @@ class Engine:
         if not prompt:
             raise ConfigError("a prompt is empty; give some text to continue")
         self._check_ids(prompt)
-        self._check_length(len(prompt) + max_new_tokens)
+        self._check_length(len(prompt) + max_new_tokens, self.context)
 
     def generate(
         self,

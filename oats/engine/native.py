@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from oats import _core
 from oats.errors import UnsupportedModelError
-from oats.models.decoders import Decoder, Layer, Norm
+from oats.models.decoders import DECODERS, Decoder, Layer, Norm, unknown_architecture
 from oats.models.linear import is_linear
 from oats.nn import SparseLowRankLinear, SplitLinear
 from oats.nn.head import RowsOfHead
@@ -22,6 +22,29 @@ _GATES = {
     "gelu_new": _core.Gate.gelu_tanh,
     "relu": _core.Gate.relu,
 }
+
+
+def why_not_native(config: Mapping[str, Any]) -> str | None:
+    """Why a model with this ``config.json`` does not run in the engine; None where its architecture does.
+
+    Whether its logits are right is known when an engine is made.
+    """
+    kind = str(config.get("model_type", ""))
+    if kind not in DECODERS:
+        return unknown_architecture(kind)
+    head_dim = config.get("head_dim")
+    if head_dim is None and {"hidden_size", "num_attention_heads"} <= config.keys():
+        head_dim = config["hidden_size"] // config["num_attention_heads"]
+    activation = config.get("hidden_activation") or config.get("hidden_act") or "silu"
+    return _no_kernel(head_dim or 16, activation)
+
+
+def _no_kernel(head_dim: int, activation: str) -> str | None:
+    if head_dim % 16 or head_dim > 512:
+        return f"heads have {head_dim} dimensions; the engine takes multiples of 16 up to 512"
+    if activation not in _GATES:
+        return f"the engine does not know the activation {activation!r}"
+    return None
 
 
 class NativeDecoder:
@@ -112,10 +135,8 @@ class NativeDecoder:
         return logits
 
     def _layer(self, layer: Layer, cache: int, cache_layer: int) -> Any:
-        if layer.head_dim % 16 or layer.head_dim > 512:
-            raise UnsupportedModelError(
-                f"heads have {layer.head_dim} dimensions; the engine takes multiples of 16 up to 512"
-            )
+        if problem := _no_kernel(layer.head_dim, layer.activation):
+            raise UnsupportedModelError(problem)
         made = _core.DecoderLayer()
         made.before_attention, made.before_mlp = (
             self._norm(layer.before_attention),
@@ -131,8 +152,6 @@ class NativeDecoder:
         made.attention_scale, made.attention_softcap = layer.scale, layer.softcap
         made.window, made.rope = layer.window, layer.rope
         made.cache, made.cache_layer = cache, cache_layer
-        if layer.activation not in _GATES:
-            raise UnsupportedModelError(f"the engine does not know the activation {layer.activation!r}")
         made.gate = _GATES[layer.activation]
         return made
 

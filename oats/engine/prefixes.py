@@ -29,11 +29,11 @@ class Prefixes:
 
     def begin(self, prompt: Sequence[int]) -> Tokens:
         """A sequence that holds what is known of a prompt, at most all but its last token."""
-        best = 0
         if self._is_long(prompt):
             return self._cache.new(len(prompt))
+        best, wanted = 0, prompt[:-1]
         for index, (ids, tokens) in enumerate(self._kept):
-            common = _common(ids, prompt[:-1])
+            common = _common(ids, wanted)
             if common > best and common >= SHORTEST and self._cache.can_truncate(tokens, common):
                 best, found = common, index
         if not best:

@@ -78,7 +78,8 @@ def perplexity(
             less.
         stride: tokens scored in a window; None means `context`, so that windows do not overlap.
         progress: called as progress(scored, total, perplexity so far) after each window.
-        engine: of `model`; gives the logits if it runs the model. None calls the model's ``forward``.
+        engine: of `model`; gives the logits if it runs the model and takes the context. Otherwise the model's
+            ``forward`` does.
 
     Raises:
         CalibrationError: the text has no token that can be scored.
@@ -104,7 +105,8 @@ def perplexity(
             + "; give a longer text"
         )
 
-    logits_of = _forward(model) if engine is None or engine.reason else _in_engine(engine)
+    native = engine is not None and engine.reason is None and context <= (engine.context or context)
+    logits_of = _in_engine(engine) if engine is not None and native else _forward(model)
     started = time.perf_counter()
     nll, right, done = 0.0, 0, 0
     training = model.training

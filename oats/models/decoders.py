@@ -150,6 +150,11 @@ class Decoder:
         return min(borders, default=None)
 
 
+def unknown_architecture(model_type: str) -> str:
+    """What is wrong with a model that has no entry."""
+    return f"the engine does not know the architecture {model_type!r}, but {', '.join(sorted(DECODERS))}"
+
+
 def describe_decoder(model: Any) -> Decoder:
     """Read what the engine needs from a causal language model of transformers.
 
@@ -159,11 +164,7 @@ def describe_decoder(model: Any) -> Decoder:
     config = getattr(model, "config", None)
     entry = DECODERS.get(getattr(config, "model_type", ""))
     if entry is None or config is None:
-        known = ", ".join(sorted(DECODERS))
-        raise UnsupportedModelError(
-            f"{type(model).__name__} is of the type {getattr(config, 'model_type', None)!r}; "
-            f"the engine knows {known}"
-        )
+        raise UnsupportedModelError(unknown_architecture(getattr(config, "model_type", "")))
     try:
         return _describe(model, config, entry)
     except AttributeError as error:

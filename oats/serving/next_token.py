@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from oats.engine.most_likely import most_likely
 from oats.serving.request import Sampling
 
 GREEDY_BELOW = 1e-5
@@ -37,7 +38,7 @@ class NextToken:
     def __call__(self, logits: Tensor) -> int:
         """Choose the next token from logits (vocabulary,), and remember it."""
         if not self._processors and not self._sample:
-            return int(logits.argmax())
+            return most_likely(logits)
         scores = logits[None].to(torch.float32, copy=True)
         if self._processors:
             scores = self._processors(torch.tensor([self._ids]), scores)

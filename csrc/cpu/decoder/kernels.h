@@ -78,6 +78,8 @@ struct DecoderKernels {
                 int64_t x_stride, void* y, int64_t y_stride);
   // y = softcap * tanh(scale * y / softcap), or scale * y.
   void (*cap)(void* y, int64_t n, float scale, float softcap);
+  // Index of the largest of n numbers; the first of equal ones, and of NaNs where there are any.
+  int64_t (*most_likely)(const void* logits, int64_t n);
   const DenseTiles* dense_tiles = nullptr;  // if there are tiles for the dtype
 };
 

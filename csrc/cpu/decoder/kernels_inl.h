@@ -433,9 +433,34 @@ struct DecoderLoops {
     }
   }
 
+  static int64_t most_likely(const void* logits, int64_t n) {
+    const Element* x = elements(logits);
+    // Of each lane the largest so far. A NaN stays: nothing is larger than it.
+    Floats largest = broadcast(-std::numeric_limits<float>::infinity());
+    int64_t i = 0;
+    for (; i + kWidth <= n; i += kWidth) {
+      const Floats v = load_floats(x + i);
+      largest = select((v > largest) | (v != v), v, largest);
+    }
+    float best = -std::numeric_limits<float>::infinity();
+    const auto take = [&](float v) {
+      if (v > best || v != v) best = v;
+    };
+    float lanes[kWidth];
+    store_floats(lanes, largest);
+    for (float v : lanes) take(v);
+    for (; i < n; ++i) take(to_float(x[i]));
+    for (i = 0; i < n; ++i) {
+      const float v = to_float(x[i]);
+      if (v == best || (best != best && v != v)) return i;
+    }
+    return 0;
+  }
+
   static const DecoderKernels& table() {
-    static const DecoderKernels kernels{norm,      add,         widen,  norm_and_rotate, gate,  kGroup,
-                                        write_key, write_value, attend, merge,           dense, cap};
+    static const DecoderKernels kernels{norm,   add,       widen,       norm_and_rotate, gate,
+                                        kGroup, write_key, write_value, attend,          merge,
+                                        dense,  cap,       most_likely};
     return kernels;
   }
 };

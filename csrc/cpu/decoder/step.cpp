@@ -606,6 +606,10 @@ void Decoder::step(const DecoderStep& step, int threads) {
   if (step.rows > 0) state_->run(step, std::max(threads, 1));
 }
 
+int64_t most_likely(const void* logits, int64_t n, Dtype dtype) {
+  return decoder_kernels(active_isa(), dtype).most_likely(logits, n);
+}
+
 const DecoderKernels& decoder_kernels(Isa isa, Dtype dtype) {
 #ifdef OATS_X86
   switch (isa) {

@@ -96,6 +96,9 @@ struct DecoderStep {
   void* logits;  // logits_count x vocabulary, the model's dtype
 };
 
+// Index of the largest of n logits, the first of equal ones.
+int64_t most_likely(const void* logits, int64_t n, Dtype dtype);
+
 class Decoder {
  public:
   explicit Decoder(DecoderModel model);

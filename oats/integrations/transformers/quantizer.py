@@ -14,6 +14,7 @@ from oats.checkpoint.layer_table import layer_table, layers_of, replacements, st
 from oats.config import OatsConfig
 from oats.errors import CalibrationError, ConfigError
 from oats.format.layer_spec import DTYPES
+from oats.integrations.transformers.generation import generate_natively_
 from oats.integrations.transformers.loading import prepare_
 from oats.integrations.transformers.quantization_config import OatsQuantizationConfig
 from oats.models.experts import split_all_
@@ -86,6 +87,7 @@ class OatsQuantizer(HfQuantizer):
                 layer.bias.requires_grad_(False)  # transformers turns it on
         self.quantization_config.follow(model)
         fuse_(model)
+        generate_natively_(model)
         return model
 
     def _compress(self, model: PreTrainedModel) -> None:
