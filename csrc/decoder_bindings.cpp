@@ -52,6 +52,21 @@ void bind_decoder(py::module_& m) {
       py::init([](std::vector<float> frequencies, float scale) { return oats::Rope{frequencies, scale}; }),
       py::arg("frequencies"), py::arg("scale"));
 
+  py::class_<oats::DecoderExpert>(m, "DecoderExpert")
+      .def(py::init([](std::vector<oats::DecoderLinear> gate_up, const oats::DecoderLinear& down) {
+             return oats::DecoderExpert{std::move(gate_up), down};
+           }),
+           py::arg("gate_up"), py::arg("down"));
+
+  using Experts = oats::DecoderExperts;
+  py::class_<Experts>(m, "DecoderExperts")
+      .def(py::init([](std::vector<oats::DecoderLinear> router, std::vector<oats::DecoderExpert> each,
+                       int64_t chosen, bool normalised, bool shared) {
+             return Experts{std::move(router), std::move(each), chosen, normalised, shared};
+           }),
+           py::kw_only(), py::arg("router"), py::arg("each"), py::arg("chosen"), py::arg("normalised"),
+           py::arg("shared"));
+
   using Layer = oats::DecoderLayer;
   py::class_<Layer>(m, "DecoderLayer")
       .def(py::init<>())
@@ -65,6 +80,7 @@ void bind_decoder(py::module_& m) {
       .def_readwrite("attention_out", &Layer::attention_out)
       .def_readwrite("gate_up", &Layer::gate_up)
       .def_readwrite("down", &Layer::down)
+      .def_readwrite("experts", &Layer::experts)
       .def_readwrite("heads", &Layer::heads)
       .def_readwrite("kv_heads", &Layer::kv_heads)
       .def_readwrite("head_dim", &Layer::head_dim)

@@ -76,6 +76,20 @@ class DecoderNorm:
 class Rope:
     def __init__(self, frequencies: Sequence[float], scale: float) -> None: ...
 
+class DecoderExpert:
+    def __init__(self, gate_up: Sequence[DecoderLinear], down: DecoderLinear) -> None: ...
+
+class DecoderExperts:
+    def __init__(
+        self,
+        *,
+        router: Sequence[DecoderLinear],
+        each: Sequence[DecoderExpert],
+        chosen: int,
+        normalised: bool,
+        shared: bool,
+    ) -> None: ...
+
 class DecoderLayer:
     before_attention: DecoderNorm
     after_attention: DecoderNorm
@@ -87,6 +101,7 @@ class DecoderLayer:
     attention_out: DecoderLinear
     gate_up: Sequence[DecoderLinear]
     down: DecoderLinear
+    experts: DecoderExperts
     heads: int
     kv_heads: int
     head_dim: int

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from oats import _core
 from oats.errors import UnsupportedModelError
-from oats.models.decoders import DECODERS, Decoder, Layer, Norm, unknown_architecture
+from oats.models.decoders import DECODERS, Decoder, Experts, Layer, Norm, unknown_architecture
 from oats.models.linear import is_linear
 from oats.nn import SparseLowRankLinear, SplitLinear
 from oats.nn.head import RowsOfHead
@@ -144,10 +144,15 @@ class NativeDecoder:
         )
         made.after_attention, made.after_mlp = self._norm(layer.after_attention), self._norm(layer.after_mlp)
         made.q_norm, made.k_norm = self._norm(layer.q_norm), self._norm(layer.k_norm)
-        made.qkv = [self._linear(part) for module in layer.qkv for part in _parts(module)]
+        made.qkv = self._linears(layer.qkv)
         made.attention_out = self._linear(layer.attention_out)
-        made.gate_up = [self._linear(part) for module in layer.gate_up for part in _parts(module)]
-        made.down = self._linear(layer.down)
+        made.gate_up = self._linears(layer.gate_up)
+        if layer.down is not None:
+            made.down = self._linear(layer.down)
+        if layer.experts is not None:
+            if layer.after_mlp is not None:
+                raise UnsupportedModelError("the engine has no norm behind a mixture of experts")
+            made.experts = self._experts(layer.experts)
         made.heads, made.kv_heads, made.head_dim = layer.heads, layer.kv_heads, layer.head_dim
         made.attention_scale, made.attention_softcap = layer.scale, layer.softcap
         made.window, made.rope = layer.window, layer.rope
@@ -159,6 +164,24 @@ class NativeDecoder:
         if norm is None:
             return _core.DecoderNorm()
         return _core.DecoderNorm(weight=self._address(norm.weight), eps=norm.eps, one_plus=norm.one_plus)
+
+    def _experts(self, experts: Experts) -> Any:
+        count, d_in = experts.router.shape
+        router = [_core.DecoderLinear(d_out=count, d_in=d_in, dense=self._address(experts.router))]
+        each = list(experts.each)
+        if experts.shared is not None and experts.shared_gate is not None:
+            router.append(self._linear(experts.shared_gate))
+            each.append(experts.shared)
+        return _core.DecoderExperts(
+            router=router,
+            each=[_core.DecoderExpert(self._linears(gate_up), self._linear(down)) for gate_up, down in each],
+            chosen=experts.chosen,
+            normalised=experts.normalised,
+            shared=experts.shared is not None,
+        )
+
+    def _linears(self, modules: Sequence[nn.Module]) -> list[Any]:
+        return [self._linear(part) for module in modules for part in _parts(module)]
 
     def _linear(self, module: nn.Module) -> Any:
         d_out, d_in = _shape(module)

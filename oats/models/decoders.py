@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from oats.errors import UnsupportedModelError
+from oats.models.experts import is_fused_experts, split_experts
+from oats.nn.experts import SplitExperts
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class DecoderEntry:
         residual_scale: the same, of what a block adds.
         logits_scale: the same, of the logits.
         window_everywhere: if there are no ``layer_types``, ``config.sliding_window`` holds in all layers.
+        normalised_experts: of the configuration: whether the weights of the chosen experts add up to one.
         computed_again_at: of the configuration: the length beyond which ``generate`` computes a text again.
     """
 
@@ -37,6 +40,7 @@ class DecoderEntry:
     residual_scale: Callable[[Any], float] = lambda config: 1.0
     logits_scale: Callable[[Any], float] = lambda config: 1.0
     window_everywhere: bool = False
+    normalised_experts: Callable[[Any], bool] = lambda config: bool(config.norm_topk_prob)
     computed_again_at: Callable[[Any], int | None] = lambda config: None
 
 
@@ -51,8 +55,11 @@ _GEMMA = DecoderEntry(one_plus=True, norms_after=True, embedding_scale=_root_of_
 DECODERS: dict[str, DecoderEntry] = {
     "llama": DecoderEntry(),
     "mistral": DecoderEntry(window_everywhere=True),
+    "mixtral": DecoderEntry(window_everywhere=True, normalised_experts=lambda config: True),
     "qwen2": DecoderEntry(),
+    "qwen2_moe": DecoderEntry(),
     "qwen3": DecoderEntry(),
+    "qwen3_moe": DecoderEntry(window_everywhere=True),
     "phi3": DecoderEntry(
         window_everywhere=True,
         computed_again_at=lambda config: getattr(config, "original_max_position_embeddings", None),
@@ -102,15 +109,34 @@ class Rotation:
 
 
 @dataclass
+class Experts:
+    """A mixture. Of each expert: what computes gate and up, and down."""
+
+    router: Tensor
+    """(experts, n)."""
+    each: list[tuple[list[nn.Module], nn.Module]]
+    chosen: int
+    """Experts of a token."""
+    normalised: bool
+    """Their weights add up to one."""
+    shared: tuple[list[nn.Module], nn.Module] | None = None
+    """Gets all tokens, times the sigmoid of `shared_gate`."""
+    shared_gate: nn.Module | None = None
+
+
+@dataclass
 class Layer:
-    """One block. Projections are modules: of :mod:`oats.nn`, or dense linear layers."""
+    """One block. Projections are modules: of :mod:`oats.nn`, or dense linear layers.
+
+    The feed-forward network is `gate_up` and `down`, or `experts`.
+    """
 
     before_attention: Norm
     before_mlp: Norm
     qkv: list[nn.Module]
     attention_out: nn.Module
     gate_up: list[nn.Module]
-    down: nn.Module
+    down: nn.Module | None
     heads: int
     kv_heads: int
     head_dim: int
@@ -123,6 +149,7 @@ class Layer:
     after_mlp: Norm | None = None
     q_norm: Norm | None = None
     k_norm: Norm | None = None
+    experts: Experts | None = None
 
 
 @dataclass
@@ -195,6 +222,29 @@ def _rotation(config: Any, rotary: Any, kind: str, rope_type: str) -> Rotation:
     return Rotation(frequencies, scale, int(rotary.original_max_seq_len), computed)
 
 
+def _feed_forward(mlp: Any) -> tuple[list[nn.Module], nn.Module]:
+    fused = hasattr(mlp, "gate_up_proj")
+    return [mlp.gate_up_proj] if fused else [mlp.gate_proj, mlp.up_proj], mlp.down_proj
+
+
+def _experts(mlp: Any, normalised: bool) -> Experts:
+    experts = mlp.experts
+    if is_fused_experts(experts):
+        experts = split_experts(experts)
+    if not isinstance(experts, SplitExperts):
+        raise UnsupportedModelError(f"the engine does not know the experts of a {type(experts).__name__}")
+    shared = getattr(mlp, "shared_expert", None)
+    each: list[Any] = list(experts)
+    return Experts(
+        router=mlp.gate.weight,
+        each=[([expert.gate, expert.up], expert.down) for expert in each],
+        chosen=int(mlp.gate.top_k),
+        normalised=normalised,
+        shared=None if shared is None else _feed_forward(shared),
+        shared_gate=None if shared is None else mlp.shared_expert_gate,
+    )
+
+
 def _describe(model: Any, config: Any, entry: DecoderEntry) -> Decoder:
     body = model.model
 
@@ -228,6 +278,7 @@ def _describe(model: Any, config: Any, entry: DecoderEntry) -> Decoder:
         decoder.unlimited = decoder.unlimited or "dynamic" in rope_type
     for index, block in enumerate(body.layers):
         attention, mlp = block.self_attn, block.mlp
+        is_mixture = hasattr(mlp, "experts")
         kind = types[index] if types else ""
         sliding = kind == "sliding_attention" or (not types and entry.window_everywhere)
         fused = hasattr(attention, "qkv_proj")
@@ -245,8 +296,9 @@ def _describe(model: Any, config: Any, entry: DecoderEntry) -> Decoder:
                 k_norm=norm(getattr(attention, "k_norm", None)),
                 qkv=[attention.qkv_proj] if fused else [attention.q_proj, attention.k_proj, attention.v_proj],
                 attention_out=attention.o_proj,
-                gate_up=[mlp.gate_up_proj] if hasattr(mlp, "gate_up_proj") else [mlp.gate_proj, mlp.up_proj],
-                down=mlp.down_proj,
+                gate_up=[] if is_mixture else _feed_forward(mlp)[0],
+                down=None if is_mixture else _feed_forward(mlp)[1],
+                experts=_experts(mlp, entry.normalised_experts(config)) if is_mixture else None,
                 heads=heads,
                 kv_heads=config.num_key_value_heads,
                 head_dim=attention.head_dim,

@@ -65,6 +65,20 @@ ARCHITECTURES = {
     "gemma3": lambda: transformers.Gemma3TextConfig(
         **WITH_HEAD_DIM, sliding_window=50, layer_types=WINDOWS, query_pre_attn_scalar=16
     ),
+    "mixtral": lambda: transformers.MixtralConfig(
+        **WITH_HEAD_DIM, num_local_experts=5, num_experts_per_tok=2, sliding_window=40
+    ),
+    "qwen2_moe": lambda: transformers.Qwen2MoeConfig(
+        **SIZES,
+        num_experts=6,
+        num_experts_per_tok=3,
+        moe_intermediate_size=48,
+        shared_expert_intermediate_size=80,
+        mlp_only_layers=[1],
+    ),
+    "qwen3_moe": lambda: transformers.Qwen3MoeConfig(
+        **WITH_HEAD_DIM, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=40, norm_topk_prob=True
+    ),
     "granite": lambda: transformers.GraniteConfig(
         **SIZES,
         embedding_multiplier=3.0,
@@ -135,7 +149,7 @@ def test_every_instruction_set(isa: str, dtype: torch.dtype, monkeypatch: pytest
 
 @pytest.mark.parametrize("head", [None, "int8"])
 @pytest.mark.parametrize("values", [None, "int8", "int4"])
-@pytest.mark.parametrize("name", ["llama", "phi3", "gemma3"])
+@pytest.mark.parametrize("name", ["llama", "phi3", "gemma3", "mixtral", "qwen2_moe"])
 def test_compressed_models(name: str, values: str | None, head: str | None) -> None:
     model = model_of(name, torch.bfloat16)
     compress_(
@@ -168,8 +182,9 @@ def test_greedy_texts_are_those_of_transformers(name: str) -> None:
     assert Engine(model).generate([prompt], 200)[0] == expected[0, 20:].tolist()
 
 
-def test_a_batch_of_unequal_lengths_gives_what_each_gives_alone() -> None:
-    engine = Engine(model_of("gemma3"))
+@pytest.mark.parametrize("name", ["gemma3", "qwen2_moe"])
+def test_a_batch_of_unequal_lengths_gives_what_each_gives_alone(name: str) -> None:
+    engine = Engine(model_of(name))
     prompts = [text(length, length) for length in (1, 63, 64, 65, 300, 7)]
     alone = [engine.generate([prompt], 30)[0] for prompt in prompts]
     assert engine.generate(prompts, 30) == alone
@@ -178,9 +193,10 @@ def test_a_batch_of_unequal_lengths_gives_what_each_gives_alone() -> None:
     assert all(pool.in_use == 0 for pool in engine._cache.pools)
 
 
+@pytest.mark.parametrize("name", ["gemma3", "qwen2_moe"])
 @pytest.mark.parametrize("threads", [1, 2, 3, 4])
-def test_logits_do_not_depend_on_the_threads(threads: int) -> None:
-    engine, ids = Engine(model_of("gemma3", torch.bfloat16)), text(140)
+def test_logits_do_not_depend_on_the_threads(name: str, threads: int) -> None:
+    engine, ids = Engine(model_of(name, torch.bfloat16)), text(140)
     torch.set_num_threads(1)
     expected = logits_in_chunks(engine, ids, [139, 1])
     torch.set_num_threads(threads)
@@ -272,6 +288,14 @@ def test_a_wrong_entry_is_found_out(wrong: dict[str, Any], monkeypatch: pytest.M
     assert engine.reason is not None
     with pytest.raises(UnsupportedModelError, match="does not run in the engine"):
         engine.generate([text(3)], 1)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "qwen3_moe"])
+def test_a_wrong_mixture_is_found_out(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = decoders.DECODERS[name]
+    wrong = replace(entry, normalised_experts=lambda config: not entry.normalised_experts(config))
+    monkeypatch.setitem(decoders.DECODERS, name, wrong)
+    assert "differ from transformers'" in str(Engine(model_of(name)).reason)
 
 
 def test_what_is_not_known_says_why() -> None:

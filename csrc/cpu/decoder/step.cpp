@@ -12,6 +12,9 @@
 //   down             one product
 //   add
 //
+// or, of a mixture, in the place of the last four: logits of the experts, one product; a choice for each row;
+// for each expert that has rows, their norm and these four; add.
+//
 // with a barrier between two lines, and between the stages of a product. Products and attention at few rows
 // are bound by reading weights and cache, the rest by barriers.
 #include <omp.h>
@@ -23,6 +26,7 @@
 #include "../linear/products.h"
 #include "ahead.h"
 #include "barrier.h"
+#include "experts.h"
 #include "kernels.h"
 #include "oats/operations.h"
 
@@ -72,8 +76,30 @@ struct ProductGroup {
   }
 };
 
+struct MlpPlan {
+  ProductGroup gate_up, down;
+};
+
 struct LayerPlan {
-  ProductGroup qkv, output, gate_up, down;
+  ProductGroup qkv, output;
+  MlpPlan mlp;
+  ProductGroup router;  // of a mixture, and
+  std::vector<MlpPlan> experts;
+
+  explicit LayerPlan(const DecoderLayer& layer)
+      : qkv(layer.qkv), output(layer.attention_out), router(layer.experts.router) {
+    if (layer.experts.each.empty()) mlp = {ProductGroup(layer.gate_up), ProductGroup(layer.down)};
+    for (const DecoderExpert& one : layer.experts.each)
+      experts.push_back({ProductGroup(one.gate_up), ProductGroup(one.down)});
+  }
+
+  // What reads the norm in front of the feed-forward network.
+  const ProductGroup& behind_attention() const { return experts.empty() ? mlp.gate_up : router; }
+  template <class Visit>
+  void for_mlps(const Visit& visit) {
+    if (experts.empty()) visit(mlp);
+    for (MlpPlan& expert : experts) visit(expert);
+  }
 };
 
 // Bytes of its next product that a thread fetches while it waits. They fit into L2.
@@ -92,9 +118,10 @@ struct Decoder::State {
   DecoderModel model;
   const DecoderKernels& kernels;
   std::vector<LayerPlan> plans;
-  ProductGroup head;
+  ProductGroup head, nothing;
   int64_t element;  // bytes
   bool has_dense = false;
+  int64_t most_experts = 0, most_chosen = 0;  // of a layer, and of a row
   int64_t widest_input = 0, widest_qkv = 0, widest_mlp = 0, widest_attended = 0, copies = 1, frequencies = 0;
 
   // Of a step; they grow with its rows.
@@ -106,6 +133,10 @@ struct Decoder::State {
   PartialAttention* partials;
   char *inputs, *qkv, *attended, *mlp, *gated, *out;
   int64_t *positions, *row_sequence;
+  char* routed;  // logits of the experts
+  float *mixture, *shares;
+  int32_t* chosen;
+  RowsOfExperts by_expert;
   uint32_t* tiles;  // of the inputs of a dense product
   uint32_t* tile_weights;
   float* tile_sums;
@@ -131,10 +162,14 @@ struct Decoder::State {
       const DecoderLayer& layer = model.layers[i];
       look_ahead(plans[i].qkv, &layer.before_attention);
       look_ahead(plans[i].output, nullptr);
-      look_ahead(plans[i].gate_up, &layer.before_mlp);
-      look_ahead(plans[i].down, nullptr);
+      if (!plans[i].experts.empty()) look_ahead(plans[i].router, &layer.before_mlp);
+      plans[i].for_mlps([&](MlpPlan& mlp) {
+        look_ahead(mlp.gate_up, plans[i].experts.empty() ? &layer.before_mlp : nullptr);
+        look_ahead(mlp.down, nullptr);
+      });
     }
     look_ahead(head, &model.final_norm);
+    look_ahead(nothing, nullptr);
   }
   void look_ahead(ProductGroup& group, const DecoderNorm* norm) {
     group.pieces.assign(static_cast<size_t>(team), {});
@@ -173,17 +208,23 @@ struct Decoder::State {
     widest_input = model.hidden;
     plans.reserve(model.layers.size());
     for (const DecoderLayer& layer : model.layers) {
-      plans.push_back({ProductGroup(layer.qkv), ProductGroup(layer.attention_out),
-                       ProductGroup(layer.gate_up), ProductGroup(layer.down)});
-      const LayerPlan& plan = plans.back();
+      plans.emplace_back(layer);
+      LayerPlan& plan = plans.back();
       widest_qkv = std::max(widest_qkv, plan.qkv.d_out);
-      widest_mlp = std::max(widest_mlp, plan.gate_up.d_out);
-      for (const ProductGroup* group : {&plan.qkv, &plan.output, &plan.gate_up, &plan.down}) {
-        widest_input = std::max(widest_input, group->d_in);
-        has_dense = has_dense || group->dense_copy >= 0;
-      }
+      most_chosen = std::max(most_chosen, layer.experts.per_row());
+      most_experts = std::max(most_experts, static_cast<int64_t>(plan.experts.size()));
+      const auto visit = [&](const ProductGroup& group) {
+        widest_input = std::max(widest_input, group.d_in);
+        has_dense = has_dense || group.dense_copy >= 0;
+        copies = std::max<int64_t>(copies, group.copies);
+      };
+      for (const ProductGroup* group : {&plan.qkv, &plan.output, &plan.router}) visit(*group);
+      plan.for_mlps([&](const MlpPlan& mlp) {
+        visit(mlp.gate_up);
+        visit(mlp.down);
+        widest_mlp = std::max(widest_mlp, mlp.gate_up.d_out);
+      });
       widest_attended = std::max(widest_attended, layer.heads * layer.head_dim);
-      copies = std::max<int64_t>({copies, plan.qkv.copies, plan.gate_up.copies});
     }
     head = ProductGroup(model.head);
     has_dense = has_dense || head.dense_copy >= 0;
@@ -241,10 +282,18 @@ struct Decoder::State {
     sines = cutter.take<float>(rows * frequencies * static_cast<int64_t>(model.ropes.size()));
     positions = cutter.take<int64_t>(rows);
     row_sequence = cutter.take<int64_t>(rows);
+    routed = cutter.take<char>(rows * most_experts * element);
+    chosen = cutter.take<int32_t>(rows * most_chosen);
+    shares = cutter.take<float>(rows * most_chosen);
+    mixture = cutter.take<float>(most_experts ? rows * model.hidden : 0);
+    by_expert.begin = cutter.take<int64_t>(most_experts + 1);
+    by_expert.rows = cutter.take<int64_t>(rows * most_chosen);
+    by_expert.shares = cutter.take<float>(rows * most_chosen);
     partials = cutter.take<PartialAttention>(split_ranges * kQueryRows);
     sums = cutter.take<float>(split_ranges * kQueryRows * head_dim);
     // Of a thread: queries, then partial results of all ranges of a unit.
     scratch_floats = align((kQueryRows * head_dim + kMostRanges * kQueryRows * (head_dim + 2)) * 4) / 4;
+    scratch_floats = std::max(scratch_floats, align(most_experts * 4) / 4);
     scratch = cutter.take<float>(scratch_floats * team);
     const bool tiled = has_dense && on_tiles(rows);
     tiles = cutter.take<uint32_t>(tiled ? kernels.dense_tiles->input_units(rows, widest_input) : 0);
@@ -340,9 +389,18 @@ struct Decoder::State {
     wait(part, parts);
     attention(l, plan, part, parts);
     wait(part, parts);
-    product(plan.output, attended, q_width, rows, out, hidden, plan.gate_up, part, parts);
-    add_and_norm(l.after_attention, &l.before_mlp, &plan.gate_up, part, parts);
+    product(plan.output, attended, q_width, rows, out, hidden, plan.behind_attention(), part, parts);
+    add_and_norm(l.after_attention, &l.before_mlp, &plan.behind_attention(), part, parts);
     wait(part, parts);
+    if (!plan.experts.empty()) return experts(l, plan, behind, part, parts);
+    feed_forward(l, plan.mlp, rows, behind, part, parts);
+    add_and_norm(l.after_mlp, nullptr, nullptr, part, parts);
+  }
+
+  // Rows of inputs → rows of out.
+  void feed_forward(const DecoderLayer& l, const MlpPlan& plan, int64_t rows, const ProductGroup& behind,
+                    int part, int parts) {
+    const int64_t hidden = model.hidden;
     product(plan.gate_up, inputs, hidden, rows, mlp, plan.gate_up.d_out, plan.down, part, parts);
     const int64_t width = plan.down.d_in;
     // In pieces of a row, so that one row keeps all threads at work.
@@ -356,7 +414,43 @@ struct Decoder::State {
     });
     wait(part, parts);
     product(plan.down, gated, width, rows, out, hidden, behind, part, parts);
-    add_and_norm(l.after_mlp, nullptr, nullptr, part, parts);
+  }
+
+  // A mixture: the experts that rows chose, one after another, each with its rows.
+  void experts(const DecoderLayer& l, const LayerPlan& plan, const ProductGroup& behind, int part,
+               int parts) {
+    const int64_t rows = step->rows, hidden = model.hidden, per_row = l.experts.per_row();
+    const auto count = static_cast<int64_t>(plan.experts.size());
+    product(plan.router, inputs, hidden, rows, routed, count, nothing, part, parts);
+    share(rows, part, parts, [&](int64_t row) {
+      float* logits = scratch + part * scratch_floats;
+      kernels.widen(routed + row * count * element, count, 1.f, logits);
+      choose_experts(logits, l.experts, chosen + row * per_row, shares + row * per_row);
+      std::fill_n(mixture + row * hidden, hidden, 0.f);
+    });
+    wait(part, parts);
+    if (part == 0) by_expert.fill(chosen, shares, rows, per_row, count);
+    wait(part, parts);
+    const auto has_rows = [&](int64_t e) { return by_expert.begin[e] < by_expert.begin[e + 1]; };
+    for (int64_t e = 0; e < count; ++e) {
+      if (!has_rows(e)) continue;
+      const MlpPlan& one = plan.experts[e];
+      const int64_t first = by_expert.begin[e], own_rows = by_expert.begin[e + 1] - first;
+      share(own_rows, part, parts,
+            [&](int64_t i) { norm_row(l.before_mlp, one.gate_up, by_expert.rows[first + i], i); });
+      wait(part, parts);
+      int64_t next = e + 1;
+      while (next < count && !has_rows(next)) ++next;
+      feed_forward(l, one, own_rows, next < count ? plan.experts[next].gate_up : behind, part, parts);
+      share(own_rows, part, parts, [&](int64_t i) {
+        kernels.add(mixture + by_expert.rows[first + i] * hidden, hidden, out + i * hidden * element, {},
+                    by_expert.shares[first + i]);
+      });
+    }
+    wait(part, parts);
+    share(rows, part, parts, [&](int64_t row) {
+      for (int64_t i = row * hidden; i < (row + 1) * hidden; ++i) x[i] += model.residual_scale * mixture[i];
+    });
   }
 
   const void* at(const void* powers, int64_t index) const {
@@ -365,12 +459,12 @@ struct Decoder::State {
 
   // Rows of x, normalised, for each copy of the inputs.
   void norm_inputs(const DecoderNorm& norm, const ProductGroup& group, int part, int parts) const {
-    share(step->rows, part, parts, [&](int64_t row) { norm_row(norm, group, row); });
+    share(step->rows, part, parts, [&](int64_t row) { norm_row(norm, group, row, row); });
   }
-  void norm_row(const DecoderNorm& norm, const ProductGroup& group, int64_t row) const {
+  void norm_row(const DecoderNorm& norm, const ProductGroup& group, int64_t row, int64_t to) const {
     for (int copy = 0; copy < group.copies; ++copy) {
       kernels.norm(x + row * model.hidden, model.hidden, norm, group.powers_of_copy[copy],
-                   inputs + copy * copy_bytes + row * model.hidden * element);
+                   inputs + copy * copy_bytes + to * model.hidden * element);
     }
   }
   void add_and_norm(const DecoderNorm& after, const DecoderNorm* norm, const ProductGroup* group, int part,
@@ -378,7 +472,7 @@ struct Decoder::State {
     share(step->rows, part, parts, [&](int64_t row) {
       kernels.add(x + row * model.hidden, model.hidden, out + row * model.hidden * element, after,
                   model.residual_scale);
-      if (norm) norm_row(*norm, *group, row);
+      if (norm) norm_row(*norm, *group, row, row);
     });
   }
 

@@ -30,6 +30,24 @@ struct DecoderNorm {
 
 enum class Gate : int32_t { none = 0, silu, gelu, gelu_tanh, relu };
 
+// One of a mixture: down(gate(g) * up).
+struct DecoderExpert {
+  std::vector<DecoderLinear> gate_up;  // as of a layer
+  DecoderLinear down;
+};
+
+// A mixture. A row goes through the experts that have its largest logits; their outputs are added, times the
+// softmax of the logits. A shared expert is the last one: it gets all rows, times the sigmoid of its logit.
+struct DecoderExperts {
+  std::vector<DecoderLinear> router;  // logits of the experts; that of the shared one
+  std::vector<DecoderExpert> each;    // none: there is no mixture
+  int64_t chosen = 0;                 // experts of a row, without the shared one
+  bool normalised = true;             // the softmax is of the chosen ones only
+  bool shared = false;
+
+  int64_t per_row() const { return chosen + (shared ? 1 : 0); }
+};
+
 struct DecoderLayer {
   DecoderNorm before_attention, after_attention, before_mlp, after_mlp;  // those after: before the addition
   DecoderNorm q_norm, k_norm;                                            // of each head
@@ -37,6 +55,7 @@ struct DecoderLayer {
   DecoderLinear attention_out;
   std::vector<DecoderLinear> gate_up;  // gate, up; or one that returns both; or one, where nothing gates
   DecoderLinear down;
+  DecoderExperts experts;                            // if there are any, they are in the place of these two
   int64_t heads = 0, kv_heads = 0, head_dim = 0;     // head_dim is a multiple of 16
   float attention_scale = 1, attention_softcap = 0;  // no cap where 0
   int64_t window = 0;       // tokens that one sees, itself included; 0: all before it
