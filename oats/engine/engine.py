@@ -58,7 +58,7 @@ class Engine:
     """
 
     def __init__(self, model: Any) -> None:
-        self.model = model
+        self._name = type(model).__name__
         self.reason: str | None = None
         self.difference: float | None = None
         self.statistics = Statistics()
@@ -80,16 +80,16 @@ class Engine:
             [PagePool(n, kv_heads, dim, window, dtype) for n, (window, kv_heads, dim) in keys]
         )
         self._prefixes = Prefixes(self._cache, longest=decoder.border)
-        self._compare(len(decoder.layers))
+        self._compare(model, len(decoder.layers))
         self.statistics = Statistics()
 
     @torch.no_grad()
-    def _compare(self, layers: int) -> None:
+    def _compare(self, model: Any, layers: int) -> None:
         # Rounding errors of the layers add up like a random walk; 8 is four times what was seen.
         allowed = 8 * torch.finfo(self._native.dtype).eps * (2 * layers) ** 0.5
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(0, self._native.vocabulary, (1, CHECKED_TOKENS), generator=generator)
-        expected = self.model(input_ids=ids, use_cache=False).logits[0].float()
+        expected = model(input_ids=ids, use_cache=False).logits[0].float()
         tokens = self._cache.new(CHECKED_TOKENS)
         half = CHECKED_TOKENS // 2
         got = [self._run([(tokens, part.tolist())], range(half)) for part in (ids[0, :half], ids[0, half:])]
@@ -131,7 +131,7 @@ class Engine:
         """
         if not ids:
             raise ConfigError("there is no token to append")
-        return self._pieces(tokens, ids, 1, self.context)[0]
+        return self._pieces(tokens, ids, 1)[0]
 
     def logits(self, ids: Sequence[int], keep: int | None = None) -> Tensor:
         """Logits of a text, as the model's ``forward`` gives them.
@@ -152,13 +152,13 @@ class Engine:
             raise ConfigError(f"logits of {keep} tokens were asked for, of a text of {len(ids)}")
         tokens = self.new()
         try:
-            return self._pieces(tokens, ids, keep, self.context)
+            return self._pieces(tokens, ids, keep)
         finally:
             self.release(tokens)
 
-    def _pieces(self, tokens: Tokens, ids: Sequence[int], keep: int, longest: int | None) -> Tensor:
+    def _pieces(self, tokens: Tokens, ids: Sequence[int], keep: int) -> Tensor:
         """Append tokens in pieces that a step takes; logits of the last `keep`."""
-        self._check_work([(tokens, ids)], longest)
+        self._check_work([(tokens, ids)])
         tokens.until = tokens.length + len(ids)
         logits = torch.empty(keep, self._native.vocabulary, dtype=self._native.dtype)
         skipped = len(ids) - keep
@@ -171,40 +171,40 @@ class Engine:
                 logits[start : start + len(rows)] = rows
         return logits
 
-    def last_logits(self, work: Sequence[tuple[Tokens, Sequence[int]]], keep: int) -> list[Tensor]:
-        """Append tokens to several sequences; they may become longer than `context`, as in transformers.
+    def append(self, work: Sequence[tuple[Tokens, Sequence[int]]], keep: Sequence[int]) -> Tensor:
+        """Append any number of tokens to several sequences, in as many steps as it takes.
 
         Args:
-            work: sequences, each with its next tokens, at least one.
-            keep: of how many of the last new tokens of each logits are wanted, at least 1.
+            work: sequences, each once, with its next tokens; none is allowed.
+            keep: of how many of its last new tokens logits are wanted.
 
         Returns:
-            (min(keep, new tokens), vocabulary) of each sequence, the model's dtype.
+            (sum of `keep`, vocabulary): logits, one sequence after another, in the model's dtype.
 
         Raises:
-            ConfigError: as :meth:`step`.
+            ConfigError: a token is not in the vocabulary, or a sequence would become longer than the model's
+                context.
         """
-        self._check_work(work, None)
-        counts = [min(keep, len(ids)) for _, ids in work]
-        ends = list(accumulate(len(ids) for _, ids in work))
-        if ends[-1] > CHUNK:
-            return [self._pieces(*one, count, None) for one, count in zip(work, counts, strict=True)]
-        rows = [row for end, count in zip(ends, counts, strict=True) for row in range(end - count, end)]
-        return list(self._run(work, rows).split(counts))
+        parts = [(tokens, ids, count) for (tokens, ids), count in zip(work, keep, strict=True) if ids]
+        if not parts:
+            return torch.empty(0, self._native.vocabulary, dtype=self._native.dtype)
+        some = [(tokens, ids) for tokens, ids, _ in parts]
+        self._check_work(some)
+        if sum(len(ids) for _, ids in some) > CHUNK:
+            return torch.cat([self._pieces(*part) for part in parts])
+        ends = accumulate(len(ids) for _, ids in some)
+        rows = [row for end, (*_, count) in zip(ends, parts, strict=True) for row in range(end - count, end)]
+        return self._run(some, rows)
 
     def truncate(self, tokens: Tokens, length: int) -> None:
-        """Forget the tokens of a sequence from `length` on.
+        """Forget the tokens from `length` on.
 
-        Raises:
-            ConfigError: it has fewer; or what the next token would see left the window of its layers.
+        If a window gave up what the next token would see, all tokens are forgotten: `tokens.length` says how
+        many are left.
         """
         with self._lock:
-            if not 0 <= length <= tokens.length or not self._cache.can_truncate(tokens, length):
-                raise ConfigError(
-                    f"a text of {tokens.length} tokens cannot go back to {length}: "
-                    "the cache no longer has what the next token sees"
-                )
-            self._cache.truncate(tokens, length)
+            kept = length if self._cache.can_truncate(tokens, length) else 0
+            self._cache.truncate(tokens, kept)
 
     def step(self, work: Sequence[tuple[Tokens, Sequence[int]]]) -> Tensor:
         """Append tokens to several sequences at once.
@@ -219,16 +219,16 @@ class Engine:
             ConfigError: a sequence has no new token, is there twice, or would become longer than the model's
                 context; or a token is not in the vocabulary.
         """
-        self._check_work(work, self.context)
+        self._check_work(work)
         return self._last_logits(work, [True] * len(work))
 
-    def _check_work(self, work: Sequence[tuple[Tokens, Sequence[int]]], longest: int | None) -> None:
+    def _check_work(self, work: Sequence[tuple[Tokens, Sequence[int]]]) -> None:
         self.check_native()
         if not work or not all(ids for _, ids in work) or len({id(tokens) for tokens, _ in work}) < len(work):
             raise ConfigError("a step takes each sequence once, with at least one token")
         for tokens, ids in work:
             self._check_ids(ids)
-            self._check_length(tokens.length + len(ids), longest)
+            self._check_length(tokens.length + len(ids))
 
     def _check_ids(self, ids: Sequence[int]) -> None:
         if min(ids) < 0 or max(ids) >= self._rows:
@@ -237,10 +237,11 @@ class Engine:
                 "tokenise with the model's own tokenizer"
             )
 
-    @staticmethod
-    def _check_length(length: int, longest: int | None) -> None:
-        if longest is not None and length > longest:
-            raise ConfigError(f"a text of {length} tokens is longer than the model's context of {longest}")
+    def _check_length(self, length: int) -> None:
+        if self.context is not None and length > self.context:
+            raise ConfigError(
+                f"a text of {length} tokens is longer than the model's context of {self.context}"
+            )
 
     def _last_logits(self, work: Sequence[tuple[Tokens, Sequence[int]]], wanted: Sequence[bool]) -> Tensor:
         """Logits behind the last token of those sequences where they are wanted."""
@@ -282,7 +283,7 @@ class Engine:
         if not prompt:
             raise ConfigError("a prompt is empty; give some text to continue")
         self._check_ids(prompt)
-        self._check_length(len(prompt) + max_new_tokens, self.context)
+        self._check_length(len(prompt) + max_new_tokens)
 
     def generate(
         self,
@@ -343,6 +344,4 @@ class Engine:
     def check_native(self) -> None:
         """Raise UnsupportedModelError, with `reason`, if there is one."""
         if self.reason is not None:
-            raise UnsupportedModelError(
-                f"{type(self.model).__name__} does not run in the engine: {self.reason}"
-            )
+            raise UnsupportedModelError(f"{self._name} does not run in the engine: {self.reason}")

@@ -103,8 +103,9 @@ def test_greedy_texts_are_those_of_transformers(
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_texts_share_a_beginning_only_below_the_border(name: str) -> None:
-    engine, ids = Engine(model_of(CONFIGS[name])), text(100)
+    model, ids = model_of(CONFIGS[name]), text(100)
+    engine = Engine(model)
     for length in (40, 100, 90, 50):
         shared = engine.statistics.shared_tokens
-        assert engine.generate([ids[:length]], 5) == Engine(engine.model).generate([ids[:length]], 5)
+        assert engine.generate([ids[:length]], 5) == Engine(model).generate([ids[:length]], 5)
         assert (engine.statistics.shared_tokens > shared) == (length == 50)

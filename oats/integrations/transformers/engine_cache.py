@@ -1,110 +1,193 @@
-"""A cache of transformers whose keys and values are the engine's."""
+"""`EngineCache`: what transformers calls a cache, for texts whose keys and values the engine holds."""
 
 from __future__ import annotations
 
+import inspect
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache
+from transformers.cache_utils import Cache
 
 from oats.engine.cache import Tokens
 from oats.engine.engine import Engine
+from oats.errors import ConfigError
+
+# transformers changed what crop() takes: once the new length, now minus the tokens to remove.
+_CROP_TAKES_LENGTH = "tokens_to_remove" not in inspect.signature(Cache.crop).parameters
 
 
-class _Layer:
-    """What transformers asks a layer of a cache for."""
+class _Row:
+    """One text. The engine may hold fewer of its tokens: the others are computed with the next ones."""
 
-    is_compileable = is_sliding = supports_early_init = False
-    is_initialized = is_croppable = True
+    def __init__(self, engine: Engine, ids: list[int], tokens: Tokens) -> None:
+        self.ids, self.tokens = ids, tokens
+        weakref.finalize(self, engine.release, tokens).atexit = False
 
 
 class EngineCache(Cache):
-    """One sequence of an engine for each row of a batch.
+    """Texts of equal width, each with padding in front of it or none.
 
-    For transformers all rows have the same length: padding on the left counts. The engine does not see it.
-    It gets the memory back when the cache is deleted.
+    The pages of a text are given back when nothing refers to it any more.
 
     Args:
-        engine: runs the model.
-        padding: tokens of padding of each row.
+        engine: that runs the texts.
+
+    Attributes:
+        width: columns so far, padding included.
     """
 
-    def __init__(self, engine: Engine, padding: list[int]) -> None:
-        super().__init__(layers=[_Layer()])  # type: ignore[list-item]
-        self.engine, self.padding = engine, padding
-        self.rows = [engine.new() for _ in padding]
-        weakref.finalize(self, _release, engine, self.rows)
+    def __init__(self, engine: Engine) -> None:
+        super().__init__(layers=[])
+        self.engine = engine
+        self.width = 0
+        self._rows: list[_Row] = []
 
-    def forward(self, ids: Tensor, keep: int) -> Tensor:
-        """Append tokens (rows, n), which begin with the padding if these are the first.
+    def append(self, texts: Sequence[list[int]], keep: Sequence[int], columns: int) -> Tensor:
+        """Run the next tokens of each text.
+
+        Args:
+            texts: token ids, of each text at most `columns`.
+            keep: of how many of its last new tokens logits are wanted.
+            columns: how much wider the texts become; the rest is padding in front of them.
 
         Returns:
-            (rows, min(keep, n), vocabulary): logits of the last ones. Those of padding are zero.
-        """
-        skip = [0 if row.length else pad for row, pad in zip(self.rows, self.padding, strict=True)]
-        work = [(row, new[pad:]) for row, new, pad in zip(self.rows, ids.tolist(), skip, strict=True)]
-        found = self.engine.last_logits(work, keep)
-        if len({len(logits) for logits in found}) == 1:
-            return torch.stack(found)
-        logits = found[0].new_zeros(len(found), min(keep, ids.shape[1]), found[0].shape[1])
-        for row, of_row in zip(logits, found, strict=True):
-            row[len(row) - len(of_row) :] = of_row
-        return logits
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens of each row, with its padding."""
-        return self.rows[0].length and self.rows[0].length + self.padding[0]
-
-    def get_max_length(self, layer_idx: int | None = None) -> int:
-        """No limit of its own."""
-        return -1
-
-    get_max_cache_shape = get_max_length
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last tokens: minus their number, or in older releases the length to keep."""
-        length = self.get_seq_length()
-        removed = -tokens_to_remove if tokens_to_remove <= 0 else max(0, length - tokens_to_remove)
-        for row in self.rows:
-            self.engine.truncate(row, row.length - removed)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep some rows; one may be there several times."""
-        wanted: list[int] = indices.tolist()
-        old = list(self.rows)
-        self.padding = [self.padding[index] for index in wanted]
-        # The first to go on from a row takes it, the others share its pages.
-        self.rows[:] = [
-            old[index] if index not in wanted[:place] else self.engine.fork(old[index])
-            for place, index in enumerate(wanted)
-        ]
-        for index in set(range(len(old))) - set(wanted):
-            self.engine.release(old[index])
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """The same, for beam search."""
-        self.batch_select_indices(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row so many times."""
-        self.batch_select_indices(torch.arange(len(self.rows)).repeat_interleave(repeats))
-
-    def reset(self) -> None:
-        """Forget all tokens."""
-        for row in self.rows:
-            self.engine.truncate(row, 0)
-
-    def update(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuse: only the engine writes keys and values.
+            (sum of `keep`, vocabulary): logits, one text after another.
 
         Raises:
-            TypeError: always.
+            ConfigError: a token is not in the vocabulary, or a text is longer than the model's context.
         """
-        raise TypeError("an EngineCache belongs to `generate`; call the model with a cache of transformers")
+        if self._rows:
+            logits = self._run(self._rows, texts, keep)
+        else:
+            # Beams begin with equal texts, which are computed once.
+            places = {tuple(text): place for place, text in reversed([*enumerate(texts)])}
+            firsts = sorted(places.values())
+            rows = [self._row([]) for _ in firsts]
+            keeps = [keep[first] for first in firsts]
+            logits = self._run(rows, [texts[first] for first in firsts], keeps)
+            self._rows = rows
+            if len(firsts) < len(texts):
+                sources = [firsts.index(places[tuple(text)]) for text in texts]
+                self._take(sources)
+                parts = logits.split(keeps)
+                logits = torch.cat([parts[source] for source in sources])
+        self.width += columns
+        return logits
 
+    def _row(self, ids: list[int]) -> _Row:
+        return _Row(self.engine, ids, self.engine.new())
 
-def _release(engine: Engine, rows: list[Tokens]) -> None:
-    for row in rows:
-        engine.release(row)
+    def _run(self, rows: Sequence[_Row], texts: Sequence[list[int]], keep: Sequence[int]) -> Tensor:
+        work = [
+            (row.tokens, row.ids[row.tokens.length :] + text) for row, text in zip(rows, texts, strict=True)
+        ]
+        try:
+            logits = self.engine.append(work, keep)
+        except BaseException:
+            for row in rows:
+                self.engine.truncate(row.tokens, min(row.tokens.length, len(row.ids)))
+            raise
+        for row, text in zip(rows, texts, strict=True):
+            row.ids += text
+        return logits
+
+    def _take(self, indices: Sequence[int]) -> None:
+        """Go on with these rows, in this order; a row that is named again is forked."""
+        rows: list[_Row] = []
+        taken: set[int] = set()
+        for index in indices:
+            row = self._rows[index]
+            if index in taken:
+                row = _Row(self.engine, list(row.ids), self.engine.fork(row.tokens))
+            taken.add(index)
+            rows.append(row)
+        self._rows = rows
+
+    def lengths(self) -> list[int]:
+        """Tokens of each text."""
+        return [len(row.ids) for row in self._rows]
+
+    def ids(self) -> list[int]:
+        """Token ids, one text after another."""
+        return [token for row in self._rows for token in row.ids]
+
+    def move_to(self, engine: Engine) -> None:
+        """Go on with another engine, which computes the texts again."""
+        if engine is not self.engine:
+            self.engine = engine
+            self._rows = [self._row(row.ids) for row in self._rows]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns so far."""
+        return self.width
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """-1: the cache grows."""
+        return -1
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Go on with the rows `beam_idx`, (rows,)."""
+        self._take(beam_idx.tolist())
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows `indices`, (rows,), or a mask of them."""
+        self._take(torch.arange(len(self._rows))[indices].tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Make `repeats` rows of each."""
+        self._take([index for index in range(len(self._rows)) for _ in range(repeats)])
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last columns: ``-tokens_to_remove`` of them.
+
+        A positive number is the width that remains, as in older versions of transformers.
+        """
+        removed = abs(tokens_to_remove)
+        if tokens_to_remove > 0 or (_CROP_TAKES_LENGTH and tokens_to_remove == 0):
+            removed = max(0, self.width - tokens_to_remove)
+        removed = min(removed, self.width)
+        for row in self._rows:
+            del row.ids[max(0, len(row.ids) - removed) :]
+            if row.tokens.length > len(row.ids):
+                self.engine.truncate(row.tokens, len(row.ids))
+        self.width -= removed
+
+    def reset(self) -> None:
+        """Forget all texts."""
+        self._rows, self.width = [], 0
+
+    @property
+    def batch_size(self) -> int:
+        """Texts; -1 if there is none yet."""
+        return len(self._rows) or -1
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """One attention layer stands for all: there are none to ask."""
+        return [False]
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Refuse.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(
+            "this cache is the engine's, and only the causal language model that made it can go on with it; "
+            "pass a DynamicCache() to generate to get one that its parts take"
+        )
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __repr__(self) -> str:
+        return f"EngineCache(texts={len(self._rows)}, width={self.width})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> EngineCache:
+        copied = EngineCache(self.engine)
+        copied.width = self.width
+        copied._rows = [_Row(self.engine, list(row.ids), self.engine.fork(row.tokens)) for row in self._rows]
+        return copied

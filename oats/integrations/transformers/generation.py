@@ -1,170 +1,333 @@
-"""``generate`` in the engine, for models of transformers.
+"""``model.generate`` runs in the engine.
 
-A model becomes an instance of a subclass of its class. While its ``generate`` runs, its ``forward`` is a step
-of the engine; all else (sampling, beams, processors, streamers) stays with transformers. What the engine
-cannot do goes through the model's own ``forward``.
+:func:`generate_natively_` gives a model another class of the same name. It differs in two methods:
+``generate`` gets an :class:`EngineCache` where it would get a ``DynamicCache``, and ``forward`` with such a
+cache runs the engine. All else is transformers' own: searches, processors, streamers, criteria. What the
+engine cannot do gets transformers' cache, and so transformers' ``forward``.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import logging
-from contextvars import ContextVar
+import threading
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.modules import module as torch_module
+from transformers.cache_utils import DynamicCache
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from oats.engine.engine import Engine
+from oats.errors import ConfigError
 from oats.integrations.transformers.engine_cache import EngineCache
 
-_ENGINE = "_oats_engine"
-_generating: ContextVar[frozenset[int]] = ContextVar("generating", default=frozenset())
+# transformers renamed the argument and the field of the output.
+_CACHE = (
+    "cache" if "cache" in {f.name for f in dataclasses.fields(CausalLMOutputWithPast)} else "past_key_values"
+)
+_CACHE_NAMES = {"cache", "past_key_values"}
 
-# What a call of forward may say that changes nothing, or what the engine does anyway.
-_HARMLESS = {"return_dict": (True, None), "use_cache": (True,), "output_attentions": (False, None)}
-_HARMLESS |= {"output_hidden_states": (False, None), "output_router_logits": (False, None)}
+# What generate passes on, or keeps for itself. `cache_position` says what the cache knows.
+_ARGUMENTS = {
+    "attention_mask",
+    "position_ids",
+    "logits_to_keep",
+    "use_cache",
+    "cache_position",
+} | _CACHE_NAMES
+_CACHE_KINDS = (None, "dynamic", "static")
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = [
+    getattr(torch_module, f"_global_{kind}_hooks")
+    for kind in ("forward", "forward_pre", "backward", "backward_pre")
+]
+# transformers leaves these on a model once its hidden states were asked for; they do nothing otherwise.
+_IDLE_HOOKS = "transformers.utils.output_capturing"
+
+
+@dataclass
+class _Made:
+    """An engine, and what its model was when it was made."""
+
+    state: tuple[Any, ...]
+    engine: Engine
+
+
+_made: weakref.WeakKeyDictionary[Any, _Made] = weakref.WeakKeyDictionary()
+_making = threading.RLock()
 
 
 def generate_natively_(model: Any) -> None:
-    """Let ``model.generate`` use the engine where it can, in place.
+    """Make ``model.generate`` run in the engine where it can; leave a model that cannot generate as it is.
 
-    The engine is made when ``generate`` first runs, and again when the model's weights were moved, cast or
-    replaced. The class keeps its name; copies and pickles of the model work like the model.
+    The engine is made at the first ``generate``, and again when the model is another one then: converted,
+    moved, layers replaced. Copies and pickles generate natively too. Why a call does not run natively is
+    logged once, by the logger ``oats`` at level INFO.
 
     Args:
-        model: a causal language model of transformers; any other is left alone.
+        model: a ``PreTrainedModel`` with ``generate``; its class is replaced by a subclass.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=9, hidden_size=32, intermediate_size=32,
+        ...     num_hidden_layers=1, num_attention_heads=2)).eval()
+        >>> generate_natively_(model)
+        >>> type(model).__name__
+        'LlamaForCausalLM'
+        >>> model.generate(torch.tensor([[1, 2]]), max_new_tokens=3, do_sample=False, eos_token_id=None).shape
+        torch.Size([1, 5])
     """
-    if hasattr(model, "generate") and not hasattr(type(model), "_oats_class"):
-        kind: Any = type(model)
-        model.__class__ = _native_class(kind)
-
-
-def engine_of(model: Any) -> Engine:
-    """The engine of a model, made if there is none for its weights as they are.
-
-    ``Engine.reason`` says why it does not run.
-    """
-    state = _state_of(model)
-    kept = model.__dict__.get(_ENGINE)
-    if kept is None or kept[0] != state:
-        engine = Engine(model)
-        kept = model.__dict__[_ENGINE] = (state, engine)
-        if engine.reason is not None:
-            log = logging.getLogger("oats")
-            log.info("%s runs in transformers, not in the engine: %s", type(model).__name__, engine.reason)
-    return kept[1]  # type: ignore[no-any-return]
+    if hasattr(type(model), "_prepare_cache_for_generation") and not hasattr(
+        type(model), "_generates_natively"
+    ):
+        model.__class__ = _native_class(type(model))  # type: ignore[arg-type]
 
 
 @functools.cache
 def _native_class(kind: Any) -> Any:
-    # With names, signatures and docstrings of what they replace: transformers reads them.
-    @functools.wraps(kind.generate)
-    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not _can_run(self):
-            return kind.generate(self, *args, **kwargs)
-        if kwargs.get("cache_implementation") == "static":
-            del kwargs["cache_implementation"]  # it would only keep the engine from being used
-        token = _generating.set(_generating.get() | {id(self)})
-        try:
-            return kind.generate(self, *args, **kwargs)
-        finally:
-            _generating.reset(token)
+    def reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
+        # pickle finds a class by its name, and by this name it would find `kind`.
+        return (_restore, (kind,), *kind.__reduce_ex__(self, protocol)[2:])
 
+    signature = inspect.signature(kind.forward)
+
+    # With the name, signature and docstring of what it replaces.
     @functools.wraps(kind.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not args and not torch.compiler.is_compiling() and id(self) in _generating.get():
-            output = _forward(self, kwargs)
-            if output is not None:
-                return output
-        return kind.forward(self, *args, **kwargs)
+        if not any(isinstance(value, EngineCache) for value in (*args, *kwargs.values())):
+            return kind.forward(self, *args, **kwargs)
+        bound = signature.bind(self, *args, **kwargs).arguments
+        arguments = {**bound, **bound.get("kwargs", {})}
+        return _forward(**{k: v for k, v in arguments.items() if k != "kwargs"})
 
-    def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
-        # pickle finds a class by its name, and by this name it would find `kind`. The engine is not copied.
-        parts = kind.__reduce_ex__(self, protocol)
-        state = {name: value for name, value in parts[2].items() if name != _ENGINE}
-        return (_new, (kind,), state, *parts[3:])
+    @functools.wraps(kind._prepare_cache_for_generation)
+    def prepare(
+        self: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        mine = model_kwargs.get(_CACHE)
+        engine, reason = _engine_for(self, generation_config, model_kwargs)
+        if engine is None:
+            _tell(type(self).__name__, reason)
+            if isinstance(mine, EngineCache):
+                model_kwargs[_CACHE] = _computed_again(self, mine)
+        elif mine is None:
+            model_kwargs[_CACHE] = EngineCache(engine)
+            return None
+        else:
+            mine.move_to(engine)
+        return kind._prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs)
 
-    body: dict[str, Any] = {
-        "__module__": kind.__module__,
-        "__qualname__": kind.__qualname__,
-        "__doc__": kind.__doc__,
-        "__reduce_ex__": reduce,
-        "generate": generate,
-        "forward": forward,
-        "_oats_class": kind,
-    }
-    return type(kind.__name__, (kind,), body)
+    def apply(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # The engine would keep the memory of the weights alive that .to() replaces.
+        _made.pop(self, None)
+        return kind._apply(self, *args, **kwargs)
+
+    body = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__reduce_ex__": reduce}
+    methods = {"forward": forward, "_prepare_cache_for_generation": prepare, "_apply": apply}
+    return type(kind.__name__, (kind,), {**body, **methods, "_generates_natively": True})
 
 
-def _new(kind: Any) -> Any:
+def _restore(kind: Any) -> Any:
     native = _native_class(kind)
     return native.__new__(native)
 
 
-def _can_run(model: Any) -> bool:
-    """True if nobody listens to the model's modules, and the engine runs it."""
-    for module in model.modules():
-        if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
-            return False
-    return not model.training and engine_of(model).reason is None
+@functools.cache
+def _tell(model: str, reason: str) -> None:
+    logging.getLogger("oats").info("%s.generate runs in transformers: %s", model, reason)
 
 
-def _state_of(model: nn.Module) -> tuple[object, ...]:
-    """Changes when a module or a tensor of the model is replaced, or its dtype, or the mode."""
-    tensors = [
-        (id(module), name, tensor.data_ptr(), tensor.dtype)
-        for module in model.modules()
-        for tensors in (module._parameters, module._buffers)
-        for name, tensor in tensors.items()
-        if tensor is not None
+def engine_of(model: Any) -> tuple[Engine | None, str]:
+    """The engine of a model as it is now.
+
+    Returns:
+        The engine and "", or None and why there is none.
+    """
+    with _making:
+        reason, state = _look_at(model)
+        if reason:
+            return None, reason
+        made = _made.get(model)
+        if made is None or made.state != state:
+            _made.pop(model, None)
+            engine = Engine(model)
+            # Making it may pack layers.
+            made = _made[model] = _Made(_look_at(model)[1], engine)
+        return (made.engine, "") if made.engine.reason is None else (None, made.engine.reason)
+
+
+def _look_at(model: Any) -> tuple[str, tuple[Any, ...]]:
+    """Why the modules cannot run natively, or ""; and all that an engine is made from."""
+    blocks = getattr(getattr(model, "model", None), "layers", None)
+    count = getattr(model.config, "num_hidden_layers", None)
+    if blocks is not None and count != len(blocks):
+        return f"{count} of its {len(blocks)} layers run", ()
+    if any(_GLOBAL_HOOKS):
+        return "there is a hook for all modules", ()
+    plain = (bool, int, float, str, list, dict)
+    state: list[Any] = [
+        [(name, repr(value)) for name, value in vars(model.config).items() if isinstance(value, plain)]
     ]
-    return (model.training, *tensors)
+    for name, module in model.named_modules():
+        where = name or type(model).__name__
+        own = vars(module)
+        if module.training:
+            return f"{where} is in training mode", ()
+        if "forward" in own or own.get("_compiled_call_impl") is not None:
+            return f"forward of {where} was replaced", ()
+        hooks = [hook for kind in _HOOKS if own[kind] for hook in own[kind].values()]
+        if any(getattr(hook, "__module__", None) != _IDLE_HOOKS for hook in hooks):
+            return f"{where} has a hook", ()
+        numbers = [(k, v) for k, v in own.items() if type(v) in (bool, int, float) and k[0] != "_"]
+        tensors = [
+            (k, t.data_ptr(), t.dtype, t.device, 0 if t.is_inference() else t._version)
+            for k, t in (*own["_parameters"].items(), *own["_buffers"].items())
+            if t is not None
+        ]
+        state.append((type(module), type(module).forward, numbers, tensors))
+    return "", tuple(state)
 
 
-def _forward(model: Any, given: dict[str, Any]) -> Any:
-    """A step of the engine; None if it cannot be one."""
-    names = inspect.signature(type(model).forward).parameters
-    cache_name = "cache" if "cache" in names else "past_key_values"  # by the release of transformers
-    kwargs = {name: value for name, value in given.items() if value is not None}
-    ids, cache = kwargs.pop("input_ids", None), kwargs.pop(cache_name, None)
-    mask, positions = kwargs.pop("attention_mask", None), kwargs.pop("position_ids", None)
-    keep, use_cache = kwargs.pop("logits_to_keep", 0), kwargs.pop("use_cache", False)
-    others = [
-        name
-        for name, value in kwargs.items()
-        if isinstance(value, Tensor) or value not in _HARMLESS.get(name, ())
-    ]
-    if others or ids is None or cache is None or not use_cache or isinstance(keep, Tensor):
-        return None
+def _engine_for(model: Any, config: Any, arguments: Mapping[str, Any]) -> tuple[Engine | None, str]:
+    """The engine for one call of ``generate``; or None, and why it runs in transformers."""
+    reason = _reason_of_call(config, arguments)
+    if reason:
+        return None, reason
+    engine, reason = engine_of(model)
+    if engine is None:
+        return None, reason
+    if engine.context is not None and config.max_length > engine.context:
+        return None, f"up to {config.max_length} tokens were asked for, and the engine takes {engine.context}"
+    return engine, ""
+
+
+def _reason_of_call(config: Any, arguments: Mapping[str, Any]) -> str:
     if torch.is_grad_enabled():
-        return None
-    if not isinstance(cache, EngineCache):
-        padding = _padding(ids, mask, positions)
-        if padding is None or cache.get_seq_length():
-            return None
-        cache = EngineCache(engine_of(model), padding)
-    from transformers.modeling_outputs import CausalLMOutputWithPast
+        return "gradients are on"
+    if torch.is_autocast_enabled("cpu"):
+        return "autocast is on"
+    if not config.use_cache:
+        return "use_cache is False"
+    if config.cache_implementation not in _CACHE_KINDS:
+        return f"cache_implementation is {config.cache_implementation!r}"
+    if getattr(config, "use_mtp", None) or getattr(config, "speculation_type", None):
+        return "its candidates are made from hidden states"
+    for name, value in arguments.items():
+        if name not in _ARGUMENTS and value is not None and value is not False:
+            return f"{name} was given"
+    cache, mask, positions = (
+        arguments.get(_CACHE),
+        arguments.get("attention_mask"),
+        arguments.get("position_ids"),
+    )
+    if cache is not None and not isinstance(cache, EngineCache):
+        return f"a {type(cache).__name__} was given"
+    lengths, width = ([], 0) if cache is None else (cache.lengths(), cache.width)
+    pads = [0] * max(1, len(lengths)) if mask is None else _padding(mask)
+    if pads is None or (mask is not None and max(pads) == mask.shape[1]):
+        return "attention_mask is not padding on the left"
+    if lengths and lengths != [max(0, width - pad) for pad in pads]:
+        return "attention_mask is not that of the cache"
+    if positions is not None and not _are_counted(positions, pads, positions.shape[-1]):
+        return "position_ids do not count the tokens"
+    return ""
 
-    logits = cache.forward(ids, keep or ids.shape[1])
-    output: dict[str, Any] = {cache_name: cache}
-    return CausalLMOutputWithPast(logits=logits, **output)
+
+def _computed_again(model: Any, cache: EngineCache) -> Any:
+    """A cache of transformers with the same texts."""
+    made = DynamicCache(config=model.config)
+    if hasattr(made, "activate_past_recording"):
+        made.activate_past_recording()  # Whoever had this cache may crop it.
+    if cache.width:
+        positions = torch.arange(cache.width) - cache.width + torch.tensor(cache.lengths())[:, None]
+        ids = torch.zeros_like(positions)
+        ids[positions >= 0] = torch.tensor(cache.ids())
+        arguments = {"attention_mask": (positions >= 0).long(), "position_ids": positions.clamp(min=0)}
+        model(input_ids=ids, use_cache=True, logits_to_keep=1, **arguments, **{_CACHE: made})
+    return made
 
 
-def _padding(ids: Tensor, mask: object, positions: Tensor | None) -> list[int] | None:
-    """Tokens of padding at the left of each row; None where the mask or the positions say something else."""
-    if mask is None:
-        mask = torch.ones_like(ids)
-    if not isinstance(mask, Tensor) or mask.shape != ids.shape:
+def _padding(mask: Tensor) -> list[int] | None:
+    """Columns of padding in front of each row of a mask; None if that is not what it masks."""
+    if mask.dim() != 2:
         return None
-    mask = mask.bool()
-    count = mask.sum(1)
-    left = torch.arange(ids.shape[1]) >= (ids.shape[1] - count)[:, None]
-    if not torch.equal(mask, left) or not bool(count.all()):
+    real = mask.bool()
+    if not bool((real[:, 1:] >= real[:, :-1]).all()):
         return None
-    if positions is not None:
-        expected = (mask.cumsum(1) - 1).clamp(min=0)
-        if not torch.equal(positions.expand_as(expected)[mask], expected[mask]):
-            return None
-    return [ids.shape[1] - int(n) for n in count]
+    return (mask.shape[1] - real.sum(1)).tolist()
+
+
+def _are_counted(positions: Tensor, pads: list[int], width: int) -> bool:
+    """True if positions, (rows or 1, last columns), count each row's tokens from 0, behind its padding."""
+    if positions.dim() != 2:
+        return False
+    expected = torch.arange(width - positions.shape[1], width) - torch.tensor(pads)[:, None]
+    return bool(((positions.cpu() == expected) | (expected < 0)).all())
+
+
+@torch.no_grad()
+def _forward(
+    self: Any,
+    input_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    logits_to_keep: int | Tensor = 0,
+    use_cache: bool | None = None,
+    return_dict: bool | None = None,
+    cache_position: Tensor | None = None,
+    **others: Any,
+) -> Any:
+    """``forward`` of a causal language model whose cache is the engine's.
+
+    Returns:
+        A ``CausalLMOutputWithPast``: logits (rows, columns kept, vocabulary) in the model's dtype, zeros
+        where there is padding; and the cache.
+
+    Raises:
+        ConfigError: another argument was given, or mask, positions and cache do not belong together.
+    """
+    cache = next(value for name, value in others.items() if name in _CACHE_NAMES and value is not None)
+    given = [
+        name
+        for name, value in others.items()
+        if name not in _CACHE_NAMES and value is not None and value is not False
+    ]
+    if given or input_ids is None or use_cache is False:
+        wrong = ", ".join(given) or ("inputs_embeds" if input_ids is None else "use_cache=False")
+        raise _unsuited(f"the engine does not take {wrong}")
+    rows, columns = input_ids.shape
+    width = cache.width + columns
+    pads = [0] * rows if attention_mask is None else _padding(attention_mask)
+    if pads is None or len(pads) != rows or (attention_mask is not None and attention_mask.shape[1] != width):
+        raise _unsuited(f"attention_mask is not padding on the left of {rows} rows of {width} columns")
+    if (cache.lengths() or [0] * rows) != [max(0, cache.width - pad) for pad in pads]:
+        raise _unsuited(f"{rows} rows with padding of {pads} columns do not go on from {cache}")
+    if position_ids is not None and not _are_counted(position_ids, pads, width):
+        raise _unsuited("position_ids do not count the tokens")
+    texts = [ids[max(0, pad - cache.width) :] for ids, pad in zip(input_ids.tolist(), pads, strict=True)]
+    kept = min(logits_to_keep, columns) if isinstance(logits_to_keep, int) and logits_to_keep else columns
+    keep = [min(kept, len(text)) for text in texts]
+    logits = cache.append(texts, keep, columns)
+    if min(keep) == kept:
+        logits = logits.view(rows, kept, -1)
+    else:
+        padded = logits.new_zeros(rows, kept, logits.shape[1])
+        padded[torch.arange(kept) >= kept - torch.tensor(keep)[:, None]] = logits
+        logits = padded
+    if isinstance(logits_to_keep, Tensor):
+        logits = logits[:, logits_to_keep]
+    output = CausalLMOutputWithPast(logits=logits, **{_CACHE: cache})
+    wanted = self.config.return_dict if return_dict is None else return_dict
+    return output if wanted else output.to_tuple()
+
+
+def _unsuited(reason: str) -> ConfigError:
+    return ConfigError(f"{reason}; pass a DynamicCache() to generate, which runs in transformers then")

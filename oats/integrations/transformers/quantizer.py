@@ -145,7 +145,7 @@ class OatsQuantizer(HfQuantizer):
 
 
 def attach(model: Any, config: OatsConfig) -> None:
-    """Make ``save_pretrained`` write the OATS format.
+    """Make ``save_pretrained`` write the OATS format, and ``generate`` run in the engine.
 
     Call it before or after the model's layers are replaced: ``save_pretrained`` writes those that the model
     has then. A quantizer that the model was loaded with (GGUF) is replaced.
@@ -160,6 +160,7 @@ def attach(model: Any, config: OatsConfig) -> None:
     model.is_quantized = True
     model.quantization_method = QUANT_METHOD
     model.config.quantization_config = quantizer.quantization_config
+    generate_natively_(model)
 
 
 def _calibration_tokens(model: PreTrainedModel, config: OatsQuantizationConfig) -> Tensor:
