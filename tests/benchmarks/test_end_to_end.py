@@ -51,7 +51,13 @@ def test_a_random_model_is_what_a_compression_would_make(architecture, pattern) 
 
     def described(model: nn.Module) -> list[Any]:
         return [
-            (name, type(m), getattr(m, "rank", None), getattr(m, "nnz", None), getattr(m, "dtype", None))
+            (
+                name,
+                type(m).__name__,
+                getattr(m, "rank", None),
+                getattr(m, "nnz", None),
+                getattr(m, "dtype", None),
+            )
             for name, m in model.named_modules()
         ]
 

@@ -43,6 +43,8 @@ _ARGUMENTS = {
     "cache_position",
 } | _CACHE_NAMES
 _CACHE_KINDS = (None, "dynamic", "static")
+# generate's own, which reach forward too; no model reads them.
+_OF_GENERATE = {"tokenizer", "assistant_tokenizer"}
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = [
@@ -89,6 +91,13 @@ def generate_natively_(model: Any) -> None:
         type(model), "_generates_natively"
     ):
         model.__class__ = _native_class(type(model))  # type: ignore[arg-type]
+
+
+def generate_in_transformers_(model: Any) -> None:
+    """Undo :func:`generate_natively_`; leave any other model as it is."""
+    if "_generates_natively" in type(model).__dict__:
+        _made.pop(model, None)
+        model.__class__ = type(model).__base__
 
 
 @functools.cache
@@ -218,6 +227,8 @@ def _reason_of_call(config: Any, arguments: Mapping[str, Any]) -> str:
         return "use_cache is False"
     if config.cache_implementation not in _CACHE_KINDS:
         return f"cache_implementation is {config.cache_implementation!r}"
+    if getattr(config, "compile_config", None) is not None:
+        return "compile_config was given"
     if getattr(config, "use_mtp", None) or getattr(config, "speculation_type", None):
         return "its candidates are made from hidden states"
     for name, value in arguments.items():
@@ -298,7 +309,7 @@ def _forward(
     given = [
         name
         for name, value in others.items()
-        if name not in _CACHE_NAMES and value is not None and value is not False
+        if name not in _CACHE_NAMES | _OF_GENERATE and value is not None and value is not False
     ]
     if given or input_ids is None or use_cache is False:
         wrong = ", ".join(given) or ("inputs_embeds" if input_ids is None else "use_cache=False")

@@ -14,7 +14,7 @@ from oats.checkpoint.layer_table import layer_table, layers_of, replacements, st
 from oats.config import OatsConfig
 from oats.errors import CalibrationError, ConfigError
 from oats.format.layer_spec import DTYPES
-from oats.integrations.transformers.generation import generate_natively_
+from oats.integrations.transformers.generation import generate_in_transformers_, generate_natively_
 from oats.integrations.transformers.loading import prepare_
 from oats.integrations.transformers.quantization_config import OatsQuantizationConfig
 from oats.models.experts import split_all_
@@ -210,3 +210,4 @@ def _dequantize_(model: PreTrainedModel, dtype: torch.dtype) -> None:
         model.config.tie_word_embeddings = True
         model.tie_weights()
     unfuse_(model)
+    generate_in_transformers_(model)
