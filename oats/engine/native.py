@@ -32,11 +32,12 @@ def why_not_native(config: Mapping[str, Any]) -> str | None:
     kind = str(config.get("model_type", ""))
     if kind not in DECODERS:
         return unknown_architecture(kind)
-    head_dim = config.get("head_dim")
-    if head_dim is None and {"hidden_size", "num_attention_heads"} <= config.keys():
-        head_dim = config["hidden_size"] // config["num_attention_heads"]
+    # What is missing, or no number, is for transformers to refuse.
+    hidden, heads, head_dim = (config.get(n) for n in ("hidden_size", "num_attention_heads", "head_dim"))
+    if head_dim is None and isinstance(hidden, int) and isinstance(heads, int) and heads > 0:
+        head_dim = hidden // heads
     activation = config.get("hidden_activation") or config.get("hidden_act") or "silu"
-    return _no_kernel(head_dim or 16, activation)
+    return _no_kernel(head_dim if isinstance(head_dim, int) else 16, str(activation))
 
 
 def _no_kernel(head_dim: int, activation: str) -> str | None:

@@ -604,6 +604,29 @@ def test_info_of_a_compressed_model(compressed):
     assert "14 layers" in output and "128 x 64" in output
 
 
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({}, None),
+        ({"model_type": "opt"}, "the engine does not know the architecture 'opt'"),
+        ({"head_dim": 8}, "heads have 8 dimensions"),
+        ({"hidden_act": "mish"}, "the engine does not know the activation 'mish'"),
+        ({"head_dim": None, "num_attention_heads": 0}, None),
+        ({"head_dim": "wide", "hidden_act": ["silu"]}, "the activation"),
+    ],
+)
+def test_info_says_what_a_model_runs_in(dense, tmp_path, changed, reason):
+    model = Path(shutil.copytree(dense, tmp_path / "model"))
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | changed))
+    found = json.loads(run("info", model, "--json").stdout)["not_in_engine"]
+    shown = run("info", model).stdout
+    if reason is None:
+        assert found is None and re.search(r"runs in +the engine", shown)
+    else:
+        assert reason in found and re.search(r"runs in +transformers: ", shown)
+
+
 def test_info_of_a_dense_model(dense):
     report = json.loads(run("info", dense, "--json").stdout)
     assert report["layers"] == [] and report["config"] is None

@@ -18,6 +18,7 @@
 #include <utility>
 #include <vector>
 
+#include "numbers.h"
 #include "oats/isa.h"
 #include "oats/operations.h"
 #include "oats/packed_weight.h"
@@ -45,30 +46,6 @@ __attribute__((format(printf, 2, 3))) void check(bool holds, const char* format,
   if (failures < 20) return;
   std::fputs("too many failures\n", stderr);
   std::exit(1);
-}
-
-float to_float(float v) {
-  return v;
-}
-
-float to_float(uint16_t v) {
-  const uint32_t bits = static_cast<uint32_t>(v) << 16;
-  float out;
-  std::memcpy(&out, &bits, 4);
-  return out;
-}
-
-// Round to nearest, ties to even; finite values only.
-template <class Value>
-Value from_float(float v) {
-  if constexpr (std::is_same_v<Value, float>) {
-    return v;
-  } else {
-    uint32_t bits;
-    std::memcpy(&bits, &v, 4);
-    const uint32_t rest = bits & 0xffff, upper = bits >> 16;
-    return static_cast<uint16_t>(upper + (rest > 0x8000 || (rest == 0x8000 && upper % 2)));
-  }
 }
 
 // Has exactly `size` elements, and is null if there are none, like the address of an empty tensor.

@@ -12,6 +12,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "numbers.h"
 #include "oats/decoder.h"
 #include "oats/isa.h"
 
@@ -22,28 +23,6 @@ using oats::DecoderLinear;
 using oats::DecoderNorm;
 
 int failures = 0, checks = 0;
-
-double to_double(float v) {
-  return v;
-}
-
-double to_double(uint16_t v) {
-  const uint32_t bits = static_cast<uint32_t>(v) << 16;
-  float out;
-  std::memcpy(&out, &bits, 4);
-  return out;
-}
-
-template <class Value>
-Value from_float(float v) {
-  if constexpr (std::is_same_v<Value, float>) {
-    return v;
-  } else {
-    uint32_t bits;
-    std::memcpy(&bits, &v, 4);
-    return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-  }
-}
 
 using Row = std::vector<double>;
 
@@ -153,7 +132,7 @@ class Case {
   static Row read(const void* from, int64_t row, int64_t size) {
     const Value* values = static_cast<const Value*>(from) + row * size;
     Row out;
-    for (int64_t i = 0; i < size; ++i) out.push_back(to_double(values[i]));
+    for (int64_t i = 0; i < size; ++i) out.push_back(to_float(values[i]));
     return out;
   }
 
@@ -285,7 +264,7 @@ void check_steps(const Case<Value>& made, const Sizes& sizes, const std::vector<
         double error = 0, size = 0;
         for (int64_t v = 0; v < sizes.vocabulary; ++v) {
           const double want = right[static_cast<size_t>(v)];
-          const double apart = to_double(logits[static_cast<size_t>(row * sizes.vocabulary + v)]) - want;
+          const double apart = to_float(logits[static_cast<size_t>(row * sizes.vocabulary + v)]) - want;
           error += apart * apart;
           size += want * want;
         }

@@ -97,10 +97,8 @@ void attend_amx_bf16(const AttentionUnit& unit) {
       std::fill(last_values + pairs * unit.head_dim, last_values + steps * kPairs * unit.head_dim, 0u);
       values = last_values;
     }
-    asm volatile(""
-                 :
-                 : "r"(scores), "r"(values)
-                 : "memory");  // tile loads read them, which GCC does not know
+    // Tile loads read both, which GCC does not know.
+    asm volatile("" : : "r"(scores), "r"(values) : "memory");
     add_values(scores, steps, values, unit.head_dim, unit.sums);
   }
   tiles.restore(before);

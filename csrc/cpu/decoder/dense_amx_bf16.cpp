@@ -45,7 +45,7 @@ void prepare(const void* x, int64_t columns, int64_t x_stride, int64_t d_in, int
   }
 }
 
-// Weights of some outputs and inputs, and the lines of them that are to be fetched.
+// Fetches the weights of some outputs and inputs, a line at a time.
 struct Fetch {
   const char* row;
   int64_t stride, bytes, rows, at = 0;

@@ -159,8 +159,7 @@ struct DecoderLoops {
     for (int64_t i = 0; i < head_dim / kGroup; ++i) std::memcpy(units + i * kPageTokens, from + 4 * i, 4);
   }
 
-  // Tokens of a group share a unit for each dimension; of two, the second may come later and is zero until
-  // then.
+  // A unit holds one dimension of all tokens of a group. A token that is not there yet is zero.
   static void write_value(const void* value, const void* next, int64_t head_dim, void* page, int64_t token) {
     Element* to = elements(page) + token / kGroup * kGroup * head_dim + token % kGroup;
     if constexpr (kGroup == 1) {
@@ -411,7 +410,7 @@ struct DecoderLoops {
                                elements(y) + column * y_stride, y_stride);
     };
     // One column: as many sums as hide the time of an addition.
-    constexpr int kTall = std::min(8, kWidth), kBlock = kWidth == 4 ? 2 : kWidth == 8 ? 2 : 4;
+    constexpr int kTall = std::min(8, kWidth), kBlock = kWidth == 16 ? 4 : 2;
     if (columns == 1) {
       in_powers<kTall>(begin, end, [&](auto rows, int64_t row) { square(rows, Constant<1>{}, row, 0); });
       return;

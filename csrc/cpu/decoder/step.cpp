@@ -12,11 +12,15 @@
 //   down             one product
 //   add
 //
-// or, of a mixture, in the place of the last four: logits of the experts, one product; a choice for each row;
-// for each expert that has rows, their norm and these four; add.
-//
-// with a barrier between two lines, and between the stages of a product. Products and attention at few rows
+// A barrier stands between two lines, and between the stages of a product. Products and attention at few rows
 // are bound by reading weights and cache, the rest by barriers.
+//
+// A mixture of experts has other lines in the place of the last four:
+//
+//   router           one product: logits of the experts
+//   choose           the experts of each row; then the rows of each expert
+//   each expert      norm of its rows, gate, up, gate * up, down; add to the mixture
+//   add              the mixture
 #include <omp.h>
 
 #include <algorithm>
@@ -352,7 +356,6 @@ struct Decoder::State {
     wait(part, parts);
     product(head, inputs, hidden, step->logits_count, static_cast<char*>(step->logits), model.vocabulary,
             plans[0].qkv, part, parts);
-
     if (model.logits_scale != 1.f || model.logits_softcap != 0.f) {
       share(step->logits_count * parts, part, parts, [&](int64_t i) {
         // A row is cut into as many pieces as there are parts.
