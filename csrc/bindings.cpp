@@ -28,7 +28,7 @@ oats::Isa isa_from(const std::string& name) {
   return isa;
 }
 
-constexpr const char* kStorages[] = {"exact", "int8", "int4"};
+constexpr const char* kStorages[] = {"exact", "int8", "int4", "int3", "int2"};
 
 oats::Storage storage_from(const std::string& name) {
   for (uint32_t i = 0; i < std::size(kStorages); ++i)
@@ -94,13 +94,15 @@ PYBIND11_MODULE(_core, m) {
   using Shape = oats::WeightShape;
   py::class_<Shape>(m, "WeightShape")
       .def(py::init([](int64_t d_out, int64_t d_in, int64_t rank, int64_t nnz, int value_bytes,
-                       const std::string& values, const std::string& factors, int32_t scale_columns) {
+                       const std::string& values, const std::string& factors, int16_t scale_columns,
+                       bool masked) {
              const oats::Dtype dtype = dtype_from(value_bytes);
-             return Shape{d_out,        d_in, rank, nnz, dtype, storage_from(values), storage_from(factors),
-                          scale_columns};
+             return Shape{d_out,         d_in,  rank, nnz, dtype, storage_from(values), storage_from(factors),
+                          scale_columns, masked};
            }),
            py::kw_only(), py::arg("d_out"), py::arg("d_in"), py::arg("rank"), py::arg("nnz"),
-           py::arg("value_bytes"), py::arg("values"), py::arg("factors"), py::arg("scale_columns"))
+           py::arg("value_bytes"), py::arg("values"), py::arg("factors"), py::arg("scale_columns"),
+           py::arg("masked"))
       .def_readonly("d_out", &Shape::d_out)
       .def_readonly("d_in", &Shape::d_in)
       .def_readonly("rank", &Shape::rank)
@@ -108,7 +110,8 @@ PYBIND11_MODULE(_core, m) {
       .def_property_readonly("value_bytes", [](const Shape& s) { return oats::dtype_bytes(s.dtype); })
       .def_property_readonly("values", [](const Shape& s) { return kStorages[static_cast<int>(s.values)]; })
       .def_property_readonly("factors", [](const Shape& s) { return kStorages[static_cast<int>(s.factors)]; })
-      .def_readonly("scale_columns", &Shape::scale_columns);
+      .def_readonly("scale_columns", &Shape::scale_columns)
+      .def_property_readonly("masked", [](const Shape& s) { return s.masked != 0; });
 
   m.def("packed_bytes",
         [](const Shape& shape, const std::string& isa) { return oats::packed_bytes(shape, isa_from(isa)); });

@@ -10,6 +10,7 @@ class WeightShape:
     values: Literal["exact", "int8", "int4"]
     factors: Literal["exact", "int8"]
     scale_columns: int
+    masked: bool
 
     def __init__(
         self,
@@ -22,6 +23,7 @@ class WeightShape:
         values: str,
         factors: str,
         scale_columns: int,
+        masked: bool,
     ) -> None: ...
 
 def best_isa() -> str: ...

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 from oats.errors import ConfigError
 
@@ -29,11 +29,14 @@ OPTIONAL = frozenset(
 DEFAULT_ITERATIONS = {"fast": 40, "exact": 80}
 DEFAULT_MOMENTUM = {"fast": 0.9, "exact": 0.0}
 
-Values = Literal["exact", "int8", "int4"]
+Values = Literal["exact", "int8", "int4", "int3", "int2"]
 LowRank = Literal["exact", "int8"]
 
-VALUES: tuple[Values, ...] = ("exact", "int8", "int4")
+VALUES: tuple[Values, ...] = ("exact", "int8", "int4", "int3", "int2")
 """How kept values can be stored; the core knows each by its index here."""
+
+CODE_BITS: dict[str, int] = {"int8": 8, "int4": 4, "int3": 3, "int2": 2}
+"""Bits of a code. Those below 8 index a codebook."""
 
 LOW_RANK: tuple[LowRank, ...] = ("exact", "int8")
 """The same for the low-rank factors."""
@@ -83,8 +86,8 @@ class OatsConfig:
             rises faster. An N:M pattern allows ``"uniform"`` only.
         rank_ratios: rank ratios to try instead of `rank_ratio`; each layer takes the one with the lowest
             error. Default: none, `rank_ratio` is used.
-        values: how kept values are stored: ``"int8"`` or ``"int4"`` codes, ``"bf16"`` or ``"fp32"``. Default
-            None: in `dtype`. ``"bf16"`` and ``"fp32"`` also set `dtype`.
+        values: how kept values are stored: ``"int8"``, ``"int4"``, ``"int3"`` or ``"int2"`` codes, ``"bf16"``
+            or ``"fp32"``. Default None: in `dtype`. ``"bf16"`` and ``"fp32"`` also set `dtype`.
         low_rank: how the low-rank factors are stored: ``"int8"`` codes, ``"bf16"`` or ``"fp32"``. Default
             None: int8 if the values are codes, else in `dtype`.
         scale_columns: number of neighbouring codes in a row that share a scale, 64 or 128. Default 128.
@@ -116,7 +119,7 @@ class OatsConfig:
     block_matching: int = 0
     budget: Literal["uniform", "owl", "error"] = "uniform"
     rank_ratios: tuple[float, ...] = ()
-    values: Literal["int8", "int4", "bf16", "fp32"] | None = None
+    values: Literal["int8", "int4", "int3", "int2", "bf16", "fp32"] | None = None
     low_rank: Literal["int8", "bf16", "fp32"] | None = None
     scale_columns: int = 128
     head: Literal["int8"] | None = None
@@ -141,7 +144,7 @@ class OatsConfig:
             tuple(sorted(named)),
         )
         self._set("dtype", next(iter(named), None))
-        if self.values not in ("int8", "int4"):
+        if self.values not in CODE_BITS:
             self._set("values", None)
         if self.method in PRUNING:
             _require(
@@ -169,7 +172,7 @@ class OatsConfig:
     @property
     def storage(self) -> Storage:
         """Which numbers of a layer become codes."""
-        values: Values = self.values if self.values in ("int8", "int4") else "exact"
+        values = cast(Values, self.values) if self.values in CODE_BITS else "exact"
         low_rank: LowRank = (
             "int8" if self.low_rank == "int8" or (self.values and self.low_rank is None) else "exact"
         )
@@ -203,15 +206,17 @@ class OatsConfig:
 class Storage:
     """Which of a layer's numbers are stored as integer codes (docs/format.md).
 
-    An int8 code stands for itself times a scale, which `scale_columns` neighbours in a row share. An int4
+    An int8 code stands for itself times a scale, which `scale_columns` neighbours in a row share. A shorter
     code stands for an int8 of the layer's codebook times that scale. A layer with codes first multiplies each
     input by 2 to its `input_exponent`, because inputs, and so the weights for them, differ in size by orders
     of magnitude.
 
     Args:
-        values: how kept values are stored: ``"exact"`` (in the layer's dtype), ``"int8"`` or ``"int4"``.
+        values: how kept values are stored: ``"exact"`` (in the layer's dtype), ``"int8"``, ``"int4"``,
+            ``"int3"`` or ``"int2"``.
         low_rank: how U and V are stored: ``"exact"`` or ``"int8"``.
         scale_columns: number of neighbours in a row that share a scale, 64 or 128; 0 without codes.
+        mask: False if every element of S is kept, so that no mask is stored.
 
     Raises:
         ConfigError: there is no such storage.
@@ -220,6 +225,7 @@ class Storage:
     values: Values = "exact"
     low_rank: LowRank = "exact"
     scale_columns: int = 0
+    mask: bool = True
 
     def __post_init__(self) -> None:
         for name, allowed in (("values", VALUES), ("low_rank", LOW_RANK)):
@@ -230,9 +236,11 @@ class Storage:
                 f"scale_columns is {self.scale_columns!r}, expected "
                 + ("64 or 128" if self.has_codes else "0, because nothing has a scale")
             )
+        if not isinstance(self.mask, bool):
+            raise ConfigError(f"mask is {self.mask!r}, expected true or false")
 
     @classmethod
-    def of(cls, values: Values, low_rank: LowRank, scale_columns: int) -> Storage:
+    def of(cls, values: Values, low_rank: LowRank, scale_columns: int, mask: bool = True) -> Storage:
         """Like the constructor; `scale_columns` is ignored if there are no codes.
 
         Raises:
@@ -241,27 +249,32 @@ class Storage:
         >>> Storage.of("exact", "exact", 128) == EXACT
         True
         """
-        return cls(values, low_rank, 0 if values == low_rank == "exact" else scale_columns)
+        return cls(values, low_rank, 0 if values == low_rank == "exact" else scale_columns, mask)
 
     @property
     def has_codes(self) -> bool:
         """True if any number is stored as a code."""
         return self.values != "exact" or self.low_rank != "exact"
 
+    @property
+    def has_codebook(self) -> bool:
+        """True if values are indices of a codebook."""
+        return CODE_BITS.get(self.values, 8) < 8
+
     def scales(self, columns: int) -> int:
         """Number of scales in a row of this many columns."""
         return -(-columns // self.scale_columns)
 
     def to_dict(self) -> dict[str, Any]:
-        """The entries for ``config.json``; none if nothing is a code."""
-        if not self.has_codes:
-            return {}
-        return {"values": self.values, "low_rank": self.low_rank, "scale_columns": self.scale_columns}
+        """The entries for ``config.json``; none if nothing is a code and there is a mask."""
+        codes = {"values": self.values, "low_rank": self.low_rank, "scale_columns": self.scale_columns}
+        return (codes if self.has_codes else {}) | ({} if self.mask else {"mask": False})
 
     @classmethod
     def from_dict(cls, sizes: Mapping[str, Any]) -> Storage:
         """The inverse of :meth:`to_dict`. Other keys are ignored."""
-        given = {name: sizes[name] for name in ("values", "low_rank", "scale_columns") if name in sizes}
+        names = ("values", "low_rank", "scale_columns", "mask")
+        given = {name: sizes[name] for name in names if name in sizes}
         return cls(**given)
 
 
@@ -330,7 +343,10 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "block_matching": (lambda v: _is_whole(v, 0), "a whole number of passes, at least 0"),
     "budget": (_one_of("uniform", "owl", "error"), '"uniform", "owl" or "error"'),
     "rank_ratios": (lambda v: _is_list(v, _is_share), "a list of numbers in [0, 1]"),
-    "values": (_one_of("int8", "int4", "bf16", "fp32", None), '"int8", "int4", "bf16", "fp32" or None'),
+    "values": (
+        _one_of(*CODE_BITS, "bf16", "fp32", None),
+        '"int8", "int4", "int3", "int2", "bf16", "fp32" or None',
+    ),
     "low_rank": (_one_of("int8", "bf16", "fp32", None), '"int8", "bf16", "fp32" or None'),
     "scale_columns": (lambda v: isinstance(v, int) and v in SCALE_COLUMNS, "64 or 128"),
     "head": (_one_of("int8", None), '"int8" or None'),

@@ -16,16 +16,16 @@ namespace oats {
 namespace {
 constexpr const char* kNames[kIsaCount] = {"scalar", "avx2", "avx512", "avx512_bf16", "amx_bf16"};
 
-// Whether the CPU has AMX with bf16, and Linux saves its 8 KB of tiles. Linux does so only for a process that
-// asked for it, so this asks.
+// Whether the CPU has AMX with bf16 and int8, and Linux saves its 8 KB of tiles. Linux does so only for a
+// process that asked for it, so this asks.
 [[maybe_unused]] bool tiles_usable() {
 #if defined(OATS_X86) && defined(__linux__)
-  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;       // of leaf 7, EDX (Intel SDM, volume 2, CPUID)
+  // Of leaf 7, EDX (Intel SDM, volume 2, CPUID): AMX-BF16, AMX-TILE, AMX-INT8.
+  constexpr unsigned kTiles = 1u << 22 | 1u << 24 | 1u << 25;
   constexpr unsigned kState = 3u << 17;                        // XCR0: configuration and data
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // arch_prctl, ARCH_REQ_XCOMP_PERM
   unsigned eax, ebx, ecx, edx;
-  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || (edx & (kBf16 | kTile)) != (kBf16 | kTile))
-    return false;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || (edx & kTiles) != kTiles) return false;
   unsigned low, high;
   asm("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
   return (low & kState) == kState && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;

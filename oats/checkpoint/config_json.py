@@ -11,7 +11,13 @@ from typing import Any
 from oats._version import __version__
 from oats.config import OPTIONAL, OatsConfig, Storage
 from oats.errors import ConfigError, FormatError
-from oats.format.layer_spec import CODES_VERSION, FORMAT_VERSION, HEAD_VERSION, VERSIONS
+from oats.format.layer_spec import (
+    CODES_VERSION,
+    FORMAT_VERSION,
+    HEAD_VERSION,
+    VERSIONS,
+    WIDTHS_VERSION,
+)
 
 QUANT_METHOD = "oats"
 """Its ``quant_method``."""
@@ -24,7 +30,8 @@ RETRY = "download the checkpoint or compress the model again"
 
 _SETTINGS = frozenset(field.name for field in fields(OatsConfig))
 _SIZES = {"rank", "nnz"}
-_STORAGE = {"values", "low_rank", "scale_columns"}
+_CODES = {"values", "low_rank", "scale_columns"}
+_MASK = "mask"
 
 
 def read_config(file: Path) -> dict[str, Any]:
@@ -53,6 +60,10 @@ def saved_class(architectures: Sequence[str] | None) -> Any:
 
 def lowest_format_version(layers: Mapping[str, Mapping[str, Any]]) -> int:
     """The lowest version of the format that can describe `layers`; see :func:`quantization_dict`."""
+    if any(
+        _MASK in sizes or Storage.from_dict(sizes).values in ("int3", "int2") for sizes in layers.values()
+    ):
+        return WIDTHS_VERSION
     if any(EMBEDDING in sizes for sizes in layers.values()):
         return HEAD_VERSION
     has_codes = any("scale_columns" in sizes for sizes in layers.values())
@@ -104,12 +115,10 @@ def parse_quantization_config(
     if not isinstance(layers, dict):
         raise FormatError(f"{origin}.layers is {shortened(layers)}, expected an object; {RETRY}")
     heads = [name for name, sizes in layers.items() if isinstance(sizes, dict) and EMBEDDING in sizes]
-    # What an entry may hold, by version.
-    allowed = [_SIZES, _SIZES | _STORAGE, _SIZES | _STORAGE | {EMBEDDING}][:version]
     for name, sizes in layers.items():
         if (
             not isinstance(sizes, dict)
-            or sizes.keys() not in allowed
+            or not _may_hold(version, sizes)
             or any(type(sizes[size]) is not int or sizes[size] < 0 for size in _SIZES)
             or not isinstance(sizes.get(EMBEDDING), str | None)
         ):
@@ -130,6 +139,20 @@ def parse_quantization_config(
         return OatsConfig(**given), layers
     except (ConfigError, TypeError, OverflowError) as error:
         raise FormatError(f"{origin}: {error}; {RETRY}") from error
+
+
+def _may_hold(version: int, sizes: Mapping[str, Any]) -> bool:
+    """True if an entry of `layers` has the keys and the codes that this version of the format knows."""
+    more = sizes.keys() - _SIZES
+    known = [set(), _CODES, _CODES | {EMBEDDING}, _CODES | {EMBEDDING, _MASK}][version - 1]
+    of_codes = more & _CODES
+    return (
+        sizes.keys() >= _SIZES
+        and more <= known
+        and of_codes in (set(), _CODES)
+        and (EMBEDDING not in more or bool(of_codes))
+        and (version >= WIDTHS_VERSION or sizes.get("values") not in ("int3", "int2"))
+    )
 
 
 def shortened(value: object) -> str:

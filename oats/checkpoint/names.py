@@ -100,9 +100,9 @@ def stored_layer_names(directory: Path, stored: Iterable[str]) -> dict[str, str]
     except (OSError, ValueError, TypeError, AttributeError, ImportError):
         return {}
     return {
-        name.removesuffix(".mask"): tensor.removesuffix(".mask")
+        name.removesuffix(".low_rank_u"): tensor.removesuffix(".low_rank_u")
         for tensor in stored
-        if tensor.endswith(".mask")
+        if tensor.endswith(".low_rank_u")
         for name in names.of(tensor)
     }
 
@@ -113,12 +113,13 @@ def similar_stored_name(saved_name: str, table: Collection[str], stored: Mapping
     It is equal; or it has a prefix more (a base model was compressed, and saved as a part of a model with a
     head); or one part of it differs (Mixtral's "mlp"). The saved names in `table` are no candidates.
 
-    >>> similar_stored_name("layers.0.up", ["layers.0.up"], {"model.layers.0.up.mask": 0})
+    >>> similar_stored_name("layers.0.up", ["layers.0.up"], {"model.layers.0.up.low_rank_u": 0})
     'model.layers.0.up'
     """
-    if f"{saved_name}.mask" in stored:
+    end = ".low_rank_u"
+    if saved_name + end in stored:
         return saved_name
-    others = {key.removesuffix(".mask") for key in stored if key.endswith(".mask")} - set(table)
+    others = {key.removesuffix(end) for key in stored if key.endswith(end)} - set(table)
     longer = [other for other in others if other.endswith(f".{saved_name}")]
     if len(longer) == 1:
         return longer[0]

@@ -141,7 +141,12 @@ class Record:
         `storage` is how its numbers are stored now; `errors` is the relative change of each layer's output on
         the data that `calibration` describes, if known.
         """
-        step = {"storage": asdict(storage), "calibration": dict(calibration or {}), "errors": dict(errors)}
+        numbers = {
+            "values": storage.values,
+            "low_rank": storage.low_rank,
+            "scale_columns": storage.scale_columns,
+        }
+        step = {"storage": numbers, "calibration": dict(calibration or {}), "errors": dict(errors)}
         return replace(self, evaluations=[], quantizations=[*self.quantizations, step])
 
     def errors_were_taken(self, has_codes: bool) -> str:

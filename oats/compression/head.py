@@ -12,7 +12,6 @@ from oats.compression.saving_hook import prepare_saving_
 from oats.config import OatsConfig, Storage
 from oats.decomposition.matrix_codes import round_to_int8
 from oats.errors import DeviceError, UnsupportedModelError, WeightError
-from oats.format.bitmask import encode
 from oats.models.architecture import output_head
 from oats.models.linear import is_linear, replace_
 from oats.nn.head import RowsOfHead, rows_of_head
@@ -54,7 +53,7 @@ def quantize_head_(model: nn.Module, scale_columns: int = OatsConfig.scale_colum
 
 def store_head_as_codes_(model: nn.Module, scale_columns: int) -> None:
     """Do what :func:`quantize_head_` does, without telling ``save_pretrained``."""
-    storage = Storage("int8", "int8", scale_columns)
+    storage = Storage("int8", "int8", scale_columns, mask=False)
     head = output_head(model)
     if isinstance(head, SparseLowRankLinear):
         return
@@ -91,9 +90,7 @@ def _coded(head: nn.Linear, storage: Storage) -> SparseLowRankLinear:
     d_out, d_in = weight.shape
     rounded = [round_to_int8(rows.float(), storage.scale_columns) for rows in weight.split(_ROWS)]
     codes, scales = zip(*rounded, strict=True)
-    row_of_mask, _ = encode(torch.ones(1, d_in))
     tensors = {
-        "mask": row_of_mask.expand(d_out, -1).contiguous(),
         "values": torch.cat(codes).flatten(),
         "values_scale": torch.cat(scales),
         "low_rank_u": torch.empty(d_out, 0, dtype=torch.int8),

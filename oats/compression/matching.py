@@ -19,7 +19,7 @@ from oats.compression.block_runner import BlockRunner, HiddenStates
 from oats.compression.calibration import token_mask
 from oats.compression.temporary import replaced_forward
 from oats.errors import CalibrationError
-from oats.format.bitmask import decode, decode_mask
+from oats.format.layer_spec import decode_values, kept_elements
 from oats.nn.sparse_low_rank_linear import SparseLowRankLinear
 
 TOKENS_PER_STEP = 1024
@@ -75,10 +75,11 @@ class _Tunable:
 
     def __init__(self, layer: SparseLowRankLinear) -> None:
         canonical = layer.canonical()
-        mask, values = canonical["mask"], canonical["values"].float()
         self._bias, self._nnz = layer.bias, layer.nnz
-        self._kept = decode_mask(mask, layer.in_features).float()
-        self._sparse = decode(mask, values, layer.in_features).requires_grad_()
+        self._kept = kept_elements(canonical, layer.in_features).float()
+        self._sparse = decode_values(
+            canonical, canonical["values"].float(), layer.in_features
+        ).requires_grad_()
         self._u = canonical["low_rank_u"].float().requires_grad_()
         self._v = canonical["low_rank_v"].float().requires_grad_()
 

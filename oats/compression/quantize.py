@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from itertools import chain
 
 import torch
@@ -16,8 +17,7 @@ from oats.compression.temporary import evaluating
 from oats.config import LowRank, Storage, Values
 from oats.decomposition.codes import quantize_tensors
 from oats.errors import WeightError
-from oats.format.bitmask import decode_mask
-from oats.format.layer_spec import exact_parts
+from oats.format.layer_spec import exact_parts, kept_elements
 from oats.models.architecture import find_blocks, output_head
 from oats.nn.sparse_low_rank_linear import SparseLowRankLinear
 
@@ -42,7 +42,7 @@ def quantize_(
 
     Args:
         model: with `SparseLowRankLinear` layers; or such a layer.
-        values: of the kept values: "exact", "int8" or "int4".
+        values: of the kept values: "exact", "int8", "int4", "int3" or "int2".
         low_rank: of the factors: "exact" or "int8".
         scale_columns: columns of a row that share a scale, 64 or 128.
         calibration: as in :func:`oats.compress_`; None rounds each code by itself.
@@ -131,9 +131,11 @@ def quantize_layer_(
         weight = exact_weight(layer)
     if layer.storage.has_codes:
         sparse, u, v = exact_parts(tensors, layer.storage)
-        kept = decode_mask(tensors["mask"], layer.in_features)
+        kept = kept_elements(tensors, layer.in_features)
         exact = {"values": sparse[kept], "low_rank_u": u, "low_rank_v": v}
-        tensors = {"mask": tensors["mask"]} | {name: t.to(layer.dtype) for name, t in exact.items()}
+        mask = {name: tensor for name, tensor in tensors.items() if name == "mask"}
+        tensors = mask | {name: t.to(layer.dtype) for name, t in exact.items()}
+    storage = replace(storage, mask=layer.storage.mask)
     if storage.has_codes:
         tensors = quantize_tensors(tensors, layer.in_features, storage, hessian, weight, catch_up=catch_up)
     layer.store_(tensors, storage)

@@ -1,19 +1,19 @@
-"""Integer codes for a layer's tensors: its kept values as int8 or int4, its low-rank factors as int8."""
+"""Integer codes for a layer's tensors: its kept values in 2 to 8 bits, its low-rank factors as int8."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from oats.config import Storage
-from oats.decomposition.matrix_codes import round_to_int8, sparse_to_int4, sparse_to_int8
+from oats.config import CODE_BITS, Storage
+from oats.decomposition.matrix_codes import round_to_int8, sparse_to_codebook, sparse_to_int8
 from oats.decomposition.metric import nearest_low_rank
 from oats.errors import WeightError
-from oats.format.bitmask import decode, decode_mask
-from oats.format.layer_spec import exact_parts, tensor_names
-from oats.format.nibbles import pack_nibbles
+from oats.format.bit_stream import pack_bits
+from oats.format.layer_spec import decode_values, exact_parts, kept_elements, tensor_names
 
 LARGEST_EXPONENT = 20
 """Of the power of two that an input is multiplied by."""
@@ -31,13 +31,13 @@ def quantize_tensors(
     """Turn the tensors of a layer into codes.
 
     First each input is multiplied by a power of two, so that the kept values for all inputs have about the
-    same size. An int8 scale maps the largest magnitude to 127. The int4 scales and codebook minimise
-    ``Σ H_jj (s_ij − ŝ_ij)²``. With a Hessian, the kept values that follow a code make up for its error (GPTQ,
-    arXiv 2210.17323, on the support). With the weight too, the low-rank part is fitted to what the codes
-    leave of the weight, and so takes up their error (SLiM, arXiv 2410.09615).
+    same size. An int8 scale maps the largest magnitude to 127. The scales and levels of shorter codes
+    minimise ``Σ H_jj (s_ij − ŝ_ij)²``. With a Hessian, the kept values that follow a code make up for its
+    error (GPTQ, arXiv 2210.17323, on the support). With the weight too, the low-rank part is fitted to what
+    the codes leave of the weight, and so takes up their error (SLiM, arXiv 2410.09615).
 
     Args:
-        tensors: ``mask``, ``values``, ``low_rank_u`` and ``low_rank_v``, exact.
+        tensors: ``mask`` unless every element is kept, ``values``, ``low_rank_u`` and ``low_rank_v``, exact.
         d_in: inputs; the mask has up to 7 more columns.
         storage: which of them become codes.
         hessian: (d_in, d_in), ``X Xᵀ`` of the layer's inputs, or None.
@@ -59,12 +59,13 @@ def quantize_tensors(
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise WeightError(f"{name}: values that are not finite have no codes; compress the layer again")
-    sparse = decode(tensors["mask"], tensors["values"].float(), d_in)
-    kept = decode_mask(tensors["mask"], d_in)
+    sparse = decode_values(tensors, tensors["values"].float(), d_in)
+    kept = kept_elements(tensors, d_in)
     exponent = _input_exponent(sparse, kept)
     powers = exponent.float().exp2()
     sparse /= powers
-    result = {"mask": tensors["mask"], "input_exponent": exponent}
+    result = {name: tensor for name, tensor in tensors.items() if name == "mask"}
+    result["input_exponent"] = exponent
     u, v = tensors["low_rank_u"], tensors["low_rank_v"]
     if storage.values == "exact":
         result["values"] = sparse[kept].to(tensors["values"].dtype)
@@ -89,8 +90,9 @@ def _quantize_values(
     if storage.values == "int8":
         codes, scale = sparse_to_int8(sparse, kept, storage.scale_columns, hessian, target)
         return {"values": codes[kept], "values_scale": scale}
-    codes, scale, codebook = sparse_to_int4(sparse, kept, storage.scale_columns, hessian, target)
-    return {"values": pack_nibbles(codes[kept]), "values_scale": scale, "values_codebook": codebook}
+    bits = CODE_BITS[storage.values]
+    codes, scale, codebook = sparse_to_codebook(sparse, kept, bits, storage.scale_columns, hessian, target)
+    return {"values": pack_bits(codes[kept], bits), "values_scale": scale, "values_codebook": codebook}
 
 
 def _fit_factors(
@@ -99,7 +101,7 @@ def _fit_factors(
     """U and V, in their dtype, for what the codes of S leave of the weight."""
     if len(v) == 0:
         return u, v
-    values_only = Storage.of(storage.values, "exact", storage.scale_columns)
+    values_only = replace(storage, low_rank="exact")
     sparse, _, _ = exact_parts({"low_rank_u": u, "low_rank_v": v, **codes}, values_only)
     new_u, new_v = nearest_low_rank(weight.float() - sparse, hessian, len(v))
     return new_u.to(v.dtype), new_v.to(v.dtype)

@@ -1,8 +1,8 @@
-"""Integer codes for one matrix: int8, or int4 with a codebook.
+"""Integer codes for one matrix: int8, or 2 to 4 bits with a codebook.
 
-A code stands for itself (int8) or for its level in the codebook (int4), times a scale that `scale_columns`
-neighbours in a row share. The codebook has eight levels of each sign. None is near zero, because no kept
-value is.
+A code stands for itself (int8) or for its level in the codebook, times a scale that `scale_columns`
+neighbours in a row share. The codebook has the same levels of each sign, and no zero: few kept values are
+near it.
 """
 
 from __future__ import annotations
@@ -13,12 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from oats.decomposition.error_feedback import inverse_factor, settle_columns
-from oats.format.layer_spec import CODEBOOK
 
 LARGEST_CODE = 127
-
-LEVELS = CODEBOOK // 2
-"""Levels of each sign in a codebook."""
 
 # Elements whose scales are fitted at once: about 30 MB of float32 for each of a few copies.
 _CHUNK = 1 << 23
@@ -66,24 +62,25 @@ def sparse_to_int8(
     return codes.to(torch.int8), scale
 
 
-def sparse_to_int4(
-    sparse: Tensor, kept: Tensor, scale_columns: int, hessian: Tensor | None, target: Tensor
+def sparse_to_codebook(
+    sparse: Tensor, kept: Tensor, bits: int, scale_columns: int, hessian: Tensor | None, target: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """int4 codes of a sparse matrix, whose scales and levels minimise ``Σ H_jj (s_ij − ŝ_ij)²``.
+    """Codes of a sparse matrix that index a codebook; scales and levels minimise ``Σ H_jj (s_ij − ŝ_ij)²``.
 
-    Args as of :func:`sparse_to_int8`; without a Hessian, H is the identity.
+    Args as of :func:`sparse_to_int8`, and the `bits` of a code; without a Hessian, H is the identity.
 
     Returns:
-        codes: (d_out, d_in) uint8, below 16.
+        codes: (d_out, d_in) uint8, below 2^bits.
         scale: (d_out, scales) bfloat16.
-        codebook: (16,) int8, increasing: the level of each code.
+        codebook: (2^bits,) int8, increasing: the level of each code.
     """
     rows, columns = sparse.shape
     padding = (0, -columns % scale_columns)
     importance = torch.ones(columns) if hessian is None else hessian.diagonal().float()
     importance = nn.functional.pad(importance, padding).view(-1, scale_columns)
     magnitudes = nn.functional.pad(sparse.abs(), padding).view(rows, len(importance), scale_columns)
-    levels = _fit_levels(magnitudes[:: max(1, rows // _SAMPLE_ROWS)], importance)
+    count = 1 << bits - 1
+    levels = _fit_levels(magnitudes[:: max(1, rows // _SAMPLE_ROWS)], importance, count)
     # As int8: the largest becomes 127.
     levels = (levels * (LARGEST_CODE / levels[-1])).round()
     codes = torch.empty(rows, columns, dtype=torch.uint8)
@@ -101,7 +98,7 @@ def sparse_to_int4(
         sparse = _round_with_feedback(target, kept, scale, scale_columns, hessian, nearest)
         codes = _nearest_level(sparse.abs(), levels)
     # The lower half of the codebook holds the negative levels.
-    codes = torch.where(sparse < 0, LEVELS - 1 - codes, LEVELS + codes)
+    codes = torch.where(sparse < 0, count - 1 - codes, count + codes)
     return codes, scale, torch.cat([-levels.flip(0), levels]).to(torch.int8)
 
 
@@ -140,8 +137,8 @@ def _nearest_level(shares: Tensor, levels: Tensor) -> Tensor:
     return torch.bucketize(shares, (levels[1:] + levels[:-1]) / 2, out_int32=True).to(torch.uint8)
 
 
-def _fit_levels(magnitudes: Tensor, importance: Tensor) -> Tensor:
-    """Eight increasing levels, the largest 1, for magnitudes in units of their scales.
+def _fit_levels(magnitudes: Tensor, importance: Tensor, count: int) -> Tensor:
+    """`count` increasing levels, the largest 1, for magnitudes in units of their scales.
 
     Lloyd's algorithm, in turn with the scales.
 
@@ -149,7 +146,7 @@ def _fit_levels(magnitudes: Tensor, importance: Tensor) -> Tensor:
         magnitudes: (rows, scales, scale_columns), zero where nothing is kept.
         importance: (scales, scale_columns), the weight of each squared error.
     """
-    levels = torch.linspace(1 / LEVELS, 1, LEVELS)
+    levels = torch.linspace(1 / count, 1, count)
     there = magnitudes > 0
     if not bool(there.any()):
         return levels
@@ -159,8 +156,8 @@ def _fit_levels(magnitudes: Tensor, importance: Tensor) -> Tensor:
         # A level moves to the mean of its shares, each weighted like its squared error.
         weight = (importance * each.square())[there]
         shares, index = (magnitudes / each)[there], chosen[there].long()
-        total = torch.zeros(LEVELS).index_add_(0, index, weight)
-        moved = torch.zeros(LEVELS).index_add_(0, index, weight * shares) / total
+        total = torch.zeros(count).index_add_(0, index, weight)
+        moved = torch.zeros(count).index_add_(0, index, weight * shares) / total
         levels = torch.where(total > 0, moved, levels).sort().values
         levels = levels / levels[-1]
     return levels

@@ -8,7 +8,7 @@ from torch import Tensor
 from oats.config import EXACT, Storage
 from oats.errors import FormatError
 from oats.format.bitmask import mask_columns, mask_population
-from oats.format.layer_spec import DTYPES, LayerSpec
+from oats.format.layer_spec import DTYPES, LayerSpec, tensor_names
 
 
 def validate(
@@ -33,7 +33,10 @@ def validate(
     Raises:
         FormatError: they disagree; the message names the layer, the tensor and what was expected.
     """
-    mask, values, low_rank_v = tensors["mask"], tensors["values"], tensors["low_rank_v"]
+    missing = next((part for part in tensor_names(storage) if part not in tensors), None)
+    if missing is not None:
+        raise FormatError(f"{name}: {missing} is missing; download or compress the checkpoint again")
+    values, low_rank_v = tensors["values"], tensors["low_rank_v"]
     dtype = torch.bfloat16
     if "exact" in (storage.values, storage.low_rank):
         dtype = tensors["values" if storage.values == "exact" else "low_rank_u"].dtype
@@ -42,15 +45,16 @@ def validate(
             f"{name}: values are {_short(dtype)}; this release stores bfloat16 or float32. "
             "Convert them, or compress the model again"
         )
-    readable = mask.dtype == torch.uint8 and mask.shape == (d_out, mask_columns(d_in))
-    population = mask_population(mask, d_in) if readable else 0
-    # Two int4 codes share a byte: only the mask tells how many there are.
-    nnz = values.numel() if storage.values != "int4" else max(population, 0)
+    population = d_out * d_in
+    if storage.mask:
+        mask = tensors["mask"]
+        readable = mask.dtype == torch.uint8 and mask.shape == (d_out, mask_columns(d_in))
+        population = mask_population(mask, d_in) if readable else 0
+    # Codes below 8 bits share bytes: only the mask tells how many there are.
+    nnz = max(population, 0) if storage.has_codebook or not storage.mask else values.numel()
     rank = low_rank_v.shape[0] if low_rank_v.dim() == 2 else 0
     for tensor_name, (expected, shape) in LayerSpec(d_out, d_in, rank, nnz, dtype, storage).tensors().items():
-        tensor = tensors.get(tensor_name)
-        if tensor is None:
-            raise FormatError(f"{name}: {tensor_name} is missing; download or compress the checkpoint again")
+        tensor = tensors[tensor_name]
         if tensor.dtype != expected or tuple(tensor.shape) != shape:
             raise FormatError(
                 f"{name}: {tensor_name} is {_short(tensor.dtype)} {tuple(tensor.shape)}, expected "

@@ -117,6 +117,7 @@ def pictures(model: StoredModel, names: list[str]) -> dict[str, Tensor]:
     return {
         name: density_picture(tensors.read(f"{layers[name].stored_name}.mask"), layers[name].d_in)
         for name in names
+        if layers[name].storage.mask
     }
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from oats.compression.temporary import replaced_forward
 from oats.errors import ConfigError, UnsupportedModelError
-from oats.format.bitmask import decode
+from oats.format.layer_spec import decode_values
 from oats.nn.sparse_low_rank_linear import SparseLowRankLinear
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def only(model: nn.Module, part: Part) -> Iterator[None]:
 def _partial(layer: SparseLowRankLinear, part: Part) -> Any:
     tensors = layer.canonical()
     if part == "sparse":
-        weight = decode(tensors["mask"], tensors["values"], layer.in_features)
+        weight = decode_values(tensors, tensors["values"], layer.in_features)
     else:
         weight = tensors["low_rank_u"] @ tensors["low_rank_v"]
 

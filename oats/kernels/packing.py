@@ -33,7 +33,7 @@ def pack(tensors: Mapping[str, Tensor], spec: LayerSpec, *, isa: str | None = No
     Returns:
         uint8 (n,), opaque: it depends on the device and the instruction set, and is never saved.
     """
-    if tensors["mask"].is_cuda:
+    if tensors["values"].is_cuda:
         return cuda.pack(tensors, spec)
     isa = active_isa() if isa is None else isa
     packed = _aligned(_core.packed_bytes(_shape(spec), isa))
@@ -77,7 +77,7 @@ def spec_of_packed(packed: Tensor) -> LayerSpec:
         FormatError: `packed` was not made by :func:`pack`, or for another kind of CPU.
     """
     shape, _ = _header(packed)
-    storage = Storage(shape.values, shape.factors, shape.scale_columns)
+    storage = Storage(shape.values, shape.factors, shape.scale_columns, shape.masked)
     return LayerSpec(shape.d_out, shape.d_in, shape.rank, shape.nnz, _DTYPES[shape.value_bytes], storage)
 
 
@@ -101,6 +101,7 @@ def _shape(spec: LayerSpec) -> _core.WeightShape:
         values=spec.storage.values,
         factors=spec.storage.low_rank,
         scale_columns=spec.storage.scale_columns,
+        masked=spec.storage.mask,
     )
 
 

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from oats.errors import DeviceError
-from oats.format.bitmask import decode_mask
-from oats.format.layer_spec import exact_parts
+from oats.format.layer_spec import exact_parts, kept_elements
 from oats.nn.sparse_low_rank_linear import SparseLowRankLinear
 
 # The libraries behind torch.sparse take only multiples of these.
@@ -67,7 +66,7 @@ def fits(layer: SparseLowRankLinear) -> bool:
     """
     if layer.dtype != torch.bfloat16 or layer.out_features % _ROWS or layer.in_features % _COLUMNS:
         return False
-    kept = decode_mask(layer.canonical()["mask"], layer.in_features)
+    kept = kept_elements(layer.canonical(), layer.in_features)
     return bool((kept.view(-1, 4).sum(1) <= 2).all())
 
 

@@ -115,7 +115,8 @@ class SparseLowRankLinear(nn.Module):
         """Make a packed layer from the tensors of :mod:`oats.format.layer_spec`.
 
         Args:
-            tensors: ``mask``, ``values``, ``low_rank_u``, ``low_rank_v``, and the scales that `storage` has.
+            tensors: ``mask`` unless every element of S is kept, ``values``, ``low_rank_u``, ``low_rank_v``,
+                and the scales and codebook that `storage` has.
             in_features: d_in; the mask has up to 7 more columns.
             bias: (d_out,) or None.
             name: for error messages.
@@ -125,6 +126,7 @@ class SparseLowRankLinear(nn.Module):
         Raises:
             FormatError: the tensors disagree.
         """
+        storage = replace(storage, mask="mask" in tensors)
         spec = LayerSpec.of(tensors, in_features, storage, dtype)
         sizes = in_features, spec.d_out, spec.rank, spec.nnz
         layer = cls(*sizes, bias is not None, spec.dtype, device="meta", storage=storage)
@@ -243,6 +245,10 @@ class SparseLowRankLinear(nn.Module):
                 "the checkpoint does not match its config"
             )
         _supported(spec.dtype)
+        if spec.storage.mask and spec.nnz == spec.d_out * spec.d_in:
+            # It says nothing, and without it the kernels read less.
+            spec = replace(spec, storage=replace(spec.storage, mask=False))
+            del tensors["mask"], self._buffers["mask"]
         self.spec = spec
         if self.bias is not None:
             self.bias.data = self.bias.data.to(spec.dtype).contiguous()
@@ -356,6 +362,8 @@ class SparseLowRankLinear(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         drop_marker(state_dict, prefix)
+        if self.nnz == self.in_features * self.out_features:
+            self._expect_mask_(f"{prefix}mask" in state_dict)
         if self.packed is not None and not any(key.startswith(prefix) for key in state_dict):
             # Nothing here is for this layer, as when an adapter is loaded. It stays packed, and the caller
             # still learns which tensors were missing.
@@ -366,6 +374,18 @@ class SparseLowRankLinear(nn.Module):
         self._unpack_()
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._pack_again(prefix.removesuffix(".") or "layer")
+
+    def _expect_mask_(self, there: bool) -> None:
+        """Take a mask or none; both are right if every element of S is kept."""
+        if there == self.storage.mask:
+            return
+        self._unpack_()
+        self.spec = replace(self.spec, storage=replace(self.storage, mask=there))
+        if there and self.values is not None:
+            shape = self.spec.tensors()["mask"][1]
+            self.register_buffer("mask", torch.empty(shape, dtype=torch.uint8, device=self.values.device))
+        else:
+            del self._buffers["mask"]
 
     def _pack_again(self, name: str = "layer") -> None:
         """Pack the canonical tensors, except on the meta device and where products use the dense weight."""

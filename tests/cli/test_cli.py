@@ -665,7 +665,7 @@ def sizes(name, **values):
         (lambda config: config | {"quantization_config": "x"}, r"config is 'x', expected a JSON object"),
         (setting(layers=None), r"layers is None, expected an object"),
         (setting(layers={UP: {"rank": 5}}), r"is \{'rank': 5\}, expected \{\"rank\": a whole number"),
-        (setting(format_version=4), r"format_version is 4, but oats-torch .*`pip install -U oats-torch`"),
+        (setting(format_version=5), r"format_version is 5, but oats-torch .*`pip install -U oats-torch`"),
         (setting(svd=[]), r"quantization_config: "),
         (setting(blocks=1), r"unknown keys \['blocks'\]"),
         (sizes("extra"), r": extra: mask is missing"),
@@ -754,7 +754,7 @@ def test_quantize_with_calibration(compressed, text, tmp_path):
 
 def test_quantize_refuses(dense, compressed, tmp_path):
     assert "no layer that oats compressed" in fails("quantize", dense, tmp_path / "out")
-    assert "values are 'int3'" in fails("quantize", compressed, tmp_path / "out", "--values", "int3")
+    assert "values are 'int5'" in fails("quantize", compressed, tmp_path / "out", "--values", "int5")
     assert "scale_columns is 100" in fails("quantize", compressed, tmp_path / "out", "--scale-columns", "100")
     assert "holds the model itself" in fails("quantize", compressed, compressed)
     assert entries(tmp_path) == []

@@ -154,11 +154,11 @@ def test_saved_and_loaded(configuration, tmp_path: Path) -> None:
     model = compressed(configuration)
     model.save_pretrained(tmp_path)
     quantization = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
-    assert quantization["format_version"] == 3 and quantization["head"] == "int8"
+    assert quantization["format_version"] == 4 and quantization["head"] == "int8"
     tied = configuration is not LLAMA
     assert quantization["layers"]["lm_head"] == {
         "rank": 0, "nnz": 77 * 40, "values": "int8", "low_rank": "int8", "scale_columns": 128,
-        "embedding": "model.embed_tokens" if tied else None,
+        "mask": False, "embedding": "model.embed_tokens" if tied else None,
     }  # fmt: skip
     loaded, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values()), info
@@ -285,7 +285,7 @@ def test_codes_of_the_blocks_leave_the_head_alone() -> None:
     model = compressed(TIED)
     before = model.lm_head.canonical()
     assert len(quantize_(model, "int4", "exact")) == 7
-    assert model.lm_head.storage == Storage("int8", "int8", 128)
+    assert model.lm_head.storage == Storage("int8", "int8", 128, mask=False)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.lm_head.canonical().items())
 
 

@@ -17,9 +17,9 @@ from oats.config import EXACT, Storage
 from oats.decomposition.codes import quantize_tensors
 from oats.decomposition.methods import decompose_by_method
 from oats.errors import ConfigError, FormatError, WeightError
+from oats.format.bit_stream import pack_bits, unpack_bits
 from oats.format.bitmask import decode, decode_mask, encode
 from oats.format.layer_spec import exact_parts
-from oats.format.nibbles import pack_nibbles, unpack_nibbles
 from oats.kernels.packing import pack, unpack
 from oats.kernels.sparse_low_rank_linear import linear, linear_many
 from tests.conftest import DTYPES, ISAS, random_layer, spec_of
@@ -30,6 +30,13 @@ STORAGES = [
     Storage("int4", "int8", 64),
     Storage("int4", "exact", 128),
     Storage("exact", "int8", 64),
+    Storage("int3", "int8", 128),
+    Storage("int2", "exact", 64),
+    Storage("int8", "int8", 128, mask=False),
+    Storage("int4", "int8", 128, mask=False),
+    Storage("int3", "int8", 64, mask=False),
+    Storage("int2", "exact", 128, mask=False),
+    Storage("exact", "int8", 128, mask=False),
 ]
 BATCHES = [1, 2, 6, 7, 33, 90, 129]
 GROUP = 64  # inputs whose activations share a scale
@@ -39,8 +46,9 @@ SHAPES = [(1, 1, 1, 1.0), (7, 13, 3, 0.5), (33, 65, 17, 0.0), (64, 48, 0, 0.4), 
 
 
 def coded(shape: tuple[int, int, int, float], storage: Storage, dtype: torch.dtype, seed: int = 0):
-    layer = random_layer(*shape, dtype, seed)
-    return quantize_tensors(layer, shape[1], storage)
+    d_out, d_in, rank, density = shape
+    layer = random_layer(d_out, d_in, rank, density if storage.mask else None, dtype, seed)
+    return quantize_tensors(layer, d_in, storage)
 
 
 def parts(tensors: dict[str, Tensor], storage: Storage, d_in: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -51,11 +59,16 @@ def parts(tensors: dict[str, Tensor], storage: Storage, d_in: int) -> tuple[Tens
         return scale.double()[:, index]
 
     values = tensors["values"]
-    if storage.values == "int4":
-        nibbles = torch.stack([values & 15, values >> 4], 1).flatten()
-        count = int(sum(bin(b).count("1") for b in tensors["mask"].flatten().tolist()))
-        values = tensors["values_codebook"][nibbles[:count].long()]
-    sparse = decode(tensors["mask"], values.double(), d_in)
+    if storage.values in ("int4", "int3", "int2"):
+        width = int(storage.values[3])
+        bits = torch.stack([values >> i & 1 for i in range(8)], 1).flatten().tolist()
+        count = len(tensors["low_rank_u"]) * d_in
+        if storage.mask:
+            count = int(sum(bin(b).count("1") for b in tensors["mask"].flatten().tolist()))
+        codes = [sum(bits[i * width + j] << j for j in range(width)) for i in range(count)]
+        values = tensors["values_codebook"][torch.tensor(codes, dtype=torch.long)]
+    values = values.double()
+    sparse = decode(tensors["mask"], values, d_in) if storage.mask else values.view(-1, d_in)
     if storage.values != "exact":
         sparse = sparse * spread(tensors["values_scale"], d_in)
     u, v = tensors["low_rank_u"].double(), tensors["low_rank_v"].double()
@@ -128,7 +141,7 @@ def test_any_shape(d_out, d_in, rank, density, batch, isa, dtype, storage, seed)
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("storage", STORAGES[:2], ids=str)
+@pytest.mark.parametrize("storage", [*STORAGES[:2], *STORAGES[6:10]], ids=str)
 def test_inputs_that_are_not_finite_or_tiny(isa: str, storage: Storage) -> None:
     tensors = coded((32, 130, 4, 1.0), storage, torch.bfloat16)
     spec = spec_of(tensors, storage, torch.bfloat16)
@@ -143,8 +156,8 @@ def test_inputs_that_are_not_finite_or_tiny(isa: str, storage: Storage) -> None:
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("batch", [1, 5, 40, 200])
-def test_bit_equal_for_any_thread_count(isa: str, batch: int) -> None:
-    storage = STORAGES[1]
+@pytest.mark.parametrize("storage", [STORAGES[1], *STORAGES[7:9]], ids=str)
+def test_bit_equal_for_any_thread_count(isa: str, batch: int, storage: Storage) -> None:
     tensors = coded((400, 700, 150, 0.4), storage, torch.bfloat16)
     spec = spec_of(tensors, storage, torch.bfloat16)
     packed = pack(tensors, spec, isa=isa)
@@ -161,6 +174,8 @@ def test_projections_of_different_storage_in_one_call() -> None:
     projections, alone = [], []
     for storage in (EXACT, *STORAGES, EXACT):
         layer = random_layer(40, 96, 5, 0.4, torch.bfloat16)
+        if not storage.mask:
+            layer = random_layer(40, 96, 5, None, torch.bfloat16)
         tensors = quantize_tensors(layer, 96, storage) if storage.has_codes else layer
         spec = spec_of(tensors, storage, torch.bfloat16)
         packed = pack(tensors, spec)
@@ -334,12 +349,14 @@ def test_values_that_are_not_finite_are_refused() -> None:
 @pytest.mark.parametrize("storage", STORAGES, ids=str)
 def test_a_layer_of_codes_is_a_layer(storage: Storage) -> None:
     layer = SparseLowRankLinear.from_canonical(
-        random_layer(40, 70, 6, 0.4, torch.bfloat16), 70, torch.randn(40).bfloat16()
+        random_layer(40, 70, 6, 0.4 if storage.mask else None, torch.bfloat16), 70, torch.randn(40).bfloat16()
     )
     before = layer.to_dense().float()
     assert quantize_(layer, storage.values, storage.low_rank, storage.scale_columns) == {"": None}
     assert layer.storage == storage and layer.dtype == torch.bfloat16 and layer.nnz > 0
-    assert (layer.to_dense().float() - before).norm() < 0.15 * before.norm()
+    # The best four levels of a normal variable leave an error of 0.34 (Max 1960, table I).
+    allowed = {"int3": 0.25, "int2": 0.45}.get(storage.values, 0.15)
+    assert (layer.to_dense().float() - before).norm() < allowed * before.norm()
     x = torch.randn(3, 70).bfloat16()
     y = layer(x)
     for copied in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
@@ -388,10 +405,15 @@ def test_a_damaged_layer_is_refused() -> None:
         SparseLowRankLinear.from_canonical(tensors, 70, storage=storage, dtype=torch.bfloat16)
 
 
-@given(st.lists(st.integers(0, 15), max_size=9))
-def test_nibbles(codes: list[int]) -> None:
-    tensor = torch.tensor(codes, dtype=torch.uint8)
-    assert unpack_nibbles(pack_nibbles(tensor))[: len(codes)].tolist() == codes
+@given(st.sampled_from([2, 3, 4]), st.lists(st.integers(0, 15), max_size=30))
+def test_bit_streams(bits: int, numbers: list[int]) -> None:
+    codes = [number % 2**bits for number in numbers]
+    packed = pack_bits(torch.tensor(codes, dtype=torch.uint8), bits)
+    assert len(packed) == -(-len(codes) * bits // 8)
+    assert sum(byte << 8 * i for i, byte in enumerate(packed.tolist())) == sum(
+        code << bits * i for i, code in enumerate(codes)
+    )
+    assert unpack_bits(packed, bits, len(codes)).tolist() == codes
 
 
 def test_config() -> None:
@@ -403,7 +425,7 @@ def test_config() -> None:
     assert OatsConfig(values="fp32") == OatsConfig(dtype="fp32")
     assert "values" not in OatsConfig().to_dict()
     assert OatsConfig(**OatsConfig(values="int4").to_dict()) == OatsConfig(values="int4")
-    for wrong in ({"values": "int2"}, {"low_rank": "int4"}, {"scale_columns": 32}, {"values": ["int8"]}):
+    for wrong in ({"values": "int5"}, {"low_rank": "int4"}, {"scale_columns": 32}, {"values": ["int8"]}):
         with pytest.raises(ConfigError):
             OatsConfig(**wrong)
     with pytest.raises(ConfigError, match="must not name two"):

@@ -12,7 +12,7 @@
 #include <initializer_list>
 
 #define OATS_TILE_STATE
-#include "linear/kernels/tile_kernels.h"
+#include "linear/kernels/tile_state.h"
 
 namespace oats {
 
@@ -38,8 +38,6 @@ struct Tiles {
 // One for all files: what configures the tiles lies in another file than the decoder's kernels.
 inline thread_local Tiles emulated_tiles;
 
-namespace {
-
 inline void load_state(const TileState& state) {
   emulated_tiles.state = state;
   std::memset(emulated_tiles.tile, 0, sizeof emulated_tiles.tile);
@@ -48,6 +46,12 @@ inline void load_state(const TileState& state) {
 inline void store_state(TileState& state) {
   state = emulated_tiles.state;
 }
+
+inline void release_state() {
+  load_state(TileState{});
+}
+
+namespace {
 
 inline void emulated_loadd(int t, const void* base, int64_t stride) {
   emulated_tiles.require_tile(t);
@@ -96,11 +100,38 @@ __attribute__((no_sanitize_address, no_sanitize_undefined, optimize("O3"))) inli
   }
 }
 
-inline void emulated_dpbf16ps(int sums, int a, int b) {
+// The same for bytes: signed ones of `a`, unsigned ones of `b`.
+__attribute__((no_sanitize_address, no_sanitize_undefined, optimize("O3"))) inline void
+emulated_multiply_bytes(const uint8_t (*a)[64], const uint8_t (*b)[64], int rows, int depth, int columns,
+                        uint8_t (*sums)[64]) {
+  for (int row = 0; row < rows; ++row) {
+    int32_t sum[16];
+    __builtin_memcpy(sum, sums[row], sizeof sum);
+    for (int k = 0; k < depth; ++k) {
+      for (int c = 0; c < columns; ++c) {
+        for (int i = 0; i < 4; ++i) sum[c] += static_cast<int8_t>(a[row][4 * k + i]) * b[k][4 * c + i];
+      }
+    }
+    __builtin_memcpy(sums[row], sum, sizeof sum);
+  }
+}
+
+inline Tiles& tiles_that_fit(int sums, int a, int b) {
   Tiles& t = emulated_tiles;
   for (const int each : {sums, a, b}) t.require_tile(each);
   t.require(t.rows(sums) == t.rows(a) && t.bytes(sums) == t.bytes(b) && t.bytes(a) == 4 * t.rows(b),
             "a product of tiles whose sizes do not fit");
+  return t;
+}
+
+inline void emulated_dpbsud(int sums, int a, int b) {
+  Tiles& t = tiles_that_fit(sums, a, b);
+  emulated_multiply_bytes(t.tile[a].row, t.tile[b].row, t.rows(sums), t.rows(b), t.bytes(sums) / 4,
+                          t.tile[sums].row);
+}
+
+inline void emulated_dpbf16ps(int sums, int a, int b) {
+  Tiles& t = tiles_that_fit(sums, a, b);
   emulated_multiply(t.tile[a].row, t.tile[b].row, t.rows(sums), t.rows(b), t.bytes(sums) / 4,
                     t.tile[sums].row);
 }
@@ -112,9 +143,9 @@ inline void emulated_dpbf16ps(int sums, int a, int b) {
 #undef _tile_stored
 #undef _tile_zero
 #undef _tile_dpbf16ps
-#undef _tile_release
+#undef _tile_dpbsud
 #define _tile_loadd(t, base, stride) emulated_loadd(t, base, stride)
 #define _tile_stored(t, base, stride) emulated_stored(t, base, stride)
 #define _tile_zero(t) emulated_zero(t)
 #define _tile_dpbf16ps(sums, a, b) emulated_dpbf16ps(sums, a, b)
-#define _tile_release() load_state(TileState{})
+#define _tile_dpbsud(sums, a, b) emulated_dpbsud(sums, a, b)

@@ -618,8 +618,8 @@ DAMAGE: dict[str, tuple[Callable[[Tensors, dict[str, Any]], None], str]] = {
         rf"{FILE}{LAYER}: low_rank_v has shape \(92, 4\), but config.json says \(4, 92\)",
     ),
     "newer version": (
-        set_config(format_version=4),
-        r"format_version is 4, but .* versions 1 to 3 only; .*pip install -U",
+        set_config(format_version=5),
+        r"format_version is 5, but .* versions 1 to 4 only; .*pip install -U",
     ),
     "no version": (lambda tensors, config: config.pop("format_version"), "format_version is None"),
     "unknown key": (set_config(blocks=4), r"unknown keys \['blocks'\]"),

@@ -30,13 +30,17 @@ SHAPES = [
     (33, 65, 17, 0.0),
     (130, 257, 31, 1.0),
     (640, 2048, 60, 0.375),
+    (1, 1, 0, None),
+    (33, 65, 17, None),
+    (640, 1030, 31, None),
 ]
 BATCHES = [1, 2, 3, 4, 5, 7, 8, 9, 12, 13, 16, 17, 33, 48, 65, 100, 129]
 
 
 def reference(layer: dict[str, Tensor], x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """y = S x + U (V x) + b in float64, and the sum of the magnitudes of all its terms."""
-    sparse = decode(layer["mask"], layer["values"].double(), layer["low_rank_v"].shape[1])
+    d_in, values = layer["low_rank_v"].shape[1], layer["values"].double()
+    sparse = decode(layer["mask"], values, d_in) if "mask" in layer else values.view(-1, d_in)
     u, v, x = layer["low_rank_u"].double(), layer["low_rank_v"].double(), x.double()
     b = torch.zeros(sparse.shape[0]).double() if bias is None else bias.double()
     y = x @ sparse.T + (x @ v.T) @ u.T + b
@@ -64,7 +68,9 @@ def assert_close(y: Tensor, layer: dict[str, Tensor], x: Tensor, bias: Tensor | 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_against_float64(backend: Backend, dtype: torch.dtype, shape: tuple[int, int, int, float]) -> None:
+def test_against_float64(
+    backend: Backend, dtype: torch.dtype, shape: tuple[int, int, int, float | None]
+) -> None:
     d_out, d_in = shape[:2]
     layer = random_layer(*shape, dtype)
     packed = backend.pack(layer)
@@ -87,18 +93,19 @@ def test_large_odd_shape(isa: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_more_columns_than_are_held_at_once(isa: str) -> None:
-    layer = random_layer(50, 70, 9, 0.4, torch.bfloat16)
-    packed = pack(layer, spec_of(layer), isa=isa)
-    x = torch.randn(1100, 70).bfloat16()
-    bias = torch.randn(50).bfloat16()
-    assert_close(linear(x, packed, bias, spec_of(layer)), layer, x, bias)
+    for density in (0.4, None):
+        layer = random_layer(50, 70, 9, density, torch.bfloat16)
+        packed = pack(layer, spec_of(layer), isa=isa)
+        x = torch.randn(1100, 70).bfloat16()
+        bias = torch.randn(50).bfloat16()
+        assert_close(linear(x, packed, bias, spec_of(layer)), layer, x, bias)
 
 
 @given(
     d_out=st.integers(1, 70),
     d_in=st.integers(1, 150),
     rank=st.integers(0, 40),
-    density=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
+    density=st.sampled_from([0.0, 0.1, 0.5, 1.0, None]),
     batch=st.integers(1, 150),
     backend=st.sampled_from([*CPU_BACKENDS, EMULATED]),
     dtype=st.sampled_from(DTYPES),
@@ -166,7 +173,7 @@ def test_bit_equal_for_any_thread_count(isa: str, batch: int) -> None:
 @pytest.mark.parametrize("isa", ISAS)
 def test_many_projections_are_bit_equal_to_single_calls(isa: str, dtype: torch.dtype) -> None:
     # d_out, rank, density: more and fewer rows than a block, no low-rank part, nothing sparse.
-    shapes = [(200, 70, 0.4), (1, 1, 1.0), (150, 0, 0.5), (67, 20, 0.0), (300, 9, 0.1)]
+    shapes = [(200, 70, 0.4), (1, 1, 1.0), (150, 0, 0.5), (67, 20, 0.0), (300, 9, 0.1), (130, 5, None)]
     d_in = 190
     projections = []
     for seed, (d_out, rank, density) in enumerate(shapes):

@@ -5,6 +5,9 @@
 
 namespace oats {
 
+// By vectors is faster for fewer columns.
+[[maybe_unused]] static constexpr int64_t kByteTileColumns = 2;
+
 static const Kernels& kernels([[maybe_unused]] Isa isa, Dtype dtype, Storage storage) {
 #ifdef OATS_X86
   static constexpr decltype(&kernels_scalar) kByIsa[kIsaCount] = {
@@ -15,7 +18,12 @@ static const Kernels& kernels([[maybe_unused]] Isa isa, Dtype dtype, Storage sto
 #endif
 }
 
-const StripKernels& strip_kernels(Isa isa, Dtype dtype, Storage storage) {
+const StripKernels& strip_kernels(Isa isa, Dtype dtype, Storage storage, [[maybe_unused]] int64_t columns) {
+#ifdef OATS_X86
+  if (isa == Isa::amx_bf16 && dtype == Dtype::bf16 && storage != Storage::exact &&
+      columns >= kByteTileColumns)
+    return byte_tile_kernels();
+#endif
   return kernels(isa, dtype, storage).strips;
 }
 

@@ -11,7 +11,7 @@ namespace oats {
 
 namespace {
 
-constexpr uint64_t kMagic = 0x35305354414f;  // "OATS05", little endian
+constexpr uint64_t kMagic = 0x36305354414f;  // "OATS06", little endian
 
 // No size computed here overflows if the dimensions are at most this.
 constexpr int64_t kMaxDimension = int64_t{1} << 30;
@@ -55,22 +55,29 @@ PackedHeader header_for(const WeightShape& shape, Isa isa) {
   const auto place_scales = [&](Storage storage, int64_t strips, int64_t groups) {
     return place(storage == Storage::exact ? 0 : strips * lanes * groups * sizeof(uint16_t));
   };
-  const auto place_factor = [&](int64_t strips, int64_t columns) {
-    const int64_t bits = storage_bits(shape.factors, shape.dtype), group = h.factors_layout.group;
-    return place(strips * lanes * divide_up(columns, group) * group * bits / 8);
+  const auto place_dense = [&](const StripLayout& layout, Storage storage, int64_t strips, int64_t columns) {
+    const int64_t whole = strips / kStripsPerBlock, left = strips % kStripsPerBlock;
+    const int64_t last = left * lanes * divide_up(columns, layout.group) * layout.group;
+    const int64_t values =
+        whole * dense_block_values(layout, columns, storage) + round_up(last, run_codes(storage));
+    return place(divide_up(values * storage_bits(storage, shape.dtype), 8));
   };
   place(sizeof(PackedHeader));
   if (shape.scale_columns) h.inputs_at = place(shape.d_in * dtype_bytes(shape.dtype));
-  h.starts_at = place((h.blocks() + 1) * sizeof(uint64_t));
+  h.starts_at = place(shape.masked ? (h.blocks() + 1) * sizeof(uint64_t) : 0);
   h.values_scale_at = place_scales(shape.values, h.strips, h.scale_groups);
-  h.masks_at = place(h.strips * h.value_groups * lanes * h.values_layout.group / 8);
-  // Each block of int4 begins with a new run.
-  const int64_t spare = shape.values == Storage::int4 ? kRun * h.blocks() : 0;
-  h.values_at = place(divide_up((shape.nnz + spare) * h.value_bits(), 8));
+  h.masks_at = place(shape.masked ? h.strips * h.value_groups * lanes * h.values_layout.group / 8 : 0);
+  if (shape.masked) {
+    // Each block begins with a new run.
+    const int64_t spare = has_codebook(shape.values) ? run_codes(shape.values) * h.blocks() : 0;
+    h.values_at = place(divide_up((shape.nnz + spare) * h.value_bits(), 8));
+  } else {
+    h.values_at = place_dense(h.values_layout, shape.values, h.strips, shape.d_in);
+  }
   h.v_scale_at = place_scales(shape.factors, h.rank_strips, h.scale_groups);
-  h.v_at = place_factor(h.rank_strips, shape.d_in);
+  h.v_at = place_dense(h.factors_layout, shape.factors, h.rank_strips, shape.d_in);
   h.u_scale_at = place_scales(shape.factors, h.strips, h.rank_scale_groups);
-  h.u_at = place_factor(h.strips, shape.rank);
+  h.u_at = place_dense(h.factors_layout, shape.factors, h.strips, shape.rank);
   h.bytes = end + kTail;
   return h;
 }
@@ -80,8 +87,8 @@ bool possible(const WeightShape& s) {
   const auto within = [](int64_t size, int64_t largest) { return 0 <= size && size <= largest; };
   const bool codes = s.values != Storage::exact || s.factors != Storage::exact;
   return within(s.d_out, kMaxDimension) && within(s.d_in, kMaxDimension) && within(s.rank, kMaxDimension) &&
-         within(s.nnz, s.d_out * s.d_in) && s.dtype <= Dtype::bf16 && s.values <= Storage::int4 &&
-         s.factors <= Storage::int8 &&
+         within(s.nnz, s.d_out * s.d_in) && (s.masked == 1 || (s.masked == 0 && s.nnz == s.d_out * s.d_in)) &&
+         s.dtype <= Dtype::bf16 && s.values <= Storage::int2 && s.factors <= Storage::int8 &&
          (codes ? s.scale_columns == 64 || s.scale_columns == 128 : s.scale_columns == 0);
 }
 
@@ -89,8 +96,9 @@ bool possible(const WeightShape& s) {
 
 PackedHeader checked_header(const WeightShape& shape, Isa isa, const int8_t* codebook, int32_t flip) {
   PackedHeader h = header_for(shape, isa);
-  if (shape.values == Storage::int4) {
-    for (int i = 0; i < 16; ++i) h.codebook[i] = flipped(codebook[i], flip);
+  if (has_codebook(shape.values)) {
+    const int entries = 1 << h.value_bits();
+    for (int i = 0; i < 16; ++i) h.codebook[i] = flipped(codebook[i % entries], flip);
   }
   h.check = header_check(h);
   return h;

@@ -38,31 +38,17 @@ void store_power(int exponent, size_t bytes, char* out) {
   std::memcpy(out, &bits, bytes);
 }
 
-}  // namespace
-
-void pack(const CanonicalWeight& w, Isa isa, void* out, int threads) {
+// The starts, mask words and values of an S that has a mask.
+void pack_masked(const CanonicalWeight& w, const PackedHeader& h, char* base, int threads) {
   const WeightShape& shape = w.shape;
-  const PackedHeader h =
-      checked_header(shape, isa, w.codebook, strip_kernels(isa, shape.dtype, shape.values).layout.flip);
-  char* base = static_cast<char*>(out);
-  prefer_huge_pages(out, h.bytes);
-  std::memset(out, 0, h.bytes);
-  std::memcpy(out, &h, sizeof h);
-
   const std::vector<int64_t> rows = row_starts(w.mask, shape.d_out, shape.d_in);
   const int64_t block_rows = kStripsPerBlock * h.layout.lanes;
   auto* starts = reinterpret_cast<uint64_t*>(base + h.starts_at);
   starts[0] = 0;
   for (int64_t b = 0; b < h.blocks(); ++b) {
     const int64_t count = rows[std::min((b + 1) * block_rows, shape.d_out)] - rows[b * block_rows];
-    starts[b + 1] = starts[b] + (shape.values == Storage::int4 ? divide_up(count, kRun) * kRun : count);
+    starts[b + 1] = starts[b] + round_up(count, run_codes(shape.values));
   }
-  if (h.inputs_at) {
-    const size_t bytes = dtype_bytes(shape.dtype);
-    for (int64_t i = 0; i < shape.d_in; ++i)
-      store_power(w.input_exponent[i], bytes, base + h.inputs_at + i * bytes);
-  }
-
   const StripLayout& layout = h.values_layout;
   const int64_t word_bytes = layout.lanes * layout.group / 8, row_bytes = mask_row_bytes(shape.d_in);
   // Gathers the mask word of a cell from one byte of each of its rows, and stores it.
@@ -78,22 +64,43 @@ void pack(const CanonicalWeight& w, Isa isa, void* out, int threads) {
     std::memcpy(base + h.masks_at + cell * word_bytes, &word, word_bytes);
     return word;
   };
-  const int32_t flip = values_flip(h);
-  with_stored<Nibbles, RunNibbles>(h.value_bits(), w.values, base + h.values_at, [&](auto from, auto to) {
+  const int32_t flip = stored_flip(shape.values, layout);
+  with_stored<BitStream, Runs>(h.value_bits(), w.values, base + h.values_at, [&](auto from, auto to) {
     over_values(h, starts, rows, threads, word_of,
                 [&](int64_t packed, int64_t i) { to.set(packed, flipped(from.get(i), flip)); });
   });
+}
 
-  // The last strip and the last group of U and V may reach past the matrix: there, a flipped zero.
-  std::memset(base + h.v_at, h.factors_layout.flip, h.u_scale_at - h.v_at);
-  std::memset(base + h.u_at, h.factors_layout.flip, h.bytes - kTail - h.u_at);
-  over_dense_parts(
-      h, w, [&](const StripLayout& cells, int64_t m, int64_t n, int bits, uint64_t at, const void* plain) {
-        with_stored<Nibbles, Nibbles>(bits, plain, base + at, [&](auto from, auto to) {
-          over_dense(cells, m, n, threads,
-                     [&](int64_t packed, int64_t i) { to.set(packed, flipped(from.get(i), cells.flip)); });
-        });
-      });
+}  // namespace
+
+void pack(const CanonicalWeight& w, Isa isa, void* out, int threads) {
+  const WeightShape& shape = w.shape;
+  const PackedHeader h =
+      checked_header(shape, isa, w.codebook, strip_kernels(isa, shape.dtype, shape.values).layout.flip);
+  char* base = static_cast<char*>(out);
+  prefer_huge_pages(out, h.bytes);
+  std::memset(out, 0, h.bytes);
+  std::memcpy(out, &h, sizeof h);
+
+  if (h.inputs_at) {
+    const size_t bytes = dtype_bytes(shape.dtype);
+    for (int64_t i = 0; i < shape.d_in; ++i)
+      store_power(w.input_exponent[i], bytes, base + h.inputs_at + i * bytes);
+  }
+  if (shape.masked) pack_masked(w, h, base, threads);
+  // Strips and groups may reach past the matrix: there, a zero.
+  const auto fill = [&](uint64_t begin, uint64_t end, Storage storage, const StripLayout& layout) {
+    std::memset(base + begin, stored_flip(storage, layout), end - begin);
+  };
+  if (!shape.masked) fill(h.values_at, h.v_scale_at, shape.values, h.values_layout);
+  fill(h.v_at, h.u_scale_at, shape.factors, h.factors_layout);
+  fill(h.u_at, h.bytes - kTail, shape.factors, h.factors_layout);
+  over_dense_parts(h, w, [&](const auto& part) {
+    with_stored<BitStream, Runs>(part.bits(), part.tensor, base + part.at, [&](auto from, auto to) {
+      part.for_each(threads,
+                    [&](int64_t packed, int64_t i) { to.set(packed, flipped(from.get(i), part.flip())); });
+    });
+  });
 }
 
 }  // namespace oats

@@ -114,17 +114,19 @@ struct Panel {
     }
   }
 
-  // sums [row][columns of the slice] += blocks [begin, end) of U or V times `inputs`, kGroupsPerWord groups
-  // at a time, so that their activations stay in L1 for all strips.
-  void dense(const PackedHeader* weight, bool is_v, int64_t begin, int64_t end, const uint32_t* inputs,
+  // sums [row][columns of the slice] += blocks [begin, end) of a matrix without a mask times `inputs`,
+  // kGroupsPerWord groups at a time, so that their activations stay in L1 for all strips.
+  void dense(const PackedHeader* weight, Matrix matrix, int64_t begin, int64_t end, const uint32_t* inputs,
              const Slice& slice, float* sums) const {
-    const int64_t groups = is_v ? weight->groups : weight->rank_groups, width = slice.vectors * lanes;
+    const int64_t groups = matrix == Matrix::u ? weight->rank_groups : weight->groups;
+    const int64_t width = slice.vectors * lanes;
+    const ColumnKernels& stored = matrix == Matrix::s ? values : factors;
     for (int64_t g = 0; g < groups; g += kGroupsPerWord) {
       for (int64_t b = begin; b < end; ++b) {
-        const FactorBlock factor = factor_block(weight, is_v, b);
-        for (int s = 0; s < factor.strips; ++s) {
-          factors.dense(factor, s, g, std::min(groups, g + kGroupsPerWord), inputs + g * width, slice.vectors,
-                        sums + ((b - begin) * kStripsPerBlock + s) * lanes * width);
+        const DenseBlock cells = dense_block(weight, matrix, b);
+        for (int s = 0; s < cells.strips; ++s) {
+          stored.dense(cells, s, g, std::min(groups, g + kGroupsPerWord), inputs + g * width, slice.vectors,
+                       sums + ((b - begin) * kStripsPerBlock + s) * lanes * width);
         }
       }
     }
@@ -137,7 +139,7 @@ struct Panel {
       const Slice slice = slice_at(i);
       const int64_t width = slice.vectors * lanes;
       std::fill_n(scratch.sums, rows * width, 0.f);
-      dense(weight, true, block, block + 1, activations + slice.first * w->groups, slice, scratch.sums);
+      dense(weight, Matrix::v, block, block + 1, activations + slice.first * w->groups, slice, scratch.sums);
       for (int64_t row = 0; row < rows; row += lanes) {
         const int64_t unit = (block * kStripsPerBlock * lanes + row) / w->layout.group;
         kernels.sums_to_activations(
@@ -158,10 +160,12 @@ struct Panel {
       const Slice slice = slice_at(i);
       float* sums = scratch.sums + slice.first * rows;
       std::fill_n(sums, rows * slice.vectors * lanes, 0.f);
-      dense(weight, false, begin, end, low_rank[projection] + slice.first * rank_units(projection), slice,
+      dense(weight, Matrix::u, begin, end, low_rank[projection] + slice.first * rank_units(projection), slice,
             sums);
+      if (!weight->shape.masked)
+        dense(weight, Matrix::s, begin, end, activations + slice.first * w->groups, slice, sums);
     }
-    for (int64_t g = 0; g < w->groups; g += range_groups) {
+    for (int64_t g = 0; weight->shape.masked && g < w->groups; g += range_groups) {
       const int64_t range_end = std::min(w->groups, g + range_groups);
       for (int64_t b = begin; b < end; ++b) {
         const int64_t row = (b - begin) * packed_rows;

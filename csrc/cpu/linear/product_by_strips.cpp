@@ -16,7 +16,7 @@ constexpr int64_t kPanelColumns = 128;
 
 // Memory for one projection.
 struct Sums {
-  Activations low_rank;  // V x: [rank units][columns]
+  Activations low_rank;  // V x: [block][units][columns]
   float* sums;           // [block][columns][strip][lanes]
   float* rank_sums;      // of V x, the same
 };
@@ -24,10 +24,10 @@ struct Sums {
 struct Panel {
   const Call& call;
   const PackedHeader* w;         // of the first projection, for what all share
-  const StripKernels& values;    // for S
-  const StripKernels& factors;   // for U and V
   int64_t first;                 // row of the batch
   int columns;                   // rows of the batch
+  const StripKernels& values;    // for S
+  const StripKernels& factors;   // for U and V
   bool direct;                   // x itself is the plain activations
   Activations plain, scaled;     // x: [groups][columns]
   bool with_plain, with_scaled;  // which of the two the kernels read
@@ -37,10 +37,10 @@ struct Panel {
   Panel(const Call& call, int64_t first, Workspace& workspace)
       : call(call),
         w(call.first()),
-        values(strip_kernels(w->isa, w->shape.dtype, w->shape.values)),
-        factors(strip_kernels(w->isa, w->shape.dtype, w->shape.factors)),
         first(first),
-        columns(static_cast<int>(std::min(call.batch - first, kPanelColumns))) {
+        columns(static_cast<int>(std::min(call.batch - first, kPanelColumns))),
+        values(strip_kernels(w->isa, w->shape.dtype, w->shape.values, columns)),
+        factors(strip_kernels(w->isa, w->shape.dtype, w->shape.factors, columns)) {
     const bool low_rank = call.rank_blocks() > 0;
     with_scaled = values.scaled_activations || (low_rank && factors.scaled_activations);
     with_plain = !values.scaled_activations || (low_rank && !factors.scaled_activations);
@@ -54,22 +54,24 @@ struct Panel {
 
   void cut(Cutter& memory) {
     self = memory.take<Panel>(1);
-    plain = {memory.take<uint32_t>(with_plain && !direct ? w->groups * columns : 0), nullptr};
+    plain = {memory.take<uint32_t>(with_plain && !direct ? w->groups * columns : 0)};
     // Scaled activations come in whole sets of kScaledColumns.
-    const int64_t scales = with_scaled ? divide_up(w->shape.d_in, kScaledColumns) : 0;
-    scaled = {memory.take<uint32_t>(scales * kScaledUnits * columns), memory.take<XScale>(scales * columns)};
+    const int64_t inputs = with_scaled ? w->shape.d_in : 0;
+    scaled = {memory.take<uint32_t>(divide_up(inputs, kScaledColumns) * kScaledUnits * columns),
+              memory.take<XScale>((with_scaled ? w->scale_groups : 0) * columns), w->shape.scale_columns};
     sums = memory.take<Sums>(call.count);
     for (int i = 0; i < call.count; ++i) {
       const PackedHeader* weight = call.projections[i].w;
-      const Sums cut{{memory.take<uint32_t>(weight->rank_strips * units_per_strip() * columns),
-                      memory.take<XScale>(weight->rank_blocks() * columns)},
+      const Sums cut{{memory.take<uint32_t>(weight->rank_blocks() * block_units()),
+                      memory.take<XScale>(weight->rank_blocks() * columns), kScaledColumns},
                      memory.take<float>(weight->strips * columns * w->layout.lanes),
                      memory.take<float>(weight->rank_strips * columns * w->layout.lanes)};
       if (sums) sums[i] = cut;
     }
   }
 
-  int64_t units_per_strip() const { return w->layout.lanes / w->layout.group; }
+  // Units of V x for one block: whole sets, if they are scaled.
+  int64_t block_units() const { return kStripsPerBlock * w->layout.lanes / w->layout.group * columns; }
   int64_t block_sums() const { return kStripsPerBlock * columns * w->layout.lanes; }
   Activations inputs(const StripKernels& kernels) const {
     return kernels.scaled_activations ? scaled : plain;
@@ -82,22 +84,28 @@ struct Panel {
                       steps * part / parts * step, std::min(steps * (part + 1) / parts * step, w->groups),
                       inputs(kernels));
     };
-    if (with_scaled) run(values.scaled_activations ? values : factors, kScaledUnits);
+    if (with_scaled) run(values.scaled_activations ? values : factors, w->shape.scale_columns / 2);
     if (with_plain && !direct) run(values.scaled_activations ? factors : values, 1);
   }
 
   void low_rank_inputs(int i, int64_t block) const {
-    const FactorBlock v = factor_block(call.projections[i].w, true, block);
+    const DenseBlock v = dense_block(call.projections[i].w, Matrix::v, block);
     float* out = sums[i].rank_sums + block * block_sums();
     factors.dense(v, w->shape.d_in, inputs(factors), columns, false, out);
     const Activations low_rank = sums[i].low_rank;
-    factors.sums_to_activations(out, v.strips, columns,
-                                {low_rank.units + block * kStripsPerBlock * units_per_strip() * columns,
-                                 low_rank.scales + block * columns});
+    factors.sums_to_activations(
+        out, v.strips, columns,
+        {low_rank.units + block * block_units(), low_rank.scales + block * columns, kScaledColumns});
   }
 
   void sparse(int i, int64_t block) const {
-    values.sparse(call.projections[i].w, block, inputs(values), columns, sums[i].sums + block * block_sums());
+    const PackedHeader* weight = call.projections[i].w;
+    float* out = sums[i].sums + block * block_sums();
+    if (weight->shape.masked) {
+      values.sparse(weight, block, inputs(values), columns, out);
+    } else {
+      values.dense(dense_block(weight, Matrix::s, block), w->shape.d_in, inputs(values), columns, false, out);
+    }
   }
 
   void finish(int i, int64_t block) const {
@@ -105,8 +113,8 @@ struct Panel {
     float* out = sums[i].sums + block * block_sums();
     const int strips = strips_of_block(weight->strips, block);
     if (weight->shape.rank) {
-      factors.dense(factor_block(weight, false, block), weight->shape.rank, sums[i].low_rank, columns, true,
-                    out);
+      factors.dense(dense_block(weight, Matrix::u, block), weight->shape.rank, sums[i].low_rank, columns,
+                    true, out);
     }
     const int64_t row = block * kStripsPerBlock * w->layout.lanes;
     const int64_t valid = std::min(strips * static_cast<int64_t>(w->layout.lanes), weight->shape.d_out - row);

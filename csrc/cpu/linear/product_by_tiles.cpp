@@ -122,20 +122,21 @@ struct Panel {
                     in + tile_at(groups, begin / kTileGroups, 0), row_tiles, tile_rows, accumulate, sums);
   }
 
-  // sums = one block of U or V times inputs, which have `groups` groups.
-  void dense(const FactorBlock& factor, int64_t groups, const uint32_t* in, const Scratch& mine,
-             float* sums) const {
-    if (groups == 0) std::fill_n(sums, block_sums(), 0.f);
+  // sums (+)= one block of a matrix without a mask times inputs, which have `groups` groups. `kernels` are
+  // those of its storage.
+  void dense(const TileKernels& kernels, const DenseBlock& matrix, int64_t groups, const uint32_t* in,
+             bool accumulate, const Scratch& mine, float* sums) const {
     for_ranges(groups, [&](int64_t begin, int64_t end) {
-      multiply(factors.factor(factor, begin, end, mine.cells), factor.strips, in, groups, begin, end,
-               begin > 0, sums);
+      multiply(kernels.dense(matrix, begin, end, mine.cells), matrix.strips, in, groups, begin, end,
+               accumulate || begin > 0, sums);
     });
   }
 
   void low_rank_inputs(int i, int64_t block, const Scratch& mine) const {
     const PackedHeader* weight = call.projections[i].w;
-    const FactorBlock v = factor_block(weight, true, block);
-    dense(v, w->groups, inputs, mine, mine.sums);
+    const DenseBlock v = dense_block(weight, Matrix::v, block);
+    if (w->groups == 0) std::fill_n(mine.sums, block_sums(), 0.f);
+    dense(factors, v, w->groups, inputs, false, mine, mine.sums);
     const int64_t half = kTileGroups / 2;  // units of one strip
     for (int64_t t = 0; t < row_tiles; ++t) {
       for (int s = 0; s < v.strips; ++s) {
@@ -156,12 +157,21 @@ struct Panel {
     const auto sums = [&](int64_t block) { return mine.sums + (block - begin) * block_sums(); };
     for (int64_t b = begin; b < end; ++b) {
       if (weight->shape.rank) {
-        dense(factor_block(weight, false, b), weight->rank_groups, low_rank[i], mine, sums(b));
+        dense(factors, dense_block(weight, Matrix::u, b), weight->rank_groups, low_rank[i], false, mine,
+              sums(b));
       } else {
         std::fill_n(sums(b), block_sums(), 0.f);
       }
     }
-    if (row_tiles <= values.few_row_tiles) {
+    if (!weight->shape.masked) {
+      for_ranges(w->groups, [&](int64_t g, int64_t range_end) {
+        for (int64_t b = begin; b < end; ++b) {
+          const DenseBlock matrix = dense_block(weight, Matrix::s, b);
+          multiply(values.dense(matrix, g, range_end, mine.cells), matrix.strips, inputs, w->groups, g,
+                   range_end, true, sums(b));
+        }
+      });
+    } else if (row_tiles <= values.few_row_tiles) {
       for (int64_t b = begin; b < end; ++b) {
         values.expand_and_multiply(weight, b, inputs, row_tiles, tile_rows, sums(b));
       }

@@ -76,16 +76,25 @@ struct Call {
   }
 };
 
-inline FactorBlock factor_block(const PackedHeader* w, bool is_v, int64_t block) {
+enum class Matrix { s, u, v };
+
+// A block of U or V, or of S if that has no mask.
+inline DenseBlock dense_block(const PackedHeader* w, Matrix matrix, int64_t block) {
   const WeightShape& shape = w->shape;
-  const int64_t columns = is_v ? shape.d_in : shape.rank, group = w->factors_layout.group;
-  const int64_t scale_groups = is_v ? w->scale_groups : w->rank_scale_groups;
-  const int64_t first = block * kStripsPerBlock, lanes = w->layout.lanes;
-  const int64_t strip_bytes =
-      lanes * divide_up(columns, group) * group * storage_bits(shape.factors, shape.dtype) / 8;
-  return {part_at<char>(w, is_v ? w->v_at : w->u_at) + first * strip_bytes,
-          part_at<uint16_t>(w, is_v ? w->v_scale_at : w->u_scale_at) + first * scale_groups * lanes,
-          shape.scale_columns, strips_of_block(is_v ? w->rank_strips : w->strips, block)};
+  const bool is_s = matrix == Matrix::s, is_u = matrix == Matrix::u;
+  const int64_t columns = is_u ? shape.rank : shape.d_in;
+  const int64_t scale_groups = is_u ? w->rank_scale_groups : w->scale_groups;
+  const Storage storage = is_s ? shape.values : shape.factors;
+  const int64_t block_values =
+      dense_block_values(is_s ? w->values_layout : w->factors_layout, columns, storage);
+  const uint64_t at = is_s ? w->values_at : is_u ? w->u_at : w->v_at;
+  const uint64_t scale_at = is_s ? w->values_scale_at : is_u ? w->u_scale_at : w->v_scale_at;
+  return {part_at<char>(w, at) + block * block_values * storage_bits(storage, shape.dtype) / 8,
+          part_at<uint16_t>(w, scale_at) + block * kStripsPerBlock * scale_groups * w->layout.lanes,
+          shape.scale_columns,
+          strips_of_block(matrix == Matrix::v ? w->rank_strips : w->strips, block),
+          storage,
+          w->codebook};
 }
 
 // Cuts memory into pieces aligned to 64. Without memory it only counts the bytes.

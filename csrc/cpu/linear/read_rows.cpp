@@ -1,6 +1,7 @@
 // Rows of S as dense numbers, for embeddings. A row's mask bits and values lie apart, among those of the
 // other rows of its block; so reading one row walks the mask words of the whole block, and counts their ones
-// to know where its values are. That bounds it: the masks of a block, once for each row.
+// to know where its values are. That bounds it: the masks of a block, once for each row. Without a mask the
+// places are known.
 #include <cstring>
 
 #include "elements.h"
@@ -20,15 +21,38 @@ void read_row(const PackedHeader& h, const void* packed, int64_t row, typename I
   const auto* inputs = h.inputs_at ? part_at<Element>(packed, h.inputs_at) : nullptr;
   const auto* scales = part_at<uint16_t>(packed, h.values_scale_at) +
                        (block * kStripsPerBlock * h.scale_groups + in_block) * layout.lanes + lane;
-  const auto value_at = [&](int64_t i, int64_t column) {
-    if (h.shape.values == Storage::exact) return Io::to_float(part_at<Element>(packed, h.values_at)[i]);
-    const float scale = Bf16Element::to_float(scales[column / h.shape.scale_columns * strips * layout.lanes]);
-    if (h.shape.values == Storage::int8) {
-      return scale * flipped(part_at<int8_t>(packed, h.values_at)[i], layout.flip);
+  // The value at place `i` of the stored ones.
+  const auto stored = [&](int64_t i) -> float {
+    auto* values = const_cast<uint8_t*>(part_at<uint8_t>(packed, h.values_at));
+    const auto level = [&](auto codes) { return flipped(h.codebook[codes.get(i)], layout.flip); };
+    switch (h.shape.values) {
+      case Storage::exact:
+        return Io::to_float(reinterpret_cast<const Element*>(values)[i]);
+      case Storage::int8:
+        return flipped(static_cast<int8_t>(values[i]), layout.flip);
+      case Storage::int4:
+        return level(Runs<4>{values});
+      case Storage::int3:
+        return level(Runs<3>{values});
+      case Storage::int2:
+        return level(Runs<2>{values});
     }
-    const RunNibbles codes{const_cast<uint8_t*>(part_at<uint8_t>(packed, h.values_at))};
-    return scale * flipped(h.codebook[codes.get(i)], layout.flip);
+    return 0;
   };
+  const auto set = [&](int64_t i, int64_t column) {
+    float value = stored(i);
+    if (h.shape.values != Storage::exact)
+      value *= Bf16Element::to_float(scales[column / h.shape.scale_columns * strips * layout.lanes]);
+    out[column] = Io::from_float(inputs ? value * Io::to_float(inputs[column]) : value);
+  };
+  if (!h.shape.masked) {
+    const int64_t first = block * dense_block_values(layout, h.shape.d_in, h.shape.values);
+    for (int64_t column = 0; column < h.shape.d_in; ++column) {
+      const int64_t cell = column / layout.group * strips + in_block;
+      set(first + (cell * layout.lanes + lane) * layout.group + column % layout.group, column);
+    }
+    return;
+  }
   std::fill_n(out, h.shape.d_in, Element{});
   const char* mask =
       part_at<char>(packed, h.masks_at + block * kStripsPerBlock * h.value_groups * word_bytes);
@@ -39,11 +63,8 @@ void read_row(const PackedHeader& h, const void* packed, int64_t row, typename I
       std::memcpy(&word, mask, word_bytes);
       if (s == in_block) {
         int64_t i = next + __builtin_popcountll(word & ((uint64_t{1} << shift) - 1));
-        over_places(word >> shift & ((1u << layout.group) - 1), [&](int place) {
-          const int64_t column = group * layout.group + place;
-          const float value = value_at(i++, column);
-          out[column] = Io::from_float(inputs ? value * Io::to_float(inputs[column]) : value);
-        });
+        over_places(word >> shift & ((1u << layout.group) - 1),
+                    [&](int place) { set(i++, group * layout.group + place); });
       }
       next += __builtin_popcountll(word);
     }

@@ -42,7 +42,7 @@ enum class Order { strips, columns, tiles };
 Order best_order(const Call& call) {
   const PackedHeader* w = call.first();
   const TileKernels* tiles = tile_kernels(w->isa, w->shape.dtype, w->shape.values);
-  if (tiles && call.batch >= tiles->min_batch) return Order::tiles;
+  if (tiles) return call.batch < tiles->min_batch ? Order::strips : Order::tiles;
   const int64_t least = column_kernels(w->isa, w->shape.dtype, w->shape.values).min_columns;
   return call.batch < least ? Order::strips : Order::columns;
 }
@@ -115,10 +115,12 @@ int64_t factor_bytes(const PackedHeader* w, int64_t columns) {
 
 // Bytes of the first `block` blocks of S, and of U if `with_u`, without the few bytes of scales and padding.
 int64_t bytes_before(const PackedHeader* w, int64_t block, bool with_u) {
+  const int64_t u_strip = with_u ? factor_bytes(w, w->shape.rank) : 0;
+  const int64_t strips = std::min(block * kStripsPerBlock, w->strips),
+                strip = w->layout.lanes * w->shape.d_in;
+  if (!w->shape.masked) return strips * (strip * w->value_bits() / 8 + u_strip);
   const auto* starts = part_at<uint64_t>(w, w->starts_at);
-  const int64_t strip = w->layout.lanes * w->shape.d_in / 8 + (with_u ? factor_bytes(w, w->shape.rank) : 0);
-  return static_cast<int64_t>(starts[block]) * w->value_bits() / 8 +
-         std::min(block * kStripsPerBlock, w->strips) * strip;
+  return static_cast<int64_t>(starts[block]) * w->value_bits() / 8 + strips * (strip / 8 + u_strip);
 }
 
 }  // namespace
@@ -132,16 +134,22 @@ std::vector<Piece> pieces_of_part(const Call& call, int part, int parts, int64_t
   };
   call.for_rank_blocks(part, parts, [&](int i, int64_t block) {
     const PackedHeader* w = call.projections[i].w;
-    const FactorBlock v = factor_block(w, true, block);
+    const DenseBlock v = dense_block(w, Matrix::v, block);
     add(v.cells, v.strips * factor_bytes(w, w->shape.d_in));
   });
   call.split(block_boundary(call, part, parts, true), block_boundary(call, part + 1, parts, true),
              [&](int i, int64_t begin, int64_t end) {
                const PackedHeader* w = call.projections[i].w;
-               const auto* starts = part_at<uint64_t>(w, w->starts_at);
+               const int64_t bits = w->value_bits();
                const int64_t strip = w->value_groups * w->layout.lanes * w->values_layout.group / 8;
                for (int64_t block = begin; block < end; ++block) {
-                 const int64_t bits = w->value_bits(), first = static_cast<int64_t>(starts[block]);
+                 if (!w->shape.masked) {
+                   const DenseBlock s = dense_block(w, Matrix::s, block);
+                   add(s.cells, s.strips * strip * bits);
+                   continue;
+                 }
+                 const auto* starts = part_at<uint64_t>(w, w->starts_at);
+                 const auto first = static_cast<int64_t>(starts[block]);
                  add(part_at<char>(w, w->masks_at) + block * kStripsPerBlock * strip,
                      strips_of_block(w->strips, block) * strip);
                  add(part_at<char>(w, w->values_at) + first * bits / 8,

@@ -6,9 +6,26 @@
 
 namespace oats {
 
-void unpack(const void* packed, const UnpackedWeight& out, int threads) {
-  PackedHeader h;
-  std::memcpy(&h, packed, sizeof h);
+namespace {
+
+// Calls f(from, to) with packed and canonical values. Codes below 8 bits go to whole bytes first: rows of two
+// threads may share a byte.
+template <class F>
+void unpack_values(int bits, int64_t count, const void* packed, void* out, const F& f) {
+  with_stored<Runs, BitStream>(bits, packed, out, [&](auto from, auto to) {
+    using Out = decltype(to);
+    if constexpr (Out::kBits < 8) {
+      std::vector<uint8_t> codes(count);
+      f(from, Whole<uint8_t>{codes.data()});
+      std::fill_n(to.at, divide_up(count * Out::kBits, 8), uint8_t{0});
+      for (int64_t i = 0; i < count; ++i) to.set(i, codes[i]);
+    } else {
+      f(from, to);
+    }
+  });
+}
+
+void unpack_masked(const PackedHeader& h, const void* packed, const UnpackedWeight& out, int threads) {
   const WeightShape& shape = h.shape;
   const StripLayout& layout = h.values_layout;
   const int64_t row_bytes = mask_row_bytes(shape.d_in), word_bytes = layout.lanes * layout.group / 8;
@@ -32,36 +49,32 @@ void unpack(const void* packed, const UnpackedWeight& out, int threads) {
 
   const std::vector<int64_t> rows = row_starts(out.mask, shape.d_out, shape.d_in);
   const auto* starts = part_at<uint64_t>(packed, h.starts_at);
-  const int32_t flip = values_flip(h);
-  const auto unpack_values = [&](auto from, auto to) {
-    over_values(h, starts, rows, threads, word_of,
-                [&](int64_t packed_at, int64_t i) { to.set(i, flipped(from.get(packed_at), flip)); });
-  };
-  with_stored<RunNibbles, Nibbles>(h.value_bits(), part_at<char>(packed, h.values_at), out.values,
-                                   [&](auto from, auto to) {
-                                     if constexpr (std::is_same_v<decltype(to), Nibbles>) {
-                                       // Rows of two threads may share a byte, so the codes are joined
-                                       // afterwards.
-                                       std::vector<uint8_t> codes(shape.nnz + 1);
-                                       unpack_values(from, Whole<uint8_t>{codes.data()});
-                                       for (int64_t i = 0; i < shape.nnz; i += 2) {
-                                         to.at[i / 2] = static_cast<uint8_t>(codes[i] | codes[i + 1] << 4);
-                                       }
-                                     } else {
-                                       unpack_values(from, to);
-                                     }
-                                   });
-
-  over_dense_parts(
-      h, out, [&](const StripLayout& cells, int64_t m, int64_t n, int bits, uint64_t at, void* plain) {
-        with_stored<Nibbles, Nibbles>(bits, part_at<char>(packed, at), plain, [&](auto from, auto to) {
-          over_dense(cells, m, n, threads, [&](int64_t packed_at, int64_t i) {
-            to.set(i, flipped(from.get(packed_at), cells.flip));
-          });
-        });
+  const int32_t flip = stored_flip(shape.values, layout);
+  unpack_values(
+      h.value_bits(), shape.nnz, part_at<char>(packed, h.values_at), out.values, [&](auto from, auto to) {
+        over_values(h, starts, rows, threads, word_of,
+                    [&](int64_t packed_at, int64_t i) { to.set(i, flipped(from.get(packed_at), flip)); });
       });
-  if (shape.values == Storage::int4) {
-    for (int i = 0; i < 16; ++i) out.codebook[i] = flipped(h.codebook[i], layout.flip);
+}
+
+}  // namespace
+
+void unpack(const void* packed, const UnpackedWeight& out, int threads) {
+  PackedHeader h;
+  std::memcpy(&h, packed, sizeof h);
+  const WeightShape& shape = h.shape;
+  if (shape.masked) unpack_masked(h, packed, out, threads);
+  over_dense_parts(h, out, [&](const auto& part) {
+    unpack_values(part.bits(), part.rows * part.columns, part_at<char>(packed, part.at), part.tensor,
+                  [&](auto from, auto to) {
+                    part.for_each(threads, [&](int64_t packed_at, int64_t i) {
+                      to.set(i, flipped(from.get(packed_at), part.flip()));
+                    });
+                  });
+  });
+  if (has_codebook(shape.values)) {
+    for (int i = 0; i < 1 << h.value_bits(); ++i)
+      out.codebook[i] = flipped(h.codebook[i], h.values_layout.flip);
   }
   if (h.inputs_at) {
     const size_t bytes = dtype_bytes(shape.dtype);

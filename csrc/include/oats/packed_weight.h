@@ -16,22 +16,33 @@ inline size_t dtype_bytes(Dtype dtype) {
   return dtype == Dtype::fp32 ? 4 : 2;
 }
 
-// How the values of S, or those of U and V, are stored: exactly, or as codes. A code stands for itself times
+// How the values of S, or those of U and V, are stored: exactly, or as codes. A code stands for an int8 times
 // a scale. One scale serves one row and `scale_columns` columns.
 enum class Storage : uint32_t {
   exact = 0,
-  int8 = 1,  // two's complement
-  int4 = 2,  // S only: an index into a codebook of 16 int8
+  int8 = 1,  // the int8 itself, two's complement
+  // S only: an index into a codebook of 2^bits int8.
+  int4 = 2,
+  int3 = 3,
+  int2 = 4,
 };
 
-inline int storage_bits(Storage storage, Dtype dtype) {
-  return storage == Storage::int8   ? 8
-         : storage == Storage::int4 ? 4
-                                    : 8 * static_cast<int>(dtype_bytes(dtype));
+inline bool has_codebook(Storage storage) {
+  return storage >= Storage::int4;
 }
 
-inline int64_t divide_up(int64_t a, int64_t b) {
+inline int storage_bits(Storage storage, Dtype dtype) {
+  constexpr int kBits[] = {0, 8, 4, 3, 2};
+  return storage == Storage::exact ? 8 * static_cast<int>(dtype_bytes(dtype))
+                                   : kBits[static_cast<int>(storage)];
+}
+
+constexpr int64_t divide_up(int64_t a, int64_t b) {
   return (a + b - 1) / b;
+}
+
+constexpr int64_t round_up(int64_t a, int64_t multiple) {
+  return divide_up(a, multiple) * multiple;
 }
 
 struct WeightShape {
@@ -39,26 +50,35 @@ struct WeightShape {
   Dtype dtype;            // of x, y, bias and all exact values
   Storage values;         // of S
   Storage factors;        // of U and V
-  int32_t scale_columns;  // 64 or 128; 0 if S, U and V are all exact
+  int16_t scale_columns;  // 64 or 128; 0 if S, U and V are all exact
+  int16_t masked;         // 0: every element of S is stored, and there is no mask; else 1
 };
 
 // The tensors of a file (docs/format.md). Scales are bf16, rows x ceil(columns / scale_columns).
 struct CanonicalWeight {
   WeightShape shape;
   const uint8_t* mask;     // d_out x ceil(d_in / 8), least significant bit first, padding bits zero
-  const void* values;      // nnz, in the order of the mask; int4: two in a byte, the lower half first
+  const void* values;      // nnz, in the order of the mask; codes below 8 bits: a stream of bits, the lowest
+                           // of each code and each byte first
   const void* low_rank_u;  // d_out x rank
   const void* low_rank_v;  // rank x d_in
   const uint16_t* values_scale;
   const uint16_t* low_rank_u_scale;
   const uint16_t* low_rank_v_scale;
-  const int8_t* codebook;        // 16, if S is int4
+  const int8_t* codebook;        // 2^bits, if S has one
   const int8_t* input_exponent;  // d_in, if there are codes: S and V multiply x[i] * 2^input_exponent[i]
 };
 
-// int4 codes lie in runs of 128 codes in 64 bytes. The lower halves of the bytes hold codes 0 to 63 of the
-// run, the upper halves codes 64 to 127: two shuffles decode a run.
-constexpr int64_t kRun = 128;
+// Codes below 8 bits lie in runs of whole vectors of 64 bytes, so that a few shifts and shuffles decode 64
+// codes at once:
+//   int4, 128 codes: byte i has code i in its lower half, code 64 + i in its upper half.
+//   int2, 256 codes: byte i has codes i, 64 + i, 128 + i and 192 + i, from its lowest bits on.
+//   int3, 512 codes: byte i of vector v (of 3) has code 128 v + i in bits 0 to 2, and code 128 v + 64 + i in
+//     bits 3 to 5. Bits 6 and 7 of the three bytes i, from v = 0 on, are codes 384 + i and 448 + i.
+constexpr int64_t run_codes(Storage storage) {
+  return storage == Storage::int4 ? 128 : storage == Storage::int3 ? 512 : storage == Storage::int2 ? 256 : 1;
+}
+constexpr int64_t kLongestRun = 512;
 
 // The last block has the strips that are left.
 constexpr int64_t kStripsPerBlock = 4;
@@ -80,7 +100,7 @@ struct PackedHeader {
   StripLayout layout;          // for exact storage
   StripLayout values_layout;   // for the storage of S
   StripLayout factors_layout;  // for the storage of U and V
-  int8_t codebook[16];         // XORed with values_layout.flip
+  int8_t codebook[16];         // XORed with values_layout.flip, and repeated if it has fewer than 16
   int64_t strips;              // ceil(d_out / lanes)
   int64_t groups;              // ceil(d_in / layout.group)
   int64_t value_groups;        // ceil(d_in / values_layout.group)
@@ -89,9 +109,9 @@ struct PackedHeader {
   int64_t scale_groups;        // ceil(d_in / scale_columns)
   int64_t rank_scale_groups;   // ceil(rank / scale_columns)
   uint64_t inputs_at;          // dtype [d_in]: 2^input_exponent; 0 if S, U and V are all exact
-  uint64_t starts_at;          // uint64 [blocks + 1]: index of each block's first value
+  uint64_t starts_at;          // uint64 [blocks + 1]: index of each block's first value, if S has a mask
   uint64_t masks_at;           // [block][value group][strip of the block]: one mask word a cell
-  uint64_t values_at;          // in the order of the mask words and their bits
+  uint64_t values_at;          // in the order of the mask words and their bits; without a mask as U
   uint64_t v_at;               // [block of rank_strips][group][strip of the block][lane][input of the group]
   uint64_t u_at;               // [block of strips][group of the rank][strip of the block][lane][...]
   // bf16 [block][scale group][strip of the block][lane]; empty if the storage is exact.
@@ -113,6 +133,12 @@ const T* part_at(const void* packed, uint64_t at) {
 inline int strips_of_block(int64_t strips, int64_t block) {
   const int64_t left = strips - block * kStripsPerBlock;
   return static_cast<int>(left < kStripsPerBlock ? left : kStripsPerBlock);
+}
+
+// Values that one block of a matrix without a mask takes: whole runs.
+inline int64_t dense_block_values(const StripLayout& layout, int64_t columns, Storage storage) {
+  return round_up(kStripsPerBlock * layout.lanes * divide_up(columns, layout.group) * layout.group,
+                  run_codes(storage));
 }
 
 // Number of ones in the mask; -1 if a padding bit is set.

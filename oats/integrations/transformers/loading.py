@@ -152,7 +152,8 @@ def _replace_tied_embedding_(model: PreTrainedModel, table: Mapping[str, Sizes])
 def _check_headers(
     model: PreTrainedModel, files: list[str] | None, absent: Collection[str], tied_embedding: str | None
 ) -> dict[str, str]:
-    """Check names, shapes and dtypes of every layer's tensors; returns name of each layer → file of its mask.
+    """Check names, shapes and dtypes of every layer's tensors; returns name of each layer → file of its
+    values.
 
     transformers would only warn about a missing tensor, and fill it with random values. `absent` are layers
     of the checkpoint that the model does not have.
@@ -180,4 +181,4 @@ def _check_headers(
         shapes = {part: tuple(tensor.shape) for part, tensor in layer.state_dict().items()}
         found = {part: stored[f"{name}.{part}"] for part in shapes if f"{name}.{part}" in stored}
         check_tensors(name, shapes, found, ", ".join(files), layer.storage)
-    return {name: stored[f"{name}.mask"].path for name in layers}
+    return {name: stored[f"{name}.values"].path for name in layers}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from oats.format.bitmask import decode, decode_mask, encode_mask
-from oats.format.layer_spec import LayerSpec
+from oats.format.layer_spec import LayerSpec, kept_elements
 from oats.kernels.cuda import availability
 
 GROUP_ELEMENTS = 1 << 24
@@ -51,7 +51,9 @@ def parts_of(packed: Tensor, spec: LayerSpec) -> Parts:
 
 def pack(tensors: Mapping[str, Tensor], spec: LayerSpec) -> Tensor:
     """:func:`oats.kernels.packing.pack` on a CUDA device; the dtype of `spec` may also be torch.float16."""
-    mask, values = tensors["mask"], tensors["values"]
+    values = tensors["values"]
+    # The kernels read masks.
+    mask = tensors["mask"] if spec.storage.mask else encode_mask(kept_elements(tensors, spec.d_in))
     packed = torch.zeros(packed_bytes(spec), dtype=torch.uint8, device=mask.device)
     parts = parts_of(packed, spec)
     powers = 2 ** torch.arange(8, dtype=torch.uint8, device=mask.device)
@@ -94,7 +96,7 @@ def unpack(packed: Tensor, spec: LayerSpec) -> dict[str, Tensor]:
         values[first_value : first_value + len(own)] = dense.reshape(-1)[kept.reshape(-1)]
         first_value += len(own)
     return {
-        "mask": mask,
+        **({"mask": mask} if spec.storage.mask else {}),
         "values": values,
         "low_rank_u": parts.u[:, : spec.rank].clone(),
         "low_rank_v": parts.v[:, : spec.d_in].clone(),

@@ -9,41 +9,9 @@ namespace {
 // Every row of every tile has so many bytes.
 constexpr int kRowBytes = 64;
 
-// Written out, not as intrinsics: GCC 12 believes that those access 8 of the 64 bytes, and drops the writes
-// to the rest. tests/core/emulated_tiles.h replaces these two, and the other tile instructions.
-#ifndef OATS_TILE_STATE
-void load_state(const TileState& state) {
-  asm volatile("ldtilecfg %0" : : "m"(state));
-}
-
-void store_state(TileState& state) {
-  asm volatile("sttilecfg %0" : "=m"(state));
-}
-#endif
-
 TileState configure(int rows) {
-  TileState before;
-  store_state(before);
-  // Intel SDM, volume 1, table 18-2: the palette at 0, then, for each tile, bytes of a row at 16 and rows at
-  // 48.
-  TileState wanted{};
-  wanted.bytes[0] = 1;
-  for (int tile = 0; tile < 8; ++tile) {
-    wanted.bytes[16 + 2 * tile] = kRowBytes;
-    // Tiles 6 and 7 hold cells, the others have the rows of x.
-    wanted.bytes[48 + tile] = static_cast<uint8_t>(tile >= 6 ? kTileGroups : rows);
-  }
-  load_state(wanted);
-  return before;
-}
-
-void restore(const TileState& before) {
-  // Tiles in use slow down every switch between threads, so they are released.
-  if (before.bytes[0]) {
-    load_state(before);
-  } else {
-    _tile_release();
-  }
+  // Tiles 6 and 7 hold cells, the others have the rows of x.
+  return shape_tiles([rows](int tile) { return tile >= 6 ? static_cast<int>(kTileGroups) : rows; });
 }
 
 // Tiles 0 to 3 are sums: of one row tile and up to four strips, or of two row tiles and up to two strips.
@@ -242,13 +210,12 @@ struct TileLoops {
     asm volatile("" : : "r"(tile) : "memory");
   }
 
-  static const uint32_t* factor(const FactorBlock& factor, int64_t begin, int64_t end, uint32_t* room) {
-    const int64_t units = factor.strips * kLanes;  // in a group
+  static const uint32_t* dense(const DenseBlock& matrix, int64_t begin, int64_t end, uint32_t* room) {
+    const int64_t units = matrix.strips * kLanes;  // in a group
     if constexpr (Strips::kCodes) {
-      for (int s = 0; s < factor.strips; ++s)
-        Columns::exact_cells(factor, s, begin, end, room + s * kLanes, units);
+      Columns::exact_cells(matrix, 0, matrix.strips, begin, end, room, units);
     } else {
-      const uint32_t* stored = static_cast<const uint32_t*>(factor.cells) + begin * units;
+      const uint32_t* stored = static_cast<const uint32_t*>(matrix.cells) + begin * units;
       if ((end - begin) % kTileGroups == 0) return stored;
       std::copy_n(stored, (end - begin) * units, room);
     }
@@ -258,8 +225,8 @@ struct TileLoops {
   }
 
   static const TileKernels& table(int64_t min_batch) {
-    static const TileKernels kernels{min_batch,           kFewRowTiles, configure, restore,       expand,
-                                     expand_and_multiply, factor,       multiply,  sums_to_inputs};
+    static const TileKernels kernels{min_batch,           kFewRowTiles, configure, restore_tiles, expand,
+                                     expand_and_multiply, dense,        multiply,  sums_to_inputs};
     return kernels;
   }
 };
@@ -267,7 +234,7 @@ struct TileLoops {
 }  // namespace
 
 const TileKernels& tile_kernels_amx_bf16(Storage storage) {
-  return storage == Storage::exact ? TileLoops<Avx512Bf16>::table(2) : TileLoops<Avx512Codes>::table(28);
+  return storage == Storage::exact ? TileLoops<Avx512Bf16>::table(2) : TileLoops<Avx512Codes>::table(112);
 }
 
 }  // namespace oats

@@ -112,17 +112,40 @@ struct Avx2 : Io {
   }
   static Vector add_scaled(Vector v, Vector sum, Vector scale) { return _mm256_fmadd_ps(sum, scale, v); }
   static Vector multiply(Weights w, Vector scale) { return _mm256_mul_ps(w, scale); }
-  static void decode(const uint8_t* run, const int8_t* codebook, int8_t* codes) {
-    static_assert(kRun == 128);
+  template <int Bits>
+  static void decode(const uint8_t* runs, int64_t count, const int8_t* codebook, int8_t* codes) {
     const __m256i table =
         _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codebook)));
-    const __m256i low = _mm256_set1_epi8(15);
-    for (int i = 0; i < 64; i += 32) {
-      const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(run + i));
-      const __m256i high = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), low);
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + i),
-                          _mm256_shuffle_epi8(table, _mm256_and_si256(bytes, low)));
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + 64 + i), _mm256_shuffle_epi8(table, high));
+    // The codebook repeats, so bits above the code do not matter; but bit 7 must be zero.
+    const auto put = [&](int64_t at, __m256i indices) {
+      _mm256_storeu_si256(
+          reinterpret_cast<__m256i*>(codes + at),
+          _mm256_shuffle_epi8(table, _mm256_and_si256(indices, _mm256_set1_epi8((1 << Bits) - 1))));
+    };
+    const auto load = [](const uint8_t* bytes) {
+      return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes));
+    };
+    for (; count > 0; --count) {
+      for (int i = 0; i < 64; i += 32) {
+        if constexpr (Bits == 3) {
+          const __m256i top = _mm256_set1_epi8(static_cast<char>(0xc0));
+          __m256i rest = _mm256_setzero_si256();
+          for (int v = 0; v < 3; ++v) {
+            const __m256i bytes = load(runs + v * 64 + i), two = _mm256_and_si256(bytes, top);
+            put(v * 128 + i, bytes);
+            put(v * 128 + 64 + i, _mm256_srli_epi16(bytes, 3));
+            rest = _mm256_or_si256(rest, _mm256_srli_epi16(two, 6 - 2 * v));
+          }
+          put(384 + i, rest);
+          put(448 + i, _mm256_srli_epi16(rest, 3));
+        } else {
+          const __m256i bytes = load(runs + i);
+          for (int part = 0; part < 8 / Bits; ++part)
+            put(part * 64 + i, _mm256_srli_epi16(bytes, part * Bits));
+        }
+      }
+      runs += Bits == 3 ? 192 : 64;
+      codes += Bits == 3 ? 512 : 512 / Bits;
     }
   }
 };

@@ -72,11 +72,19 @@ struct Avx512Codes : Avx512Bf16 {
   }
   static __m512 load_some(const float* x, __mmask16 valid) { return _mm512_maskz_loadu_ps(valid, x); }
 
-  // A NaN or infinity makes the scale NaN or infinite, and with it all products of these inputs. Numbers
-  // below 2^-100 become zero: the inverse of the scale would overflow.
-  template <class T>
-  static XScale quantise(const T* x, int64_t count, uint32_t* units, int64_t stride) {
+  // Up to kMostScaledColumns numbers as 16-bit integers. A NaN or infinity makes the scale NaN or infinite,
+  // and with it all products of these inputs. Numbers below 2^-100 become zero: the inverse of the scale
+  // would overflow. Calls store(i, upper, lower) with the bytes of numbers 16 i to 16 i + 15; those past
+  // `count` are zero, up to a multiple of kScaledColumns.
+  template <class T, class Store>
+  static XScale quantise_to(const T* x, int64_t count, const Store& store) {
+    static_assert(kMostScaledColumns == 2 * kScaledColumns);
     constexpr int kVectors = kScaledColumns / 16;
+    return count > kScaledColumns ? quantise_vectors<2 * kVectors>(x, count, store)
+                                  : quantise_vectors<kVectors>(x, count, store);
+  }
+  template <int kVectors, class T, class Store>
+  static XScale quantise_vectors(const T* x, int64_t count, const Store& store) {
     constexpr float kLargest = 0x7f7f;
     __m512 part[kVectors];
     __m512i largest = _mm512_setzero_si512(), sum = largest;
@@ -92,7 +100,6 @@ struct Avx512Codes : Avx512Bf16 {
     std::memcpy(&magnitude, &bits, 4);
     const bool tiny = magnitude < 0x1p-100f;
     const __m512 inverse = _mm512_set1_ps(tiny ? 0.f : kLargest / magnitude);
-    const int64_t used = 2 * divide_up(count, group);
     for (int i = 0; i < kVectors; ++i) {
       const __m256i whole = _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(_mm512_mul_ps(part[i], inverse)));
       sum = _mm512_add_epi32(sum, _mm512_cvtepi16_epi32(whole));
@@ -100,6 +107,16 @@ struct Avx512Codes : Avx512Bf16 {
       const __m128i lower = _mm256_cvtepi16_epi8(whole);
       const __m128i upper =
           _mm256_cvtepi16_epi8(_mm256_srai_epi16(_mm256_add_epi16(whole, _mm256_set1_epi16(128)), 8));
+      store(i, upper, lower);
+    }
+    return {tiny ? 0.f : magnitude / kLargest, -128 * _mm512_reduce_add_epi32(sum)};
+  }
+
+  // Units of upper and of lower bytes, in turns, `stride` apart.
+  template <class T>
+  static XScale quantise(const T* x, int64_t count, uint32_t* units, int64_t stride) {
+    const int64_t used = 2 * divide_up(count, group);
+    return quantise_to(x, count, [&](int i, __m128i upper, __m128i lower) {
       const __m256i pairs =
           _mm256_set_m128i(_mm_unpackhi_epi32(upper, lower), _mm_unpacklo_epi32(upper, lower));
       if (stride == 1) {
@@ -114,8 +131,18 @@ struct Avx512Codes : Avx512Bf16 {
         for (int64_t j = 0; j < std::min<int64_t>(8, used - i * 8); ++j)
           units[(i * 8 + j) * stride] = turned[j];
       }
-    }
-    return {tiny ? 0.f : magnitude / kLargest, -128 * _mm512_reduce_add_epi32(sum)};
+    });
+  }
+
+  // kScaledColumns upper bytes, then as many lower ones. Those of the next inputs are `next` bytes further.
+  template <class T>
+  static XScale quantise_bytes(const T* x, int64_t count, char* bytes, int64_t next) {
+    return quantise_to(x, count, [&](int i, __m128i upper, __m128i lower) {
+      constexpr int kVectors = kScaledColumns / 16;
+      auto* out = reinterpret_cast<__m128i*>(bytes + i / kVectors * next) + i % kVectors;
+      _mm_storeu_si128(out, upper);
+      _mm_storeu_si128(out + kVectors, lower);
+    });
   }
 
   // Each scale twice: for the pairs of outputs 0 to 7, and of 8 to 15.

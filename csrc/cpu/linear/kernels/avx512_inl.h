@@ -77,13 +77,55 @@ struct Avx512Vectors {
   static void transpose(T (&square)[lanes]) {
     transpose_units(square);
   }
-  static void decode(const uint8_t* run, const int8_t* codebook, int8_t* codes) {
-    static_assert(kRun == 128);
-    const __m512i table = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codebook)));
-    const __m512i bytes = _mm512_loadu_si512(run), low = _mm512_set1_epi8(15);
-    const __m512i high = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), low);
-    _mm512_storeu_si512(codes, _mm512_shuffle_epi8(table, _mm512_and_si512(bytes, low)));
-    _mm512_storeu_si512(codes + 64, _mm512_shuffle_epi8(table, high));
+  // Levels that bytes index. The codebook repeats, so bits above the code do not matter: with VBMI the upper
+  // two, without it all but the highest.
+  static __m512i levels(__m512i table, __m512i indices) {
+#ifdef __AVX512VBMI__
+    return _mm512_permutexvar_epi8(indices, table);
+#else
+    return _mm512_shuffle_epi8(table, _mm512_and_si512(indices, _mm512_set1_epi8(15)));
+#endif
+  }
+  static __m512i table_of(const int8_t* codebook) {
+    return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codebook)));
+  }
+  // A run of codes below 8 bits as vectors of 64 int8.
+  template <int Bits>
+  static constexpr int kRunVectors = Bits == 3 ? 8 : 8 / Bits;
+  template <int Bits>
+  static void decode_run(const uint8_t* run, __m512i table, __m512i (&out)[kRunVectors<Bits>]) {
+    const __m512i first = _mm512_loadu_si512(run);
+    out[0] = levels(table, first);
+    if constexpr (Bits == 3) {
+      const __m512i second = _mm512_loadu_si512(run + 64), third = _mm512_loadu_si512(run + 128);
+      out[1] = levels(table, _mm512_srli_epi16(first, 3));
+      out[2] = levels(table, second);
+      out[3] = levels(table, _mm512_srli_epi16(second, 3));
+      out[4] = levels(table, third);
+      out[5] = levels(table, _mm512_srli_epi16(third, 3));
+      // The upper two bits of each: 0xd8 selects the second operand where the third has ones.
+      const auto select = [](__m512i a, __m512i b, int where) {
+        return _mm512_ternarylogic_epi32(a, b, _mm512_set1_epi8(static_cast<char>(where)), 0xd8);
+      };
+      const __m512i rest = select(select(_mm512_srli_epi16(first, 6), _mm512_srli_epi16(second, 4), 0x0c),
+                                  _mm512_srli_epi16(third, 2), 0x30);
+      out[6] = levels(table, rest);
+      out[7] = levels(table, _mm512_srli_epi16(rest, 3));
+    } else {
+#pragma GCC unroll 4
+      for (int part = 1; part < 8 / Bits; ++part)
+        out[part] = levels(table, _mm512_srli_epi16(first, part * Bits));
+    }
+  }
+  template <int Bits>
+  static void decode(const uint8_t* runs, int64_t count, const int8_t* codebook, int8_t* codes) {
+    constexpr int kVectors = kRunVectors<Bits>;
+    const __m512i table = table_of(codebook);
+    for (; count > 0; --count, runs += kVectors * 8 * Bits, codes += kVectors * 64) {
+      __m512i out[kVectors];
+      decode_run<Bits>(runs, table, out);
+      for (int i = 0; i < kVectors; ++i) _mm512_storeu_si512(codes + i * 64, out[i]);
+    }
   }
 };
 

@@ -24,11 +24,11 @@ struct ColumnKernels {
   int max_vectors;      // of a slice
   int64_t min_columns;  // by strips is faster for fewer
 
-  // Gathers the non-zero units of one block in groups [begin, end), row by row. Row r gets its units, in
-  // order, from units[r * unit_stride] on; up to `lanes` units behind them are overwritten. Bit g % 64 of
-  // masks[g / 64 * mask_stride + r] says whether group begin + g has a unit. Codes become exact weights.
-  // `value` is the index in the block of the first value of group `begin`, which is a multiple of 64; returns
-  // the index for group `end`.
+  // Gathers the non-zero units of one block of an S with a mask, in groups [begin, end), row by row. Row r
+  // gets its units, in order, from units[r * unit_stride] on; up to `lanes` units behind them are
+  // overwritten. Bit g % 64 of masks[g / 64 * mask_stride + r] says whether group begin + g has a unit. Codes
+  // become exact weights. `value` is the index in the block of the first value of group `begin`, which is a
+  // multiple of 64; returns the index for group `end`.
   int64_t (*gather)(const PackedHeader* weight, int64_t block, int64_t begin, int64_t end, int64_t value,
                     uint32_t* units, int64_t unit_stride, uint64_t* masks, int64_t mask_stride);
 
@@ -36,9 +36,9 @@ struct ColumnKernels {
   void (*sparse)(const uint64_t* masks, const uint32_t** next, int rows, const uint32_t* activations,
                  int vectors, float* sums);
 
-  // sums += D x for the `lanes` rows of one strip of a dense factor D, over groups [begin, end): at most
-  // kGroupsPerWord, from a multiple of it on. `activations` begin with group `begin`.
-  void (*dense)(const FactorBlock& factor, int strip, int64_t begin, int64_t end, const uint32_t* activations,
+  // sums += D x for the `lanes` rows of one strip of a matrix D without a mask, over groups [begin, end): at
+  // most kGroupsPerWord, from a multiple of it on. `activations` begin with group `begin`.
+  void (*dense)(const DenseBlock& matrix, int strip, int64_t begin, int64_t end, const uint32_t* activations,
                 int vectors, float* sums);
 
   // Turns the sums of `lanes` rows of V x into activations for U.
@@ -60,8 +60,7 @@ const Kernels& kernels_avx2(Dtype dtype, Storage storage);
 const Kernels& kernels_avx512(Dtype dtype, Storage storage);
 const Kernels& kernels_avx512_bf16(Dtype dtype, Storage storage);
 
-// In dispatch.cpp. Storages differ in gather() and dense() only: take gather() of the storage of S and
-// dense() of that of U and V.
+// In dispatch.cpp. Storages differ in gather() and dense() only: take those of the storage of the matrix.
 const ColumnKernels& column_kernels(Isa isa, Dtype dtype, Storage storage);
 
 }  // namespace oats

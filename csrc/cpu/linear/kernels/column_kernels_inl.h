@@ -194,7 +194,8 @@ struct ColumnLoops {
   static uint32_t unit_of(const uint32_t* unit) { return *unit; }
   static uint32_t unit_of(const Value* values) { return StripLoops<Traits>::unit(values, kGroup); }
 
-  // `Rows` rows of a dense factor share each load of activations. A cell holds stored values or units.
+  // `Rows` rows of a matrix without a mask share each load of activations. A cell holds stored values or
+  // units.
   template <int Vectors, int Rows, class Cell>
   static void dense_rows(const Cell* strip, int strips, int64_t begin, int64_t end,
                          const uint32_t* activations, float* sums) {
@@ -227,23 +228,33 @@ struct ColumnLoops {
                                [&](auto width) { sparse_rows<width>(masks, next, rows, activations, sums); });
   }
 
-  // Expands the codes of one strip of a factor in groups [begin, end) to exact units, `stride` from group to
-  // group. `begin` is a multiple of kScaledColumns inputs.
-  static void exact_cells(const FactorBlock& factor, int strip, int64_t begin, int64_t end, uint32_t* out,
-                          int64_t stride) {
-    const auto* codes = static_cast<const typename Stored::Value*>(factor.cells) + strip * StoredLoops::kCell;
-    constexpr int64_t kScaled = StripLoops<Traits>::kScaledGroups;
+  // Expands the codes of strips [first, last) of a matrix without a mask, in groups [begin, end), to exact
+  // units, `stride` from group to group. `begin` is a multiple of kScaledColumns inputs.
+  static void exact_cells(const DenseBlock& matrix, int first, int last, int64_t begin, int64_t end,
+                          uint32_t* out, int64_t stride) {
+    constexpr int64_t kScaled = kScaledColumns / kGroup, kStored = kScaled / kUnits;
+    constexpr int64_t kCell = StoredLoops::kCell;
+    alignas(64) int8_t room[kStored * kStripsPerBlock * kCell + StoredLoops::kSpare];
     for (int64_t g = begin; g < end; g += kScaled) {
-      const auto scale = Stored::cell_scales(
-          factor.scales + (g * kGroup / factor.scale_columns * factor.strips + strip) * kLanes);
-      for (int64_t i = g; i < std::min(g + kScaled, end); i += kUnits) {
-        store_exact(Stored::weights(codes + i / kUnits * factor.strips * StoredLoops::kCell), scale,
-                    out + (i - begin) * stride, stride, end - i);
+      const int64_t groups = divide_up(std::min(kScaled, end - g), kUnits);
+      const int8_t* codes = StoredLoops::dense_codes(matrix, g / kUnits, groups, room);
+      if (codes < room || codes >= room + sizeof room) {
+        for (int64_t i = 0; i < groups * matrix.strips * kCell; i += 64)
+          __builtin_prefetch(codes + kPrefetchBytes + i);
+      }
+      const uint16_t* scales = matrix.scales + g * kGroup / matrix.scale_columns * matrix.strips * kLanes;
+      for (int s = first; s < last; ++s) {
+        const auto scale = Stored::cell_scales(scales + s * kLanes);
+        uint32_t* cells = out + (g - begin) * stride + (s - first) * kLanes;
+        for (int64_t i = 0; i < groups; ++i) {
+          store_exact(Stored::weights(codes + (i * matrix.strips + s) * kCell), scale,
+                      cells + i * kUnits * stride, stride, end - g - i * kUnits);
+        }
       }
     }
   }
 
-  static void dense(const FactorBlock& factor, int strip, int64_t begin, int64_t end,
+  static void dense(const DenseBlock& matrix, int strip, int64_t begin, int64_t end,
                     const uint32_t* activations, int vectors, float* sums) {
     const auto multiply = [&](const auto* cells, int strips, int64_t first, int64_t last) {
       with_constant<kMaxVectors>(vectors, [&](auto width) {
@@ -253,10 +264,10 @@ struct ColumnLoops {
     };
     if constexpr (StoredLoops::kCodes) {
       alignas(64) uint32_t exact[kGroupsPerWord * kLanes];
-      exact_cells(factor, strip, begin, end, exact, kLanes);
+      exact_cells(matrix, strip, strip + 1, begin, end, exact, kLanes);
       multiply(exact, 1, 0, end - begin);
     } else {
-      multiply(static_cast<const Value*>(factor.cells) + strip * StoredLoops::kCell, factor.strips, begin,
+      multiply(static_cast<const Value*>(matrix.cells) + strip * StoredLoops::kCell, matrix.strips, begin,
                end);
     }
   }

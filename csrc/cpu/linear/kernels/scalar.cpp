@@ -1,5 +1,6 @@
 // Plain C++ for any CPU. It has eight lanes, as AVX2, so that the compiler can use the vectors of the
 // baseline.
+#include "../layout.h"
 #include "column_kernels_inl.h"
 
 namespace oats {
@@ -78,11 +79,10 @@ struct Scalar : Io {
     return v;
   }
   static Vector multiply(const Weights& w, const Vector& scale) { return add_scaled({}, w, scale); }
-  static void decode(const uint8_t* run, const int8_t* codebook, int8_t* codes) {
-    for (int i = 0; i < kRun / 2; ++i) {
-      codes[i] = codebook[run[i] & 15];
-      codes[kRun / 2 + i] = codebook[run[i] >> 4];
-    }
+  template <int Bits>
+  static void decode(const uint8_t* runs, int64_t count, const int8_t* codebook, int8_t* codes) {
+    const Runs<Bits> stored{const_cast<uint8_t*>(runs)};
+    for (int64_t i = 0; i < count * Runs<Bits>::kCodes; ++i) codes[i] = codebook[stored.get(i)];
   }
 };
 

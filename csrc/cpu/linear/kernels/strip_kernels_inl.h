@@ -26,13 +26,16 @@
 //   Sum                            sums of codes; multiply_add() takes and returns these
 //   scales(bf16)                   the scales of `lanes` rows
 //   add_scaled(vector, sum, scales)
-//   decode(run, codebook, codes)   one run of int4
+//   decode<bits>(runs, count, codebook, codes)
+//                                  `count` runs of codes below 8 bits (run_codes()) to int8
 // If activations are scaled, group is 4, multiply_add() takes a unit of upper and one of lower bytes, and
 // there are:
 //   no_sum(XScale)                 begins with XScale::minus_128_sums
 //   times(scales, float)
+//   kRunVectors<bits>, table_of(codebook), decode_run<bits>(run, table, weights[kRunVectors<bits>])
+//                                  a run as cells
 //   quantise(numbers, count, units, stride)
-//                                  up to kScaledColumns inputs of one column; returns their XScale
+//                                  up to kMostScaledColumns inputs of one column; returns their XScale
 #pragma once
 
 #include <algorithm>
@@ -87,7 +90,12 @@ struct StripLoops {
   static constexpr int kLanes = Traits::lanes;
   static constexpr int kGroup = Traits::group;
   static constexpr int kCell = kLanes * kGroup;
-  static constexpr int64_t kScaledGroups = kScaledColumns / kGroup;
+  // After so many groups, sums of products with codes meet their scales.
+  static constexpr int64_t kMostScaledGroups =
+      (Traits::scaled_activations ? kMostScaledColumns : kScaledColumns) / kGroup;
+  static int64_t scaled_groups(const Activations& x) {
+    return Traits::scaled_activations ? x.scale_columns / kGroup : kMostScaledGroups;
+  }
   // Units of activations in a group.
   static constexpr int kUnits = Traits::scaled_activations ? 2 : 1;
   static constexpr bool kCodes = std::is_same_v<Value, int8_t>;
@@ -132,13 +140,19 @@ struct StripLoops {
       cells += Strips * kLanes;
     }
   };
-  // Loads cells of U or V.
-  struct Factor {
+  // Loads cells of a matrix without a mask. `Ahead` if it comes from memory: the prefetcher of a CPU stops at
+  // the end of each page, and after a few cells the columns keep the kernel busy.
+  template <bool Ahead>
+  struct Dense {
     const Value* cells;
     template <int Strips>
     void next(Weights (&out)[Strips]) {
 #pragma GCC unroll 4
-      for (int s = 0; s < Strips; ++s) out[s] = Traits::weights(cells + s * kCell);
+      for (int s = 0; s < Strips; ++s) {
+        out[s] = Traits::weights(cells + s * kCell);
+        if constexpr (Ahead)
+          __builtin_prefetch(reinterpret_cast<const char*>(cells + s * kCell) + kPrefetchBytes);
+      }
       cells += Strips * kCell;
     }
   };
@@ -198,8 +212,8 @@ struct StripLoops {
     return source;
   }
 
-  // The same for codes and at most kScaledColumns inputs. `scales` are those of the strips, [strip][lanes];
-  // `x_scales` those of the columns, if activations are scaled.
+  // The same for codes and at most kMostScaledGroups groups. `scales` are those of the strips,
+  // [strip][lanes]; `x_scales` those of the columns, if activations are scaled.
   template <int Strips, int Columns, class Source>
   static Source multiply_codes(Source source, int64_t groups, const uint32_t* units, int64_t stride,
                                const uint16_t* scales, const XScale* x_scales, bool accumulate, float* sums) {
@@ -229,9 +243,15 @@ struct StripLoops {
     return source;
   }
 
-  // The scales of x from column `first` on, for the kScaledColumns inputs from group `g` on.
+  // The same, never inlined: among the registers of dense(), GCC 12 finds no room for the sums.
+  template <int Strips, int Columns, class Source, class... Rest>
+  [[gnu::noinline]] static void multiply_dense_codes(Source source, Rest... rest) {
+    multiply_codes<Strips, Columns>(source, rest...);
+  }
+
+  // The scales of x from column `first` on, for the inputs from group `g` on.
   static const XScale* x_scales(const Activations& x, int64_t g, int columns, int first) {
-    if constexpr (Traits::scaled_activations) return x.scales + g / kScaledGroups * columns + first;
+    if constexpr (Traits::scaled_activations) return x.scales + g / scaled_groups(x) * columns + first;
     return nullptr;
   }
 
@@ -242,9 +262,10 @@ struct StripLoops {
       const char* base = reinterpret_cast<const char*>(weight);
       auto start = static_cast<int64_t>(reinterpret_cast<const uint64_t*>(base + weight->starts_at)[block]);
       if constexpr (kCodes) {
-        if (weight->shape.values == Storage::int4) {
+        storage_ = weight->shape.values;
+        if (has_codebook(storage_)) {
           codebook_ = weight->codebook;
-          start /= 2;
+          start = start * weight->value_bits() / 8;
         }
       }
       block_ = reinterpret_cast<const Value*>(base + weight->values_at) + start;
@@ -253,19 +274,12 @@ struct StripLoops {
     // Index in the block of the next value.
     int64_t index() const { return next_; }
 
-    // A source for the next cells, whose mask words are `masks`. int4 is decoded into `codes`, which has room
-    // for kCell codes a cell and kSpare more.
+    // A source for the next cells, whose mask words are `masks`. Codes below 8 bits are decoded into `codes`,
+    // which has room for kCell codes a cell and kSpare more.
     Kept source(const Mask* masks, int64_t cells, Value* codes) {
       if constexpr (kCodes) {
-        if (codebook_) {
-          const int64_t first = next_ / kRun, end = next_ + population(masks, cells);
-          for (int64_t run = first; run * kRun < end; ++run) {
-            const auto* bytes = reinterpret_cast<const uint8_t*>(block_) + run * (kRun / 2);
-            __builtin_prefetch(bytes + kPrefetchBytes / 2);
-            Traits::decode(bytes, codebook_, codes + (run - first) * kRun);
-          }
-          return {masks, codes + next_ % kRun};
-        }
+        if (codebook_)
+          return {masks, decoded(storage_, block_, codebook_, next_, population(masks, cells), codes)};
       }
       return {masks, block_ + next_};
     }
@@ -287,11 +301,40 @@ struct StripLoops {
     }
 
     int64_t next_;
-    const Value* block_;      // int4: bytes of two codes
-    const int8_t* codebook_;  // int4 only, else null
+    const Value* block_;      // with a codebook: bytes of runs
+    const int8_t* codebook_;  // null if there is none
+    Storage storage_ = Storage::exact;
   };
   // The first and the last run reach beyond the cells, and kernels load past the last code.
-  static constexpr int64_t kSpare = 2 * kRun + 64;
+  static constexpr int64_t kSpare = 2 * kLongestRun + 64;
+
+  // `count` codes of a block from index `first` on, decoded into `codes`; returns where they begin there.
+  // `ahead`: also fetches what follows.
+  static const int8_t* decoded(Storage storage, const void* block, const int8_t* codebook, int64_t first,
+                               int64_t count, int8_t* codes, bool ahead = true) {
+    const int64_t run = run_codes(storage), skipped = first / run,
+                  runs = divide_up(first + count, run) - skipped;
+    const auto decode = [&](auto bits) {
+      const auto* bytes = static_cast<const uint8_t*>(block) + skipped * run * bits / 8;
+      for (int64_t i = 0; ahead && i < runs * run * bits / 8; i += 64)
+        __builtin_prefetch(bytes + kPrefetchBytes / 2 + i);
+      Traits::template decode<bits>(bytes, runs, codebook, codes);
+    };
+    storage == Storage::int4   ? decode(Constant<4>{})
+    : storage == Storage::int3 ? decode(Constant<3>{})
+                               : decode(Constant<2>{});
+    return codes + first % run;
+  }
+
+  // Cells of a matrix of codes without a mask, from group `g` on, for `groups` groups: where they lie, or
+  // decoded into `codes`.
+  static const int8_t* dense_codes(const DenseBlock& matrix, int64_t g, int64_t groups, int8_t* codes,
+                                   bool ahead = true) {
+    const int64_t first = g * matrix.strips * kCell;
+    if (!has_codebook(matrix.storage)) return static_cast<const int8_t*>(matrix.cells) + first;
+    return decoded(matrix.storage, matrix.cells, matrix.codebook, first, groups * matrix.strips * kCell,
+                   codes, ahead);
+  }
 
   // Calls f(Constant<Columns>, first column) in steps over `columns`, as even as possible: a narrow last step
   // would have too few sums in flight.
@@ -348,10 +391,11 @@ struct StripLoops {
     const int64_t groups = weight->value_groups;
     const Mask* mask = masks(weight, block);
     Values values(weight, block, 0);
-    alignas(64) Value codes[kScaledGroups * kStripsPerBlock * kCell + kSpare];
-    alignas(64) uint32_t cells[kScaledGroups * kStripsPerBlock * kLanes];
-    for (int64_t g = 0; g < groups; g += kScaledGroups) {
-      const int64_t count = std::min(kScaledGroups, groups - g);
+    const int64_t range = scaled_groups(x);
+    alignas(64) Value codes[kMostScaledGroups * kStripsPerBlock * kCell + kSpare];
+    alignas(64) uint32_t cells[kMostScaledGroups * kStripsPerBlock * kLanes];
+    for (int64_t g = 0; g < groups; g += range) {
+      const int64_t count = std::min(range, groups - g);
       const Kept begin = values.source(mask + g * Strips, count * Strips, codes);
       Kept source = begin;
       const uint16_t* scale = value_scales(weight, block, g);
@@ -373,24 +417,97 @@ struct StripLoops {
     }
   }
 
-  static void dense(const FactorBlock& factor, int64_t inputs, Activations x, int columns, bool accumulate,
+  // One column of a whole block of codes below 8 bits, whose cells are vectors: they go from the run to the
+  // product in registers, and the sums stay there.
+  template <int Bits>
+  static void one_column(const DenseBlock& matrix, int64_t groups, Activations x, bool accumulate,
+                         float* sums) {
+    constexpr int kStrips = kStripsPerBlock, kVectors = Traits::template kRunVectors<Bits>;
+    // Runs and groups of a step: a run of int3 has two groups, a group of int4 two runs.
+    constexpr int kRuns = kVectors < kStrips ? kStrips / kVectors : 1;
+    constexpr int kGroups = kRuns * kVectors / kStrips;
+    const auto table = Traits::table_of(matrix.codebook);
+    const auto* run = static_cast<const uint8_t*>(matrix.cells);
+    Vector total[kStrips];
+    for (int s = 0; s < kStrips; ++s)
+      total[s] = accumulate ? Traits::load(sums + s * kLanes) : Traits::zero();
+    const int64_t range = scaled_groups(x);
+    for (int64_t g = 0; g < groups; g += range) {
+      const uint32_t* unit = x.units + g * kUnits;
+      const XScale scale = x.scales[g / range];
+      typename Traits::Sum sum[kStrips];
+      for (int s = 0; s < kStrips; ++s) sum[s] = Traits::no_sum(scale);
+      for (int64_t left = std::min(range, groups - g); left > 0; left -= kGroups) {
+        Weights cells[kRuns][kVectors];
+#pragma GCC unroll 2
+        for (int r = 0; r < kRuns; ++r) {
+          Traits::template decode_run<Bits>(run, table, cells[r]);
+#pragma GCC unroll 3
+          for (int line = 0; line < kVectors * Bits / 8; ++line)
+            __builtin_prefetch(run + kPrefetchBytes / 2 + line * 64);
+          run += kVectors * 8 * Bits;
+        }
+#pragma GCC unroll 2
+        for (int i = 0; i < kGroups; ++i, unit += kUnits) {
+          if (i > 0 && left == i) break;
+#pragma GCC unroll 4
+          for (int s = 0; s < kStrips; ++s) {
+            const int cell = i * kStrips + s;
+            sum[s] = Traits::multiply_add(sum[s], cells[cell / kVectors][cell % kVectors], unit[0], unit[1]);
+          }
+        }
+      }
+      const uint16_t* scales = matrix.scales + g * kGroup / matrix.scale_columns * kStrips * kLanes;
+      for (int s = 0; s < kStrips; ++s) {
+        total[s] = Traits::add_scaled(total[s], sum[s],
+                                      Traits::times(Traits::scales(scales + s * kLanes), scale.scale));
+      }
+    }
+    for (int s = 0; s < kStrips; ++s) Traits::store(sums + s * kLanes, total[s]);
+  }
+
+  static void dense(const DenseBlock& matrix, int64_t inputs, Activations x, int columns, bool accumulate,
                     float* sums) {
     const int64_t groups = divide_up(inputs, kGroup);
-    with_constant<kStripsPerBlock>(factor.strips, [&](auto strips) {
-      over_columns(columns, [&](auto width, int first) {
-        Factor source{static_cast<const Value*>(factor.cells)};
-        float* out = sums + first * strips * kLanes;
+    if constexpr (Traits::scaled_activations) {
+      if (columns == 1 && matrix.strips == kStripsPerBlock && has_codebook(matrix.storage)) {
+        const auto multiply = [&](auto bits) { one_column<bits>(matrix, groups, x, accumulate, sums); };
+        matrix.storage == Storage::int4   ? multiply(Constant<4>{})
+        : matrix.storage == Storage::int3 ? multiply(Constant<3>{})
+                                          : multiply(Constant<2>{});
+        return;
+      }
+    }
+    // A range of inputs for all columns, so that a large matrix is read from memory once.
+    with_constant<kStripsPerBlock>(matrix.strips, [&](auto strips) {
+      if (groups == 0 && !accumulate) std::fill_n(sums, columns * strips * kLanes, 0.f);
+      const int64_t range = kCodes ? scaled_groups(x) : columns > kMaxColumns ? kGroupsPerChunk : groups;
+      for (int64_t g = 0; g < groups; g += range) {
+        const int64_t count = std::min(range, groups - g);
+        const bool add = accumulate || g > 0;
         if constexpr (kCodes) {
-          for (int64_t g = 0; g < groups; g += kScaledGroups) {
-            source = multiply_codes<strips, width>(
-                source, std::min(kScaledGroups, groups - g), x.units + g * kUnits * columns + first, columns,
-                factor.scales + g * kGroup / factor.scale_columns * strips * kLanes,
-                x_scales(x, g, columns, first), accumulate || g > 0, out);
-          }
+          alignas(64) int8_t codes[kMostScaledGroups * strips * kCell + kSpare];
+          const int8_t* cells = dense_codes(matrix, g, count, codes);
+          const uint16_t* scales = matrix.scales + g * kGroup / matrix.scale_columns * strips * kLanes;
+          const auto step = [&](auto source, auto width, int first) {
+            multiply_dense_codes<strips, width>(source, count, x.units + g * kUnits * columns + first,
+                                                columns, scales, x_scales(x, g, columns, first), add,
+                                                sums + first * strips * kLanes);
+          };
+          over_columns(columns, [&](auto width, int first) {
+            first == 0 ? step(Dense<true>{cells}, width, first) : step(Dense<false>{cells}, width, first);
+          });
         } else {
-          multiply<strips, width>(source, groups, x.units + first, columns, accumulate, out);
+          const Value* cells = static_cast<const Value*>(matrix.cells) + g * strips * kCell;
+          const auto step = [&](auto source, auto width, int first) {
+            multiply<strips, width>(source, count, x.units + g * columns + first, columns, add,
+                                    sums + first * strips * kLanes);
+          };
+          over_columns(columns, [&](auto width, int first) {
+            first == 0 ? step(Dense<true>{cells}, width, first) : step(Dense<false>{cells}, width, first);
+          });
         }
-      });
+      }
     });
   }
 
@@ -410,11 +527,12 @@ struct StripLoops {
                       int64_t end, Activations out) {
     const auto* rows = static_cast<const Element*>(x);
     if constexpr (Traits::scaled_activations) {
-      for (int64_t i = begin / kScaledUnits; i * kScaledUnits < end; ++i) {
-        const int64_t first = i * kScaledColumns, count = std::min(kScaledColumns, d_in - first);
+      const int64_t set = out.scale_columns;
+      for (int64_t i = begin * 2 / set; i * set < end * 2; ++i) {
+        const int64_t first = i * set, count = std::min(set, d_in - first);
         for (int c = 0; c < columns; ++c) {
-          out.scales[i * padded + c] = Traits::quantise(rows + c * stride + first, count,
-                                                        out.units + i * kScaledUnits * padded + c, padded);
+          out.scales[i * padded + c] =
+              Traits::quantise(rows + c * stride + first, count, out.units + first / 2 * padded + c, padded);
         }
       }
     } else {

@@ -14,17 +14,13 @@
 #include <cstdint>
 
 #include "strip_kernels.h"
+#include "tile_state.h"
 
 namespace oats {
 
 constexpr int64_t kTileRows = 16;    // the most
 constexpr int64_t kTileGroups = 16;  // groups of cells, or units of a row of x
 constexpr int64_t kRangeTiles = 16;
-
-// The shapes of the tile registers, as ldtilecfg and sttilecfg read and write them.
-struct alignas(64) TileState {
-  uint8_t bytes[64];
-};
 
 struct TileKernels {
   int64_t min_batch;      // by strips is faster for fewer rows
@@ -44,9 +40,9 @@ struct TileKernels {
   void (*expand_and_multiply)(const PackedHeader* weight, int64_t block, const uint32_t* inputs,
                               int64_t row_tiles, int rows, float* sums);
 
-  // Groups [begin, end) of a factor, in the same form: its own cells if they are exact and fill whole tiles,
-  // else `room`, filled.
-  const uint32_t* (*factor)(const FactorBlock& factor, int64_t begin, int64_t end, uint32_t* room);
+  // Groups [begin, end) of a matrix without a mask, in the same form: its own cells if they are exact and
+  // fill whole tiles, else `room`, filled.
+  const uint32_t* (*dense)(const DenseBlock& matrix, int64_t begin, int64_t end, uint32_t* room);
 
   // sums (+)= cells times inputs, for one range of `tiles` tiles and all row tiles.
   void (*multiply)(const uint32_t* cells, int strips, int64_t tiles, const uint32_t* inputs,
@@ -60,7 +56,7 @@ struct TileKernels {
 const TileKernels& tile_kernels_amx_bf16(Storage storage);
 
 // In dispatch.cpp. nullptr if the ISA has no tiles for that dtype. Storages differ in min_batch,
-// few_row_tiles, expand(), expand_and_multiply() and factor() only.
+// few_row_tiles, expand(), expand_and_multiply() and dense() only.
 const TileKernels* tile_kernels(Isa isa, Dtype dtype, Storage storage);
 
 }  // namespace oats
