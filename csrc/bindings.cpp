@@ -168,6 +168,11 @@ PYBIND11_MODULE(_core, m) {
                                  x_stride, threads);
   });
 
+  m.def("set_activation_codes", [](bool int8) {
+    oats::set_activation_codes(int8 ? oats::ActivationCodes::int8 : oats::ActivationCodes::exact);
+  });
+  m.def("activation_codes", [] { return oats::activation_codes() == oats::ActivationCodes::int8; });
+
   m.def(
       "rms_norm",
       [](uintptr_t x, int64_t rows, int64_t columns, uintptr_t weight, float eps, bool one_plus,

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from oats.errors import OutputExistsError as OutputExistsError
     from oats.errors import UnsupportedModelError as UnsupportedModelError
     from oats.errors import WeightError as WeightError
+    from oats.kernels.activations import set_activations as set_activations
     from oats.nn.sparse_low_rank_linear import SparseLowRankLinear as SparseLowRankLinear
 
 # Where torch's entry points are off (TORCH_DEVICE_BACKEND_AUTOLOAD=0), whoever imports oats gets its format.
@@ -52,6 +53,7 @@ _MODULES = {
         *("OatsError", "CalibrationError", "CheckpointError", "ConfigError", "DeviceError"),
         *("DistributedError", "FormatError", "OutputExistsError", "UnsupportedModelError", "WeightError"),
     ),
+    "oats.kernels.activations": ("set_activations",),
     "oats.nn.sparse_low_rank_linear": ("SparseLowRankLinear",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
 
-from oats.cli.options import AnyModel, ChatTemplate, RunDtype, SamplingSeed
+from oats.cli.options import AnyModel, ChatTemplate, RunActivations, RunDtype, SamplingSeed, use_activations
 from oats.errors import ConfigError, OatsError
 
 if TYPE_CHECKING:
@@ -29,12 +29,14 @@ def chat(
     seed: SamplingSeed = 0,
     chat_template: ChatTemplate = None,
     dtype: RunDtype = None,
+    activations: RunActivations = "exact",
 ) -> None:
     """Talk to a model in the terminal, or line by line from a pipe.
 
     The model needs a chat template, from its tokenizer or from --chat-template. A base model has none: it
     only continues text, with oats generate.
     """
+    use_activations(activations)
     if max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     if temperature is not None and not 0 <= temperature < float("inf"):

@@ -37,9 +37,11 @@ def evaluate(
     batch: Annotated[int, Option(help="Sequences in one forward pass, for tasks.")] = 1,
     save: Annotated[bool, Option("--save", help="Add the perplexity to the model card of DIR.")] = False,
     dtype: options.RunDtype = None,
+    activations: options.RunActivations = "exact",
     as_json: options.Json = False,
 ) -> None:
     """Measure the perplexity of a model on a text, or its scores on tasks; print the settings too."""
+    options.use_activations(activations)
     if max_tokens is not None and max_tokens < 1:
         raise ConfigError(f"max_tokens must be at least 1, got {max_tokens}")
     if dtype not in (None, "bf16", "fp32"):

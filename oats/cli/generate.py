@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
-from oats.cli.options import AnyModel, Json, RunDtype, SamplingSeed
+from oats.cli.options import AnyModel, Json, RunActivations, RunDtype, SamplingSeed, use_activations
 from oats.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -21,9 +21,11 @@ def generate(
     temperature: Annotated[float, Option(help="0 takes the most likely token each time.")] = 0.0,
     seed: SamplingSeed = 0,
     dtype: RunDtype = None,
+    activations: RunActivations = "exact",
     as_json: Json = False,
 ) -> None:
     """Continue a prompt; print the text while it is generated, and its speed on stderr."""
+    use_activations(activations)
     if max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     if not 0 <= temperature < float("inf"):

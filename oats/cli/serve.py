@@ -9,7 +9,7 @@ from typing import Annotated
 
 from typer import Option
 
-from oats.cli.options import AnyModel, ChatTemplate, RunDtype
+from oats.cli.options import AnyModel, ChatTemplate, RunActivations, RunDtype, use_activations
 from oats.errors import ConfigError
 
 
@@ -26,12 +26,14 @@ def serve(
     max_batch: Annotated[int, Option(help="Most requests that run at once; others wait.")] = 16,
     max_waiting: Annotated[int, Option(help="Most requests that wait; others are refused.")] = 64,
     dtype: RunDtype = None,
+    activations: RunActivations = "exact",
 ) -> None:
     """Serve a model over HTTP with OpenAI's API: /v1/chat/completions, /v1/completions, /v1/models.
 
     Requests that run at once get one token each in turn. /health tells if the server works; /metrics has
     numbers for Prometheus. A model without a chat template answers /v1/completions only.
     """
+    use_activations(activations)
     try:
         import uvicorn
 

@@ -20,6 +20,7 @@ from oats.errors import ConfigError, FormatError, WeightError
 from oats.format.bit_stream import pack_bits, unpack_bits
 from oats.format.bitmask import decode, decode_mask, encode
 from oats.format.layer_spec import exact_parts
+from oats.kernels.activations import activations, set_activations
 from oats.kernels.packing import pack, unpack
 from oats.kernels.sparse_low_rank_linear import linear, linear_many
 from tests.conftest import DTYPES, ISAS, random_layer, spec_of
@@ -39,7 +40,7 @@ STORAGES = [
     Storage("exact", "int8", 128, mask=False),
 ]
 BATCHES = [1, 2, 6, 7, 33, 90, 129]
-GROUP = 64  # inputs whose activations share a scale
+BLOCK = 64  # numbers of V x, and inputs rounded to int8, that share a scale; others share it as weights do
 
 # d_out, d_in, rank, density
 SHAPES = [(1, 1, 1, 1.0), (7, 13, 3, 0.5), (33, 65, 17, 0.0), (64, 48, 0, 0.4), (130, 257, 70, 0.9)]
@@ -79,9 +80,9 @@ def parts(tensors: dict[str, Tensor], storage: Storage, d_in: int) -> tuple[Tens
     return sparse * powers, u, v * powers
 
 
-def largest_of_group(sizes: Tensor) -> Tensor:
+def largest_of_group(sizes: Tensor, group: int) -> Tensor:
     """Each the largest magnitude of its group of inputs."""
-    padded = nn.functional.pad(sizes, (0, -sizes.shape[1] % GROUP)).view(len(sizes), -1, GROUP)
+    padded = nn.functional.pad(sizes, (0, -sizes.shape[1] % group)).view(len(sizes), -1, group)
     return padded.amax(-1, keepdim=True).expand_as(padded).flatten(1)[:, : sizes.shape[1]]
 
 
@@ -94,8 +95,8 @@ def assert_close(y: Tensor, tensors: dict[str, Tensor], storage: Storage, x: Ten
     d_in = x.shape[1]
     sparse, u, v = parts(tensors, storage, d_in)
     expected = x.double() @ sparse.T + (x.double() @ v.T) @ u.T
-    sizes = largest_of_group(x.double().abs())
-    size = sizes @ sparse.abs().T + largest_of_group(sizes @ v.abs().T) @ u.abs().T
+    sizes = largest_of_group(x.double().abs(), storage.scale_columns)
+    size = sizes @ sparse.abs().T + largest_of_group(sizes @ v.abs().T, BLOCK) @ u.abs().T
     c = 2**-24 * (8 + 4 * (d_in**0.5 + u.shape[1] ** 0.5))
     if y.dtype == torch.bfloat16:
         c += 2 * 2**-8 * (1 + 2**-8) + 2**-8
@@ -115,6 +116,34 @@ def test_kernels_against_float64(isa: str, dtype: torch.dtype, storage: Storage)
         for batch in BATCHES:
             x = torch.randn(batch, shape[1]).to(dtype)
             assert_close(linear(x, packed, None, spec), tensors, storage, x)
+
+
+@pytest.mark.skipif("amx_bf16" not in ISAS, reason="no products of int8 without AMX")
+@pytest.mark.parametrize("storage", [s for s in STORAGES if s.values != "exact"], ids=str)
+def test_int8_activations_against_integers(storage: Storage) -> None:
+    d_out, d_in = 70, 333
+    tensors = coded((d_out, d_in, 5, 0.5), storage, torch.bfloat16)
+    tensors |= {name: torch.zeros_like(t) for name, t in tensors.items() if name == "low_rank_u"}
+    spec = spec_of(tensors, storage, torch.bfloat16)
+    packed = pack(tensors, spec, isa="amx_bf16")
+    x = torch.randn(40, d_in).bfloat16()
+    exact = linear(x, packed, None, spec)
+    set_activations("int8")
+    try:
+        y, few = linear(x, packed, None, spec), linear(x[:16], packed, None, spec)
+    finally:
+        set_activations("exact")
+    powers = 2.0 ** tensors["input_exponent"].float()
+    inputs = x.float() * powers
+    largest = largest_of_group(inputs.abs(), BLOCK)
+    integers = torch.round(inputs * (torch.tensor(127.0) / largest)).double()
+    sparse = parts(tensors, storage, d_in)[0] / powers
+    expected = (integers * (largest.double() / 127)) @ sparse.T
+    size = largest.double() @ sparse.abs().T
+    excess = (y.double() - expected).abs() - 2**-8 * expected.abs() - 2**-20 * size
+    assert excess.max() <= 0, f"error exceeds its bound by {excess.max():.3g}"
+    assert not torch.equal(y, exact)
+    assert torch.equal(few, exact[:16]), "few rows are exact"
 
 
 @given(
@@ -433,3 +462,9 @@ def test_config() -> None:
     for wrong_storage in (("int8", "int8", 0), ("int8", "int4", 64), ("exact", "exact", 64)):
         with pytest.raises(ConfigError):
             Storage(*wrong_storage)
+
+
+def test_activations_are_chosen_by_name() -> None:
+    with pytest.raises(ConfigError, match="activations are 'int4'"):
+        set_activations("int4")  # type: ignore[arg-type]
+    assert activations() == "exact"

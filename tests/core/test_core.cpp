@@ -99,13 +99,18 @@ constexpr int kThreads[] = {1, 2, 3};
 
 struct Kinds {
   Storage values, factors;
-  int32_t scale_columns;
+  int16_t scale_columns;
+  bool masked = true;
+
+  int code_bits() const { return oats::has_codebook(values) ? oats::storage_bits(values, Dtype::bf16) : 0; }
 };
 constexpr Kinds kExact{Storage::exact, Storage::exact, 0};
-constexpr Kinds kCodes[] = {{Storage::int8, Storage::int8, 128},
-                            {Storage::int4, Storage::int8, 64},
-                            {Storage::int4, Storage::exact, 128},
-                            {Storage::exact, Storage::int8, 64}};
+constexpr Kinds kCodes[] = {
+    {Storage::int8, Storage::int8, 128},        {Storage::int4, Storage::int8, 64},
+    {Storage::int4, Storage::exact, 128},       {Storage::exact, Storage::int8, 64},
+    {Storage::int3, Storage::int8, 128},        {Storage::int8, Storage::int8, 128, false},
+    {Storage::int4, Storage::int8, 64, false},  {Storage::int3, Storage::int8, 128, false},
+    {Storage::int2, Storage::exact, 64, false}, {Storage::exact, Storage::int8, 128, false}};
 
 // A matrix as it is stored: values, or codes of a byte with their scales.
 template <class Value>
@@ -129,20 +134,20 @@ struct Case {
   bool exact;
   int64_t nnz = 0;
   Buffer<uint8_t> mask;
-  Matrix<Value> values, u, v;  // of int4 the codes are two in a byte
+  Matrix<Value> values, u, v;  // codes below 8 bits are a stream of bits
   Buffer<int8_t> codebook, exponents;
   std::vector<double> sparse;  // S, for inputs that are multiplied by 2 to the exponents
   Buffer<Value> bias, x;
   Buffer<double> y;  // S x + U (V x), in float64
-  // |S| |x| + |U| (|V| |x|); of codes, with the largest of 64 inputs for each |x| and |V| |x|: that is what
-  // the error of their activations is in proportion to.
+  // |S| |x| + |U| (|V| |x|); of codes, with the largest of the inputs that share a scale for each |x| and
+  // |V| |x|: that is what the error of their activations is in proportion to.
   Buffer<double> size;
 
   static constexpr Dtype dtype = sizeof(Value) == 4 ? Dtype::fp32 : Dtype::bf16;
 
   oats::WeightShape weight_shape() const {
-    return {shape.d_out, shape.d_in,   shape.rank,    nnz,
-            dtype,       kinds.values, kinds.factors, kinds.scale_columns};
+    return {shape.d_out,  shape.d_in,    shape.rank,          nnz,         dtype,
+            kinds.values, kinds.factors, kinds.scale_columns, kinds.masked};
   }
   int64_t scales_of(int64_t columns) const {
     return kinds.scale_columns ? oats::divide_up(columns, kinds.scale_columns) : 0;
@@ -156,12 +161,12 @@ struct Case {
     return m.codes[i] *
            to_float(m.scales[i / columns * scales_of(columns) + i % columns / kinds.scale_columns]);
   }
-  // Each the largest of its 64, where there are codes.
-  void spread(std::vector<double>& sizes) const {
+  // Each the largest of its `set`, where there are codes.
+  void spread(std::vector<double>& sizes, size_t set) const {
     if (!kinds.scale_columns) return;
-    for (size_t i = 0; i < sizes.size(); i += 64) {
+    for (size_t i = 0; i < sizes.size(); i += set) {
       const auto begin = sizes.begin() + static_cast<std::ptrdiff_t>(i);
-      const auto end = sizes.begin() + static_cast<std::ptrdiff_t>(std::min(i + 64, sizes.size()));
+      const auto end = sizes.begin() + static_cast<std::ptrdiff_t>(std::min(i + set, sizes.size()));
       std::fill(begin, end, *std::max_element(begin, end));
     }
   }
@@ -170,11 +175,11 @@ struct Case {
       : shape(s),
         kinds(kinds),
         exact(exact),
-        mask(s.d_out * oats::divide_up(s.d_in, 8)),
+        mask(kinds.masked ? s.d_out * oats::divide_up(s.d_in, 8) : 0),
         values(0, 0, kinds.values == Storage::exact ? 0 : s.d_out * scales_of(s.d_in)),
         u(factor(s.d_out, s.rank)),
         v(factor(s.rank, s.d_in)),
-        codebook(kinds.values == Storage::int4 ? 16 : 0),
+        codebook(kinds.code_bits() ? 1 << kinds.code_bits() : 0),
         exponents(kinds.scale_columns ? s.d_in : 0),
         sparse(s.d_out * s.d_in, 0.0),
         bias(s.d_out),
@@ -201,29 +206,31 @@ struct Case {
     fill_scales(values.scales, 1);
     for (int64_t i = 0; i < codebook.size(); ++i) codebook[i] = code();
     for (int64_t i = 0; i < s.d_out * s.d_in; ++i) {
-      if (!keep(random)) continue;
+      if (kinds.masked && !keep(random)) continue;
       const int64_t row = i / s.d_in, column = i % s.d_in;
-      mask[row * oats::divide_up(s.d_in, 8) + column / 8] |= static_cast<uint8_t>(1u << column % 8);
+      if (kinds.masked)
+        mask[row * oats::divide_up(s.d_in, 8) + column / 8] |= static_cast<uint8_t>(1u << column % 8);
       if (kinds.values == Storage::exact) {
         // Also zeros: a kept value is a bit of the mask, whatever it is.
         kept.push_back(value(3, 1));
         sparse[i] = to_float(kept.back());
         continue;
       }
-      const bool indexed = kinds.values == Storage::int4;
-      kept_codes.push_back(indexed ? static_cast<int8_t>(random() % 16) : code());
+      const bool indexed = codebook.size() > 0;
+      kept_codes.push_back(indexed ? static_cast<int8_t>(random() % codebook.size()) : code());
       sparse[i] = (indexed ? codebook[kept_codes.back()] : kept_codes.back()) *
                   to_float(values.scales[row * scales_of(s.d_in) + column / kinds.scale_columns]);
     }
     nnz = static_cast<int64_t>(kept.size() + kept_codes.size());
     values.values = Buffer<Value>(static_cast<int64_t>(kept.size()));
     std::copy(kept.begin(), kept.end(), values.values.data());
-    if (kinds.values == Storage::int4) {
-      std::vector<int8_t> pairs((nnz + 1) / 2, 0);
-      for (int64_t i = 0; i < nnz; ++i) {
-        pairs[i / 2] = static_cast<int8_t>(pairs[i / 2] | kept_codes[i] << (i % 2 * 4));
+    if (const int bits = kinds.code_bits()) {
+      std::vector<int8_t> stream(oats::divide_up(nnz * bits, 8), 0);
+      for (int64_t i = 0; i < nnz * bits; ++i) {
+        const int bit = kept_codes[i / bits] >> i % bits & 1;
+        stream[i / 8] = static_cast<int8_t>(stream[i / 8] | bit << i % 8);
       }
-      kept_codes = pairs;
+      kept_codes = stream;
     }
     values.codes = Buffer<int8_t>(static_cast<int64_t>(kept_codes.size()));
     std::copy(kept_codes.begin(), kept_codes.end(), values.codes.data());
@@ -247,7 +254,7 @@ struct Case {
         if (exponents.size()) row[j] = std::ldexp(row[j], exponents[j]);
         row_size[j] = std::abs(row[j]);
       }
-      spread(row_size);
+      spread(row_size, kinds.scale_columns);
       for (int64_t r = 0; r < s.rank; ++r) {
         t[r] = t_size[r] = 0;
         for (int64_t j = 0; j < s.d_in; ++j) {
@@ -257,7 +264,7 @@ struct Case {
         }
         if (exact && std::abs(t[r]) > 256) std::abort();
       }
-      spread(t_size);
+      spread(t_size, 64);
       for (int64_t i = 0; i < s.d_out; ++i) {
         double sum = 0, sum_size = 0;
         for (int64_t j = 0; j < s.d_in; ++j) {
@@ -300,12 +307,13 @@ Packed pack(const Case<Value>& c, Isa isa, int threads) {
 template <class Value>
 const char* name_of(const Case<Value>& c, Isa isa) {
   static char name[160];
-  constexpr const char* kStorages[] = {"exact", "int8", "int4"};
-  std::snprintf(name, sizeof name, "%s %s %s S %s U V %s %lld x %lld, rank %lld, density %g",
+  constexpr const char* kStorages[] = {"exact", "int8", "int4", "int3", "int2"};
+  std::snprintf(name, sizeof name, "%s %s %s S %s%s U V %s %lld x %lld, rank %lld, density %g",
                 oats::isa_name(isa), c.dtype == Dtype::fp32 ? "fp32" : "bf16",
                 c.exact ? "integers" : "normal", kStorages[static_cast<int>(c.kinds.values)],
-                kStorages[static_cast<int>(c.kinds.factors)], static_cast<long long>(c.shape.d_out),
-                static_cast<long long>(c.shape.d_in), static_cast<long long>(c.shape.rank), c.shape.density);
+                c.kinds.masked ? "" : " without a mask", kStorages[static_cast<int>(c.kinds.factors)],
+                static_cast<long long>(c.shape.d_out), static_cast<long long>(c.shape.d_in),
+                static_cast<long long>(c.shape.rank), c.shape.density);
   return name;
 }
 
@@ -359,7 +367,7 @@ void check_rows(const Case<Value>& c, Isa isa, const Packed& packed, int threads
 // address.
 template <class Value>
 void check_product(const Case<Value>& c, Isa isa, const Packed& packed, int64_t batch, int threads,
-                   bool odd_address) {
+                   bool odd_address, oats::ActivationCodes activations = oats::ActivationCodes::exact) {
   const int64_t d_out = c.shape.d_out, d_in = c.shape.d_in;
   const int64_t x_stride = d_in + 1 + d_in % 2 * 2, y_stride = d_out + 2 - d_out % 2, shift = odd_address;
   const Value gap = from_float<Value>(12345), nan = from_float<Value>(std::ldexp(1.9f, 127));
@@ -373,7 +381,11 @@ void check_product(const Case<Value>& c, Isa isa, const Packed& packed, int64_t 
   const Projection projection{reinterpret_cast<const PackedHeader*>(packed.data()),
                               with_bias ? reinterpret_cast<const char*>(c.bias.data()) : nullptr,
                               reinterpret_cast<char*>(y.data() + shift), y_stride};
+  oats::set_activation_codes(activations);
   oats::sparse_low_rank_linear(&projection, 1, x.data() + shift, batch, x_stride, threads);
+  oats::set_activation_codes(oats::ActivationCodes::exact);
+  // int8 are multiples of 1 / 127 of the largest.
+  const double bound = c.bound() + (activations == oats::ActivationCodes::int8 ? 1 / 254.0 : 0);
 
   int64_t wrong = 0, first_wrong = 0, spoilt = shift && y.size() && y[0] != gap;
   for (int64_t b = 0; b < batch; ++b) {
@@ -386,7 +398,7 @@ void check_product(const Case<Value>& c, Isa isa, const Packed& packed, int64_t 
       const double bias = with_bias ? to_float(c.bias[i]) : 0.0, expected = c.y[b * d_out + i] + bias;
       const double difference = std::abs(to_float(got) - expected);
       const bool right = c.exact ? to_float(got) == to_float(from_float<Value>(static_cast<float>(expected)))
-                                 : difference <= c.bound() * (c.size[b * d_out + i] + std::abs(bias));
+                                 : difference <= bound * (c.size[b * d_out + i] + std::abs(bias));
       if (!right && !wrong++) first_wrong = b * d_out + i;
     }
   }
@@ -525,6 +537,8 @@ void check_layers() {
           check_rows(c, isa, packed, threads);
           for (const int64_t batch : kBatches) {
             check_product(c, isa, packed, batch, threads, threads % 2);
+            if (storage.values != Storage::exact && isa == Isa::amx_bf16)
+              check_product(c, isa, packed, batch, threads, threads % 2, oats::ActivationCodes::int8);
           }
         }
       }

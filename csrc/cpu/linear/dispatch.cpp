@@ -18,11 +18,12 @@ static const Kernels& kernels([[maybe_unused]] Isa isa, Dtype dtype, Storage sto
 #endif
 }
 
-const StripKernels& strip_kernels(Isa isa, Dtype dtype, Storage storage, [[maybe_unused]] int64_t columns) {
+const StripKernels& strip_kernels(Isa isa, Dtype dtype, Storage storage, [[maybe_unused]] int64_t columns,
+                                  [[maybe_unused]] bool one_byte) {
 #ifdef OATS_X86
   if (isa == Isa::amx_bf16 && dtype == Dtype::bf16 && storage != Storage::exact &&
       columns >= kByteTileColumns)
-    return byte_tile_kernels();
+    return byte_tile_kernels(one_byte);
 #endif
   return kernels(isa, dtype, storage).strips;
 }

@@ -23,42 +23,37 @@ struct Sums {
 
 struct Panel {
   const Call& call;
-  const PackedHeader* w;         // of the first projection, for what all share
-  int64_t first;                 // row of the batch
-  int columns;                   // rows of the batch
-  const StripKernels& values;    // for S
-  const StripKernels& factors;   // for U and V
-  bool direct;                   // x itself is the plain activations
-  Activations plain, scaled;     // x: [groups][columns]
-  bool with_plain, with_scaled;  // which of the two the kernels read
-  Sums* sums;                    // [projection]
+  const PackedHeader* w;        // of the first projection, for what all share
+  int64_t first;                // row of the batch
+  int columns;                  // rows of the batch
+  const StripKernels& values;   // for S
+  const StripKernels& factors;  // for U and V
+  bool direct;                  // x itself is the activations of kernels that do not scale
+  Activations x_values;         // x as `values` takes it
+  Activations x_factors;
+  Sums* sums;  // [projection]
   Panel* self;
 
   Panel(const Call& call, int64_t first, Workspace& workspace)
       : call(call),
         w(call.first()),
         first(first),
-        columns(static_cast<int>(std::min(call.batch - first, kPanelColumns))),
-        values(strip_kernels(w->isa, w->shape.dtype, w->shape.values, columns)),
+        // Panels are as even as possible: a narrow last one would read the weight again for little.
+        columns(
+            static_cast<int>(divide_up(call.batch - first, divide_up(call.batch - first, kPanelColumns)))),
+        values(strip_kernels(w->isa, w->shape.dtype, w->shape.values, columns, call.one_byte())),
         factors(strip_kernels(w->isa, w->shape.dtype, w->shape.factors, columns)) {
-    const bool low_rank = call.rank_blocks() > 0;
-    with_scaled = values.scaled_activations || (low_rank && factors.scaled_activations);
-    with_plain = !values.scaled_activations || (low_rank && !factors.scaled_activations);
     // One row of whole 4-byte units, aligned to 4, already is [groups][1].
     direct = columns == 1 && call.value_bytes() * w->layout.group == 4 &&
              w->shape.d_in % w->layout.group == 0 &&
              reinterpret_cast<uintptr_t>(call.row_of_x(first)) % alignof(uint32_t) == 0;
     workspace.provide([this](Cutter& memory) { cut(memory); });
-    if (direct) plain.units = reinterpret_cast<uint32_t*>(const_cast<char*>(call.row_of_x(first)));
   }
 
   void cut(Cutter& memory) {
     self = memory.take<Panel>(1);
-    plain = {memory.take<uint32_t>(with_plain && !direct ? w->groups * columns : 0)};
-    // Scaled activations come in whole sets of kScaledColumns.
-    const int64_t inputs = with_scaled ? w->shape.d_in : 0;
-    scaled = {memory.take<uint32_t>(divide_up(inputs, kScaledColumns) * kScaledUnits * columns),
-              memory.take<XScale>((with_scaled ? w->scale_groups : 0) * columns), w->shape.scale_columns};
+    x_values = cut_inputs(values, memory);
+    x_factors = factors.prepare == values.prepare ? x_values : cut_inputs(factors, memory);
     sums = memory.take<Sums>(call.count);
     for (int i = 0; i < call.count; ++i) {
       const PackedHeader* weight = call.projections[i].w;
@@ -70,28 +65,46 @@ struct Panel {
     }
   }
 
+  Activations cut_inputs(const StripKernels& kernels, Cutter& memory) const {
+    if (!kernels.scaled_activations) {
+      if (direct) return {reinterpret_cast<uint32_t*>(const_cast<char*>(call.row_of_x(first)))};
+      return {memory.take<uint32_t>(w->groups * columns)};
+    }
+    // They come in whole sets of kScaledColumns.
+    const int32_t set = scale_columns(kernels);
+    return {memory.take<uint32_t>(divide_up(w->shape.d_in, kScaledColumns) * kScaledUnits * columns),
+            memory.take<XScale>(divide_up(w->shape.d_in, set) * columns), set};
+  }
+
   // Units of V x for one block: whole sets, if they are scaled.
   int64_t block_units() const { return kStripsPerBlock * w->layout.lanes / w->layout.group * columns; }
   int64_t block_sums() const { return kStripsPerBlock * columns * w->layout.lanes; }
-  Activations inputs(const StripKernels& kernels) const {
-    return kernels.scaled_activations ? scaled : plain;
+  // Inputs that share a scale.
+  int32_t scale_columns(const StripKernels& kernels) const {
+    return &kernels == &values && call.one_byte() ? kScaledColumns : w->shape.scale_columns;
+  }
+  bool prepares_for_values() const { return values.scaled_activations || !direct; }
+  // V may take x as S does.
+  bool prepares_for_factors() const {
+    return factors.prepare != values.prepare && call.rank_blocks() > 0 &&
+           (factors.scaled_activations || !direct);
   }
 
   void prepare(int part, int parts) const {
-    const auto run = [&](const StripKernels& kernels, int64_t step) {
+    const auto run = [&](const StripKernels& kernels, Activations x) {
+      const int64_t step = kernels.scaled_activations ? x.scale_columns / 2 : 1;
       const int64_t steps = divide_up(w->groups, step);
       kernels.prepare(call.row_of_x(first), call.x_stride, w->shape.d_in, columns, columns,
-                      steps * part / parts * step, std::min(steps * (part + 1) / parts * step, w->groups),
-                      inputs(kernels));
+                      steps * part / parts * step, std::min(steps * (part + 1) / parts * step, w->groups), x);
     };
-    if (with_scaled) run(values.scaled_activations ? values : factors, w->shape.scale_columns / 2);
-    if (with_plain && !direct) run(values.scaled_activations ? factors : values, 1);
+    if (prepares_for_values()) run(values, x_values);
+    if (prepares_for_factors()) run(factors, x_factors);
   }
 
   void low_rank_inputs(int i, int64_t block) const {
     const DenseBlock v = dense_block(call.projections[i].w, Matrix::v, block);
     float* out = sums[i].rank_sums + block * block_sums();
-    factors.dense(v, w->shape.d_in, inputs(factors), columns, false, out);
+    factors.dense(v, w->shape.d_in, x_factors, columns, false, out);
     const Activations low_rank = sums[i].low_rank;
     factors.sums_to_activations(
         out, v.strips, columns,
@@ -102,9 +115,9 @@ struct Panel {
     const PackedHeader* weight = call.projections[i].w;
     float* out = sums[i].sums + block * block_sums();
     if (weight->shape.masked) {
-      values.sparse(weight, block, inputs(values), columns, out);
+      values.sparse(weight, block, x_values, columns, out);
     } else {
-      values.dense(dense_block(weight, Matrix::s, block), w->shape.d_in, inputs(values), columns, false, out);
+      values.dense(dense_block(weight, Matrix::s, block), w->shape.d_in, x_values, columns, false, out);
     }
   }
 
@@ -122,7 +135,7 @@ struct Panel {
                  call.output(i, first, row), call.projections[i].y_stride);
   }
 
-  bool prepares() const { return with_scaled || !direct; }
+  bool prepares() const { return prepares_for_values() || prepares_for_factors(); }
   int64_t rows_planned() const { return columns; }
   int stages() const { return prepares() + 1 + (call.rank_blocks() > 0); }
 
@@ -148,9 +161,10 @@ struct Panel {
 }  // namespace
 
 void product_by_strips(const Call& call, Workspace& workspace) {
-  for (int64_t first = 0; first < call.batch; first += kPanelColumns) {
+  for (int64_t first = 0; first < call.batch;) {
     const Panel panel(call, first, workspace);
     in_team(call, [&](int part, int parts) { run_stages(panel, part, parts); });
+    first += panel.columns;
   }
 }
 

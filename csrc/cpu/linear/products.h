@@ -24,7 +24,15 @@ struct Call {
   const char* x;
   int64_t batch, x_stride;
   int team;  // threads
+  ActivationCodes activations = activation_codes();
 
+  // Whether activations are rounded to one byte: those of many rows, where the ISA has such kernels.
+  bool one_byte() const {
+    constexpr int64_t kExactRows = 16;
+    const PackedHeader* w = first();
+    return activations == ActivationCodes::int8 && batch > kExactRows && w->isa == Isa::amx_bf16 &&
+           w->shape.dtype == Dtype::bf16 && w->shape.values != Storage::exact;
+  }
   const PackedHeader* first() const { return projections[0].w; }
   int64_t value_bytes() const { return static_cast<int64_t>(dtype_bytes(first()->shape.dtype)); }
   const char* row_of_x(int64_t row) const { return x + row * x_stride * value_bytes(); }

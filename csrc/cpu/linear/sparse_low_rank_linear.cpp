@@ -2,6 +2,7 @@
 // threads take part and in which order they work, and divides the blocks among them. Projections that cannot
 // share activations are calls of their own.
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 
 #include "elements.h"
@@ -37,10 +38,13 @@ void scale_inputs(const Element* x, int64_t batch, int64_t x_stride, int64_t d_i
   }
 }
 
+std::atomic<ActivationCodes> process_activations{ActivationCodes::exact};
+
 enum class Order { strips, columns, tiles };
 
 Order best_order(const Call& call) {
   const PackedHeader* w = call.first();
+  if (call.one_byte()) return Order::strips;
   const TileKernels* tiles = tile_kernels(w->isa, w->shape.dtype, w->shape.values);
   if (tiles) return call.batch < tiles->min_batch ? Order::strips : Order::tiles;
   const int64_t least = column_kernels(w->isa, w->shape.dtype, w->shape.values).min_columns;
@@ -48,6 +52,14 @@ Order best_order(const Call& call) {
 }
 
 }  // namespace
+
+void set_activation_codes(ActivationCodes codes) {
+  process_activations = codes;
+}
+
+ActivationCodes activation_codes() {
+  return process_activations;
+}
 
 void sparse_low_rank_linear(const Projection* projections, int count, const void* x, int64_t batch,
                             int64_t x_stride, int threads) {

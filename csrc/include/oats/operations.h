@@ -24,6 +24,15 @@ struct Projection {
 void sparse_low_rank_linear(const Projection* projections, int count, const void* x, int64_t batch,
                             int64_t x_stride, int threads);
 
+// How products with codes take activations where many rows of bf16 meet them: as 16-bit integers, which
+// rounds less than bf16 does, or as int8, which is faster. A scale belongs to one row and `scale_columns`
+// inputs.
+enum class ActivationCodes { exact, int8 };
+
+// Of the process; products that are under way keep what they have.
+void set_activation_codes(ActivationCodes codes);
+ActivationCodes activation_codes();
+
 // Copies `in` to `out` and sets all but the `count` entries of largest magnitude of each row to +0. Of equal
 // magnitudes the lowest column stays. Both are rows x columns, contiguous and finite, and may be the same
 // buffer. Float is float or double.

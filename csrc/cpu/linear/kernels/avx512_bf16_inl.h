@@ -72,20 +72,21 @@ struct Avx512Codes : Avx512Bf16 {
   }
   static __m512 load_some(const float* x, __mmask16 valid) { return _mm512_maskz_loadu_ps(valid, x); }
 
-  // Up to kMostScaledColumns numbers as 16-bit integers. A NaN or infinity makes the scale NaN or infinite,
-  // and with it all products of these inputs. Numbers below 2^-100 become zero: the inverse of the scale
-  // would overflow. Calls store(i, upper, lower) with the bytes of numbers 16 i to 16 i + 15; those past
-  // `count` are zero, up to a multiple of kScaledColumns.
-  template <class T, class Store>
+  // Up to kMostScaledColumns numbers as integers of one or two bytes. A NaN or infinity makes the scale NaN
+  // or infinite, and with it all products of these inputs. Numbers below 2^-100 become zero: the inverse of
+  // the scale would overflow. Calls store(i, integers) with numbers 16 i to 16 i + 15; those past `count` are
+  // zero, up to a multiple of kScaledColumns.
+  template <int Bytes, class T, class Store>
   static XScale quantise_to(const T* x, int64_t count, const Store& store) {
     static_assert(kMostScaledColumns == 2 * kScaledColumns);
     constexpr int kVectors = kScaledColumns / 16;
-    return count > kScaledColumns ? quantise_vectors<2 * kVectors>(x, count, store)
-                                  : quantise_vectors<kVectors>(x, count, store);
+    return count > kScaledColumns ? quantise_vectors<Bytes, 2 * kVectors>(x, count, store)
+                                  : quantise_vectors<Bytes, kVectors>(x, count, store);
   }
-  template <int kVectors, class T, class Store>
+  template <int Bytes, int kVectors, class T, class Store>
   static XScale quantise_vectors(const T* x, int64_t count, const Store& store) {
-    constexpr float kLargest = 0x7f7f;
+    // The lower of two bytes is signed too.
+    constexpr float kLargest = Bytes == 2 ? 0x7f7f : 0x7f;
     __m512 part[kVectors];
     __m512i largest = _mm512_setzero_si512(), sum = largest;
     for (int i = 0; i < kVectors; ++i) {
@@ -103,20 +104,23 @@ struct Avx512Codes : Avx512Bf16 {
     for (int i = 0; i < kVectors; ++i) {
       const __m256i whole = _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(_mm512_mul_ps(part[i], inverse)));
       sum = _mm512_add_epi32(sum, _mm512_cvtepi16_epi32(whole));
-      // The lower byte is signed too, so the upper byte is that of the nearest multiple of 256.
-      const __m128i lower = _mm256_cvtepi16_epi8(whole);
-      const __m128i upper =
-          _mm256_cvtepi16_epi8(_mm256_srai_epi16(_mm256_add_epi16(whole, _mm256_set1_epi16(128)), 8));
-      store(i, upper, lower);
+      store(i, whole);
     }
     return {tiny ? 0.f : magnitude / kLargest, -128 * _mm512_reduce_add_epi32(sum)};
+  }
+
+  static __m128i lower_bytes(__m256i integers) { return _mm256_cvtepi16_epi8(integers); }
+  // Of the nearest multiples of 256.
+  static __m128i upper_bytes(__m256i integers) {
+    return lower_bytes(_mm256_srai_epi16(_mm256_add_epi16(integers, _mm256_set1_epi16(128)), 8));
   }
 
   // Units of upper and of lower bytes, in turns, `stride` apart.
   template <class T>
   static XScale quantise(const T* x, int64_t count, uint32_t* units, int64_t stride) {
     const int64_t used = 2 * divide_up(count, group);
-    return quantise_to(x, count, [&](int i, __m128i upper, __m128i lower) {
+    return quantise_to<2>(x, count, [&](int i, __m256i integers) {
+      const __m128i upper = upper_bytes(integers), lower = lower_bytes(integers);
       const __m256i pairs =
           _mm256_set_m128i(_mm_unpackhi_epi32(upper, lower), _mm_unpacklo_epi32(upper, lower));
       if (stride == 1) {
@@ -135,13 +139,16 @@ struct Avx512Codes : Avx512Bf16 {
   }
 
   // kScaledColumns upper bytes, then as many lower ones. Those of the next inputs are `next` bytes further.
-  template <class T>
+  template <int Bytes, class T>
   static XScale quantise_bytes(const T* x, int64_t count, char* bytes, int64_t next) {
-    return quantise_to(x, count, [&](int i, __m128i upper, __m128i lower) {
+    return quantise_to<Bytes>(x, count, [&](int i, __m256i integers) {
       constexpr int kVectors = kScaledColumns / 16;
       auto* out = reinterpret_cast<__m128i*>(bytes + i / kVectors * next) + i % kVectors;
-      _mm_storeu_si128(out, upper);
-      _mm_storeu_si128(out + kVectors, lower);
+      if constexpr (Bytes == 2) {
+        _mm_storeu_si128(out, upper_bytes(integers));
+        out += kVectors;
+      }
+      _mm_storeu_si128(out, lower_bytes(integers));
     });
   }
 

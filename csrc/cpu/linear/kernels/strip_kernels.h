@@ -70,11 +70,13 @@ struct StripKernels {
                 int64_t y_stride);
 };
 
-// In kernels/amx_int8.cpp: for bf16 and codes.
-const StripKernels& byte_tile_kernels();
+// In kernels/amx_int8.cpp: for bf16 and codes. `one_byte`: activations are rounded to one byte, not two.
+const StripKernels& byte_tile_kernels(bool one_byte);
 
 // In dispatch.cpp. All kernels of an ISA, dtype and storage read the same cells; which one is the best
-// depends on the number of columns, and so does the layout of activations.
-const StripKernels& strip_kernels(Isa isa, Dtype dtype, Storage storage, int64_t columns = 1);
+// depends on the number of columns, and so does the layout of activations. `one_byte` asks for kernels that
+// round activations to one byte.
+const StripKernels& strip_kernels(Isa isa, Dtype dtype, Storage storage, int64_t columns = 1,
+                                  bool one_byte = false);
 
 }  // namespace oats
